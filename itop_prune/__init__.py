@@ -1,0 +1,29 @@
+"""Dynamic sparse training for PyTorch: In-Time Over-Parameterization (ITOP) as a torch pruning method.
+
+`apply` places the masks, `MaskScheduler` moves them. What differs between papers is a function of plain tensors or
+plain numbers: see `itop_prune.criteria`, `.distributions`, `.schedules` and, for the algorithm itself, `.topology`.
+"""
+
+from itop_prune import criteria, distributions, schedules, topology
+from itop_prune.mask import ITOP, apply, find_masks, remove
+from itop_prune.report import Summary, summarize
+from itop_prune.scheduler import MaskScheduler
+from itop_prune.storage import dense_state_dict, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ITOP",
+    "MaskScheduler",
+    "Summary",
+    "apply",
+    "criteria",
+    "dense_state_dict",
+    "distributions",
+    "find_masks",
+    "load",
+    "remove",
+    "schedules",
+    "summarize",
+    "topology",
+]

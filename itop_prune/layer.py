@@ -1,0 +1,137 @@
+"""A masked layer: its weight is a property, mask times parameter, current whoever reads it and whenever.
+
+Torch's own pruning hook writes `layer.weight` as a plain attribute before the layer's forward. What reads the weight
+without calling the layer (a parent, an export, a copy, `.to(dtype)`) then sees an old tensor or none. A property has
+no such moment. It has to live on a class, so the layer gets a subclass of its own class, with the same name, and gives
+it back when the mask is removed. Nothing else in the package knows about this.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _DenseBackward(torch.autograd.Function):
+    """weight * mask, whose backward passes the gradient of every position, active or not."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _weight(name: str) -> property:
+    parameter, mask, listening = f"{name}_orig", f"{name}_mask", f"{name}_listening"
+
+    def read(layer: nn.Module) -> Tensor:
+        if getattr(layer, listening):
+            return _DenseBackward.apply(getattr(layer, parameter), getattr(layer, mask))
+        return getattr(layer, parameter) * getattr(layer, mask)
+
+    def write(layer: nn.Module, value: object) -> None:
+        raise RuntimeError(
+            f"{name} of a masked {type(layer).__name__} is mask times {name}_orig and can't be assigned; "
+            f"write into {parameter}, or call itop_prune.remove first"
+        )
+
+    return property(read, write)
+
+
+class MaskedLayer:
+    """What a masked layer does otherwise than its class. Mixed in before that class, never instantiated."""
+
+    masked_class: Any
+    masked_names: tuple[str, ...]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Answer `layer.weight = nn.Parameter(...)` as the property does: it can't be assigned."""
+        if name in self.masked_names:
+            setattr(self, name, param)
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self.masked_names:
+            weight, parameter, mask = (prefix + name + ending for ending in ("", "_orig", "_mask"))
+            if weight in state_dict:  # of a dense model: the present mask stays
+                state_dict[parameter] = state_dict.pop(weight)
+                state_dict.setdefault(mask, getattr(self, name + "_mask"))
+            if mask in state_dict:  # torch's own pruning keeps float masks
+                state_dict[mask] = state_dict[mask].bool()
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        for name in self.masked_names:
+            zero_off_mask(getattr(self, name + "_orig"), getattr(self, name + "_mask"))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *rest = reduced
+        switches = {f"{name}_listening" for name in self.masked_names}
+        state = {key: value for key, value in state.items() if key not in switches}
+        return _rebuild, (self.masked_class, self.masked_names), state, *rest
+
+
+@functools.cache
+def _subclass(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    body: dict[str, Any] = {"masked_class": base, "masked_names": names, "__doc__": base.__doc__}
+    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    for name in names:
+        body |= {name: _weight(name), f"{name}_listening": False}
+    return type(base.__name__, (MaskedLayer, base), body)
+
+
+def _rebuild(base: Any, names: tuple[str, ...]) -> nn.Module:
+    cls = _subclass(base, names)
+    return cls.__new__(cls)
+
+
+def _rename(parameters: dict[str, Any], old: str, new: str) -> None:
+    """Rename a key in place: the order of a model's parameters is the order of the optimizer's."""
+    items = [(new if key == old else key, value) for key, value in parameters.items()]
+    parameters.clear()
+    parameters.update(items)
+
+
+def masked_names(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of the layer's masked parameters, () for any other module."""
+    return layer.masked_names if isinstance(layer, MaskedLayer) else ()
+
+
+def attach(layer: nn.Module, name: str, mask: Tensor) -> None:
+    """Turn parameter `name` into `name`_orig and the buffer `name`_mask, seen through a property called `name`."""
+    base: Any = layer.masked_class if isinstance(layer, MaskedLayer) else type(layer)
+    _rename(layer._parameters, name, f"{name}_orig")
+    layer.register_buffer(f"{name}_mask", mask)
+    layer.__class__ = _subclass(base, (*masked_names(layer), name))
+    zero_off_mask(getattr(layer, f"{name}_orig"), mask)
+
+
+def detach(layer: Any, name: str) -> None:
+    """Undo `attach`: a plain parameter again, 0 where the mask was False."""
+    names = tuple(other for other in masked_names(layer) if other != name)
+    zero_off_mask(getattr(layer, f"{name}_orig"), getattr(layer, f"{name}_mask"))
+    pass_dense_gradient(layer, name, on=False)
+    layer.__class__ = _subclass(layer.masked_class, names) if names else layer.masked_class
+    _rename(layer._parameters, f"{name}_orig", name)
+    del layer._buffers[f"{name}_mask"]
+
+
+def pass_dense_gradient(layer: nn.Module, name: str, on: bool) -> None:
+    """Let the backward through `name` pass the dense gradient, or the masked one again.
+
+    The switch is an instance attribute over a class default, and is taken away again: torch.compile guards on it, and
+    finds the state of before.
+    """
+    if on:
+        setattr(layer, f"{name}_listening", True)
+    else:
+        layer.__dict__.pop(f"{name}_listening", None)
+
+
+@torch.no_grad()
+def zero_off_mask(tensor: Tensor, mask: Tensor) -> None:
+    """Set `tensor` to 0 in place wherever `mask` is False, NaN too."""
+    tensor.masked_fill_(~mask, 0)

@@ -1,0 +1,212 @@
+"""Masks live here: `apply` places them, `ITOP` holds one, `find_masks` finds them again, `remove` bakes them in."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from itop_prune import distributions, topology
+from itop_prune.distributions import Distribution
+from itop_prune.layer import attach, detach, pass_dense_gradient
+from itop_prune.menu import choose
+from itop_prune.selection import obstacle, select, unwrap, walk
+
+
+class ITOP(prune.BasePruningMethod):
+    """One mask on one parameter of one layer; the layer's registered forward pre-hook, as torch's pruning wants it.
+
+    The layer holds the parameter `<name>_orig` and the bool buffer `<name>_mask`, and `layer.<name>` is their product.
+    The hook itself has nothing to do: it is how `torch.nn.utils.prune` recognises the layer, and `prune.remove` undoes
+    it.
+    """
+
+    PRUNING_TYPE = "unstructured"
+    _heard: Tensor | None = None
+    _ear: torch.utils.hooks.RemovableHandle | None = None
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        self._layer = layer
+        self._tensor_name = name
+
+    @classmethod
+    def apply(cls, module: nn.Module, name: str, mask: Tensor) -> "ITOP":  # type: ignore[override]
+        """Mask one parameter of one layer with a given mask, as `prune.custom_from_mask` does.
+
+        Args:
+            module: The layer.
+            name: Of the parameter in the layer, such as "weight".
+            mask: Of the parameter's shape; True (or not 0) = active. It is copied.
+
+        Raises:
+            ValueError: The parameter can't be masked, or the mask has another shape.
+        """
+        if reason := obstacle(module, name):
+            raise ValueError(f"{name} of {type(module).__name__} can't be masked: {reason}")
+        parameter = module._parameters[name]
+        if parameter is None or mask.shape != parameter.shape:
+            expected = "no tensor" if parameter is None else f"shape {tuple(parameter.shape)}"
+            raise ValueError(
+                f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {expected}; they must agree"
+            )
+        method = cls(module, name)
+        attach(module, name, torch.zeros_like(parameter, dtype=torch.bool).copy_(mask))
+        module.register_forward_pre_hook(method)
+        return method
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The tensor that the optimizer holds (`<name>_orig`); 0 wherever the mask is False."""
+        return getattr(self._layer, f"{self._tensor_name}_orig")
+
+    @property
+    def mask(self) -> Tensor:
+        """The bool buffer (`<name>_mask`), True = active. Write into it in place only."""
+        return getattr(self._layer, f"{self._tensor_name}_mask")
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        """Return the present mask within `default_mask`; part of torch's contract."""
+        return default_mask.bool() & self.mask
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        """Do nothing: the layer's property is always current."""
+
+    def remove(self, module: nn.Module) -> None:
+        """Bake the mask in: a plain parameter again; called by `prune.remove`, which then takes the hook away."""
+        self.take_gradient()
+        detach(module, self._tensor_name)
+
+    def listen(self) -> None:
+        """Collect the dense gradient in the backward passes to come.
+
+        `.grad` stays sparse: a hook on the parameter keeps what arrives and hands on what the mask lets through, so
+        that clipping and the optimizer's step are those of any other step. Micro-batches add up; where `.grad` was
+        cleared before, collecting starts anew.
+        """
+        if self._ear is not None:
+            return
+
+        def hear(gradient: Tensor) -> Tensor:
+            heard = None if self.parameter.grad is None else self._heard
+            self._heard = gradient.float() if heard is None else heard + gradient
+            return gradient * self.mask
+
+        pass_dense_gradient(self._layer, self._tensor_name, on=True)
+        self._ear = self.parameter.register_hook(hear)
+
+    def take_gradient(self) -> Tensor | None:
+        """Return the dense gradient collected since `listen`, float32, or None; and stop listening."""
+        if self._ear is not None:
+            self._ear.remove()
+            pass_dense_gradient(self._layer, self._tensor_name, on=False)
+        heard, self._heard, self._ear = self._heard, None, None
+        return heard
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_layer": self._layer, "_tensor_name": self._tensor_name}
+
+    def __repr__(self) -> str:
+        mask = self.mask
+        count = "?" if mask.is_meta else f"{int(mask.sum()):,}"
+        return f"ITOP({type(self._layer).__name__}.{self._tensor_name}, {count} of {mask.numel():,} active)"
+
+
+def apply(
+    model: nn.Module,
+    sparsity: float,
+    method: str | Distribution = "ERK",
+    *,
+    scores: str | Mapping[str, Tensor] = "random",
+    include: str | Iterable[str] = ("*",),
+    exclude: str | Iterable[str] = (),
+    seed: int = 0,
+) -> dict[str, ITOP]:
+    """Make a model sparse: every weight matrix of a convolution or linear map gets a mask, and is 0 outside it.
+
+    Parameters stay the same objects in the same order, under the name `<name>_orig`; so an optimizer may be built
+    before or after. Biases, norms, embeddings and position tables are left alone. A frozen weight is masked too, but
+    never moved.
+
+    Args:
+        model: Any module; changed in place.
+        sparsity: Share of zeros over all masked weights together, in [0, 1). Exactly `round((1 - sparsity) * total)`
+            stay active, at least 1 in each layer.
+        method: How they are shared out: "ERK", "ER", "uniform", or a function `(shapes, density) -> densities`.
+        scores: Which positions start active: "random"; "magnitude", for a pretrained model; or a tensor of the
+            parameter's shape for every masked name, whose largest values stay.
+        include: Patterns (`fnmatch`) of what to mask. One matches a parameter by its name ("layer1.0.conv1.weight") or
+            by its layer's ("layer1.0.conv1").
+        exclude: Patterns of what to leave dense, such as "head". It does not count in the budget.
+        seed: Of the random positions; equal seeds give equal masks, on every device and rank. Torch's global generators
+            are not touched.
+
+    Returns:
+        The masks, keyed by the names that `model.named_parameters()` gave before.
+
+    Raises:
+        ValueError: A value is out of range, a name unknown, nothing is there to mask, a pattern matches nothing, or a
+            selected weight can't be masked (masked already, tied, parametrized). The model is then as it was.
+
+    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv 2102.02887.
+
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> apply(model, sparsity=0.75, method="uniform")
+    {'0.weight': ITOP(Linear.weight, 8 of 32 active), '2.weight': ITOP(Linear.weight, 2 of 8 active)}
+    """
+    if not isinstance(sparsity, (int, float)) or isinstance(sparsity, bool) or not 0.0 <= sparsity < 1.0:
+        raise ValueError(
+            f"sparsity is {sparsity!r}; allowed is a number in [0, 1), the share of zeros: 0.9 keeps a tenth"
+        )
+    selected = select(model, include, exclude)
+    parameters = {name: layer.get_parameter(tensor) for name, (layer, tensor) in selected.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    counts = distributions.active_counts(shapes, 1.0 - sparsity, method)
+    masks = {}
+    for name, parameter in parameters.items():
+        generator = topology.seeded(torch.device("cpu"), seed, name)
+        masks[name] = topology.best(_initial_scores(scores, name, parameter, generator), counts[name], generator)
+    applied = {name: ITOP.apply(layer, tensor, masks.pop(name)) for name, (layer, tensor) in selected.items()}
+    leave_out_of_ddp(model)
+    return applied
+
+
+def find_masks(model: nn.Module) -> dict[str, ITOP]:
+    """Return the masks as `apply` did: after loading, unpickling, of an EMA copy, inside DDP or torch.compile."""
+    return {
+        name: hook
+        for name, layer, tensor in walk(model)
+        for hook in layer._forward_pre_hooks.values()
+        if isinstance(hook, ITOP) and hook._tensor_name == tensor
+    }
+
+
+def remove(model: nn.Module) -> None:
+    """Bake all masks in: plain parameters again, 0 where a mask was False; classes, names and order as before.
+
+    The parameters stay the same objects, so an optimizer goes on with them; nothing keeps them sparse any more.
+    """
+    for itop in find_masks(model).values():
+        prune.remove(itop._layer, itop._tensor_name)
+    leave_out_of_ddp(model)
+
+
+def leave_out_of_ddp(model: nn.Module) -> None:
+    """Tell DistributedDataParallel not to send the masks around with every forward: equal seeds make them equal."""
+    model, key = unwrap(model), "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
+    names = {name for name in getattr(model, key, ()) if not name.endswith("_mask")}
+    names |= {f"{name}_mask" for name in find_masks(model)}
+    if names or hasattr(model, key):
+        setattr(model, key, sorted(names))
+
+
+def _initial_scores(
+    scores: str | Mapping[str, Tensor], name: str, parameter: nn.Parameter, generator: torch.Generator
+) -> Tensor:
+    if isinstance(scores, Mapping):
+        if name not in scores or scores[name].shape != parameter.shape:
+            given = f"shape {tuple(scores[name].shape)}" if name in scores else f"only {sorted(scores)}"
+            raise ValueError(f"scores for {name} must be a tensor of shape {tuple(parameter.shape)}; given: {given}")
+        return scores[name].detach().float().cpu()
+    if choose(scores, {"random": True, "magnitude": False}, "scores"):
+        return torch.rand(parameter.shape, generator=generator)
+    return parameter.detach().float().abs().cpu()

@@ -1,0 +1,41 @@
+"""What the package needs of an optimizer, whichever it is: that it holds the weights, and where its statistics lie."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from itop_prune.mask import ITOP
+
+
+def statistics(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    """Return what the optimizer remembers of every single weight: by shape, whatever the optimizer."""
+    state = optimizer.state.get(parameter, {})
+    return [value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape]
+
+
+def check_holds(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
+    """Refuse an optimizer that does not hold every masked parameter that can be trained."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [n for n, itop in masks.items() if itop.parameter.requires_grad and id(itop.parameter) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer does not hold {', '.join(missing[:5])}{' and others' if missing[5:] else ''}; build it "
+            "from model.parameters() of the masked model, and the MaskScheduler after accelerator.prepare"
+        )
+
+
+def check_statistics(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
+    """Refuse an optimizer that keeps statistics outside of `optimizer.state`: they would bring pruned weights back."""
+    parameters = [itop.parameter for itop in masks.values()]
+    for name, part in vars(optimizer).items():
+        if isinstance(part, Optimizer):
+            check_statistics(part, masks)
+            hidden = part.state is not optimizer.state
+        else:
+            hidden = isinstance(part, Mapping) and part is not optimizer.state and any(p in part for p in parameters)
+        if hidden:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps statistics of weights in its {name}, out of reach: pruned weights "
+                "would come back; pass an optimizer whose statistics are all in its own state"
+            )

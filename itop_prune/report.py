@@ -1,0 +1,111 @@
+"""Numbers of a sparse model, and their table as text. Nothing is drawn here."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from itop_prune.mask import find_masks
+from itop_prune.selection import unwrap
+
+
+@dataclass(frozen=True)
+class Row:
+    """One masked weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    active: int
+    explored: int | None
+    """How many were active at least once; None where nobody kept count."""
+
+    @property
+    def density(self) -> float:
+        """Active over all, in (0, 1]."""
+        return self.active / self.weights
+
+    @property
+    def exploration_rate(self) -> float | None:
+        """R_s of this weight, in [density, 1]."""
+        return None if self.explored is None else self.explored / self.weights
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summarize` found; `str(summary)` is a table."""
+
+    rows: tuple[Row, ...]
+    parameters: int
+    """All parameters of the model, the unmasked ones (biases, norms, embeddings) too."""
+
+    @property
+    def weights(self) -> int:
+        """Masked weights."""
+        return sum(row.weights for row in self.rows)
+
+    @property
+    def active(self) -> int:
+        """Active among them."""
+        return sum(row.active for row in self.rows)
+
+    @property
+    def density(self) -> float:
+        """Active over all masked weights."""
+        return self.active / max(1, self.weights)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among the masked weights."""
+        return 1.0 - self.density if self.rows else 0.0
+
+    @property
+    def exploration_rate(self) -> float | None:
+        """R_s: the share of masked weights active at least once; None where nobody kept count."""
+        counts = [row.explored for row in self.rows if row.explored is not None]
+        return sum(counts) / self.weights if self.rows and len(counts) == len(self.rows) else None
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the table as text: a header, a line per masked weight, the total; for whoever draws it."""
+        lines: list[tuple[str, ...]] = [("weight", "shape", "weights", "active", "density")]
+        for row in self.rows:
+            shape = "×".join(map(str, row.shape))
+            lines.append((row.name, shape, f"{row.weights:,}", f"{row.active:,}", f"{row.density:.4f}"))
+        lines.append(("total", "", f"{self.weights:,}", f"{self.active:,}", f"{self.density:.4f}"))
+        if self.exploration_rate is None:
+            return lines
+        rates = [*(row.exploration_rate for row in self.rows), self.exploration_rate]
+        return [(*line, rate) for line, rate in zip(lines, ["R_s", *(f"{rate:.4f}" for rate in rates)], strict=True)]
+
+    def __str__(self) -> str:
+        lines = self.cells()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
+        others = self.parameters - self.weights
+        return "\n".join([*text, f"sparsity {self.sparsity:.4f}; {others:,} other parameters are dense"])
+
+
+def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None) -> Summary:
+    """Return how many weights of every masked layer are active, and how many were explored.
+
+    Args:
+        model: Masked by `itop_prune.apply`; wrapped (DDP, torch.compile, AveragedModel) or not.
+        explored: `MaskScheduler.explored`, for R_s.
+
+    >>> import itop_prune
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> masks = itop_prune.apply(model, sparsity=0.75, method="uniform")
+    >>> print(summarize(model))
+    weight    shape  weights  active  density
+    0.weight    4×8       32       8   0.2500
+    2.weight    2×4        8       2   0.2500
+    total                 40      10   0.2500
+    sparsity 0.7500; 6 other parameters are dense
+    """
+    rows = []
+    for name, itop in find_masks(model).items():
+        mask = itop.mask
+        seen = None if explored is None or name not in explored else int(explored[name].sum())
+        rows.append(Row(name, tuple(mask.shape), mask.numel(), int(mask.sum()), seen))
+    return Summary(tuple(rows), sum(math.prod(p.shape) for p in unwrap(model).parameters()))

@@ -1,0 +1,117 @@
+"""What can be masked: the weights of a model by name, patterns that select among them, and what stands in the way."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from itop_prune.layer import masked_names
+
+WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight",),
+    nn.modules.conv._ConvNd: ("weight",),
+    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+}
+"""The weight matrices of convolutions and linear maps, by the class of the layer."""
+
+Place = tuple[nn.Module, str]
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield name, layer and the tensor's name in it for every weight that is or could be masked, in model order."""
+    for prefix, layer in unwrap(model).named_modules():
+        of_class = next((names for kind, names in WEIGHTS.items() if isinstance(layer, kind)), ())
+        for tensor in dict.fromkeys((*of_class, *masked_names(layer))):
+            if layer._parameters.get(tensor, ...) is not None:  # None: declared and not used
+                yield plain_name(prefix, tensor), layer, tensor
+
+
+def select(model: nn.Module, include: str | Iterable[str], exclude: str | Iterable[str]) -> dict[str, Place]:
+    """Return the layer and the tensor's name of every weight to mask, by the weight's name.
+
+    Raises:
+        ValueError: Nothing is there to mask, a pattern matches nothing, or a selected weight can't be masked.
+    """
+    found = {name: (layer, tensor) for name, layer, tensor in walk(model)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has nothing to mask: no weight matrix of a convolution or linear map")
+    unwanted = _matching(exclude, found, "exclude")
+    wanted = _matching(include, found, "include") - unwanted
+    if not wanted:
+        raise ValueError(f"include={include!r} without exclude={exclude!r} leaves nothing of: {_shorten(found)}")
+    selected = {name: place for name, place in found.items() if name in wanted}
+    owners = _owners(model)
+    reasons = {}
+    for name, (layer, tensor) in selected.items():
+        if reason := obstacle(layer, tensor) or _tie(name, owners[id(layer._parameters[tensor])]):
+            reasons[name] = reason
+    if reasons:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"can't mask\n{lines}\nTo leave them dense: exclude={sorted(reasons)}")
+    return selected
+
+
+def obstacle(layer: nn.Module, tensor: str) -> str:
+    """Return why a tensor of a layer can't be masked and what to do about it, or ""."""
+    if tensor in masked_names(layer):
+        return "it has a mask already; masks move, they are not applied twice: call itop_prune.remove first"
+    if torch.is_inference_mode_enabled():
+        return "tensors made in inference mode can't be trained: call this outside of torch.inference_mode"
+    if tensor in layer._parameters:
+        lazy = isinstance(layer._parameters[tensor], nn.parameter.UninitializedParameter)
+        return "its shape is not known yet: run the model once first" if lazy else ""
+    if f"{tensor}_mask" in layer._buffers:
+        return "torch's own pruning masks it: call torch.nn.utils.prune.remove first"
+    if parametrize.is_parametrized(layer, tensor):
+        return "it is parametrized (weight_norm, ...): call torch.nn.utils.parametrize.remove_parametrizations first"
+    return f"it is not a parameter of {type(layer).__name__} but computed: call torch.nn.utils.remove_weight_norm first"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DataParallel, DistributedDataParallel, AveragedModel or torch.compile."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+    while isinstance(model, wrappers) or "_orig_mod" in model._modules:
+        model = model.get_submodule("module" if isinstance(model, wrappers) else "_orig_mod")
+    return model
+
+
+def plain_name(*parts: str) -> str:
+    """Return the parts of a name joined, without what torch.compile puts in.
+
+    >>> plain_name("blocks.0._orig_mod.fc", "weight")
+    'blocks.0.fc.weight'
+    """
+    return ".".join(part for part in ".".join(parts).split(".") if part not in ("", "_orig_mod"))
+
+
+def _matching(patterns: str | Iterable[str], names: Iterable[str], what: str) -> set[str]:
+    matched: set[str] = set()
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        hits = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)}
+        if not hits:
+            raise ValueError(f"{what} pattern {pattern!r} matches no weight; the weights are: {_shorten(names)}")
+        matched |= hits
+    return matched
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names under which each parameter is held, by its identity."""
+    owners: dict[int, list[str]] = {}
+    for prefix, module in unwrap(model).named_modules():
+        for tensor, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append(plain_name(prefix, tensor))
+    return owners
+
+
+def _tie(name: str, owners: Sequence[str]) -> str:
+    others = ", ".join(other for other in owners if other != name)
+    return (
+        f"it is tied to {others}, which would not see the mask: untie them (a copy of the parameter)" if others else ""
+    )
+
+
+def _shorten(names: Iterable[str], most: int = 12) -> str:
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f", ... ({len(listed)} in all)" if len(listed) > most else "")

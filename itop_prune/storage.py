@@ -1,0 +1,133 @@
+"""Weights in and out: of sparse models that were saved, and to plain dense ones."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from itop_prune.layer import masked_names
+from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
+from itop_prune.menu import nearest
+from itop_prune.selection import plain_name, unwrap, walk
+
+State = dict[str, Tensor]
+
+
+def dense_state_dict(model: nn.Module) -> State:
+    """Return the effective weights under their plain names: what a copy of the model without masks loads strictly.
+
+    Args:
+        model: Masked by `itop_prune.apply`; wrapped (DDP, torch.compile, AveragedModel) or not.
+
+    Returns:
+        New tensors for masked weights, the model's own for all others, in the model's order.
+    """
+    state = {plain_name(name): tensor for name, tensor in unwrap(model).state_dict().items()}
+    dense: State = {}
+    for name, tensor in state.items():
+        owner = _owner(name, state)
+        if owner is None:
+            dense[name] = tensor
+        elif name.endswith("_orig"):
+            dense[owner] = tensor.masked_fill(~state[f"{owner}_mask"].bool(), 0)
+    return dense
+
+
+def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict: bool = True) -> dict[str, ITOP]:
+    """Make a model sparse with the weights and masks of a saved sparse model.
+
+    Args:
+        model: Dense, or masked at the same places; changed in place.
+        source: A state dict with `<name>_orig` and `<name>_mask` (of this package or of torch's own pruning; prefixes
+            that DistributedDataParallel and torch.compile put in are taken off); a file of one, .safetensors or what
+            `torch.save` writes (read with `weights_only=True`); or a folder that Accelerate saved.
+        strict: Whether the names and shapes of model and source must be the same. If not, what differs keeps what the
+            model has: a new head stays dense, say.
+
+    Returns:
+        The masks, as `itop_prune.find_masks` gives them.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The source is no state dict, has no masks, or does not fit the model; the model is then as it was.
+    """
+    state = source if isinstance(source, Mapping) else _read(Path(source))
+    state = {plain_name(name): tensor for name, tensor in state.items()}
+    model = unwrap(model)
+    own = dense_state_dict(model)
+    while not own.keys() & state.keys() and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    masked = {owner for name in state if (owner := _owner(name, state))}
+    if not masked:
+        raise ValueError(
+            "the source has no masks; load a dense one with model.load_state_dict, then call itop_prune.apply"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    given = {_owner(name, state) or name: tuple(tensor.shape) for name, tensor in state.items()}
+    differing = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
+    if strict and differing:
+        lines = [
+            f"  {n}: the model has {shapes.get(n, 'none')}, the source {given.get(n, 'none')}" for n in differing[:10]
+        ]
+        more = f"\n  and {len(differing) - 10} more" if differing[10:] else ""
+        raise ValueError("model and source differ; strict=False loads the rest\n" + "\n".join(lines) + more)
+    if not masked - set(differing):
+        raise ValueError(
+            f"no masked weight of the source fits the model: {differing[0]!r}{nearest(differing[0], shapes)}"
+        )
+    if only_here := sorted(set(find_masks(model)) - masked - set(differing)):
+        raise ValueError(
+            f"masked in the model and dense in the source: {', '.join(only_here)}; load into a dense model"
+        )
+    state = {name: tensor for name, tensor in state.items() if (_owner(name, state) or name) not in differing}
+    for name, layer, tensor in list(walk(model)):
+        if name in masked - set(differing) and tensor not in masked_names(layer):
+            ITOP.apply(layer, tensor, state[f"{name}_mask"])
+    actual = {plain_name(name): name for name in model.state_dict()}
+    model.load_state_dict({actual[name]: tensor for name, tensor in state.items()}, strict=strict)
+    leave_out_of_ddp(model)
+    return find_masks(model)
+
+
+def _owner(name: str, state: Mapping[str, Tensor]) -> str | None:
+    """Return the plain name of the masked weight that an entry belongs to, or None for any other entry."""
+    for ending in ("_orig", "_mask"):
+        owner = name.removesuffix(ending)
+        if owner != name and f"{owner}_orig" in state and f"{owner}_mask" in state:
+            return owner
+    return None
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; allowed are a .safetensors or torch file, or a folder of Accelerate's"
+        )
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # an optional dependency, needed for this format alone
+
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):  # what timm and others wrap a state dict into
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict, a dict of tensors by name; save model.state_dict()")
+    return state
+
+
+def _read_folder(folder: Path) -> Mapping[str, Tensor]:
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / stem).exists():
+            return _read(folder / stem)
+        index = folder / f"{stem}.index.json"
+        if index.exists():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return {name: tensor for shard in shards for name, tensor in _read(folder / shard).items()}
+    raise FileNotFoundError(
+        f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a folder of Accelerate's?"
+    )

@@ -1,0 +1,97 @@
+"""The algorithm: which weights leave a mask and which enter it. Pure tensors in, a new bool mask out."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def best(scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return a bool mask of exactly `count` positions: those with the largest scores.
+
+    Positions are chosen by index and never by a threshold, so that ties cannot change the count. Positions that tie for
+    the last places are drawn at random.
+
+    Args:
+        scores: One number per position, of any shape and memory format; NaN is an error.
+        count: How many positions to choose, 0 to `scores.numel()`.
+        generator: Draws among ties, on the device of `scores`; None takes tied positions in index order.
+
+    Raises:
+        ValueError: `count` is out of range, or scores are NaN.
+
+    >>> best(torch.tensor([3.0, 1.0, 2.0, 2.0]), 2)
+    tensor([ True, False,  True, False])
+    """
+    if not 0 <= count <= scores.numel():
+        raise ValueError(f"asked for {count} of {scores.numel()} positions; allowed are 0 to {scores.numel()}")
+    flat = scores.flatten()
+    chosen = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
+    if count:
+        threshold = flat.topk(count, sorted=False).values.amin()
+        above = (flat > threshold).nonzero().squeeze(1)
+        tied = (flat == threshold).nonzero().squeeze(1)
+        if len(above) + len(tied) < count:
+            raise ValueError("scores hold NaN, which has no rank; scores must be numbers: look at the criterion")
+        if generator is not None:
+            tied = tied[torch.randperm(len(tied), generator=generator, device=flat.device)]
+        chosen[above] = True
+        chosen[tied[: count - len(above)]] = True
+    return chosen.view(scores.shape)
+
+
+def prune_and_regrow(
+    mask: Tensor,
+    prune_scores: Tensor,
+    grow_scores: Tensor,
+    n_prune: int,
+    n_grow: int,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return a new mask: the `n_prune` worst active positions leave, then the `n_grow` best inactive ones enter.
+
+    A position that has just been pruned is inactive and may grow again at once, as in the authors' code; so the share
+    of positions that differ afterwards is at most `n_prune` over the active ones.
+
+    Args:
+        mask: Bool, True = active. It is read, never written.
+        prune_scores: Of the mask's shape; among active positions the smallest are pruned.
+        grow_scores: Of the mask's shape; among inactive positions the largest grow.
+        n_prune: How many to prune, 0 to the number of active positions.
+        n_grow: How many to grow, 0 to the number of inactive positions after pruning.
+        generator: Draws among ties, on the mask's device; None takes tied positions in index order.
+
+    Returns:
+        A bool tensor of the mask's shape with exactly `mask.sum() - n_prune + n_grow` active positions.
+
+    Raises:
+        ValueError: A number is out of range, or scores are NaN.
+
+    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv 2102.02887.
+
+    >>> mask = torch.tensor([True, True, True, False, False, False])
+    >>> weight = torch.tensor([0.5, -0.1, 0.3, 0.0, 0.0, 0.0])
+    >>> gradient = torch.tensor([0.0, 0.2, 0.0, 0.1, 0.4, 0.3])
+    >>> prune_and_regrow(mask, weight.abs(), gradient.abs(), n_prune=1, n_grow=1).int()
+    tensor([1, 0, 1, 0, 1, 0], dtype=torch.int32)
+    """
+    active = int(mask.sum())
+    if not 0 <= n_prune <= active:
+        raise ValueError(f"n_prune is {n_prune}; the mask has {active} active positions: allowed are 0 to {active}")
+    if not 0 <= n_grow <= mask.numel() - active + n_prune:
+        inactive = mask.numel() - active + n_prune
+        raise ValueError(f"n_grow is {n_grow}; after pruning {inactive} positions are inactive: allowed are 0 to that")
+    never = float("-inf")
+    kept = mask & ~best(torch.where(mask, -prune_scores, never), n_prune, generator)
+    return kept | best(torch.where(kept, never, grow_scores), n_grow, generator)
+
+
+def seeded(device: torch.device, *words: object) -> torch.Generator:
+    """Return a generator seeded by words alone, such as (seed, update, name): equal on all ranks and after a resume.
+
+    >>> a, b = (torch.rand(2, generator=seeded(torch.device("cpu"), 0, "fc.weight")) for _ in range(2))
+    >>> torch.equal(a, b)
+    True
+    """
+    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
