@@ -1,0 +1,79 @@
+"""Keyword arguments that come from a file, checked against the signature of the call they are for."""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from itop_prune.menu import nearest
+
+
+def argument_problems(arguments: Mapping[str, Any], call: Callable[..., Any], given: Sequence[str] = ()) -> list[str]:
+    """Return what of the arguments does not fit the signature of a call, one line for each.
+
+    Args:
+        arguments: By name, as YAML gives them.
+        call: A function or a class. One that takes `**kwargs` may know more names than its signature: try it as well.
+        given: Parameters that somebody else passes; they are not allowed here.
+
+    >>> def create(name: str, lr: float, nesterov: bool = False): ...
+    >>> for problem in argument_problems({"name": "sgd", "lr": "1e-3", "nestrov": True}, create):
+    ...     print(problem)
+    lr: '1e-3' is text to YAML; write 0.001
+    nestrov: unknown key; known are name, lr, nesterov (nearest: 'nesterov')
+    """
+    parameters = dict(inspect.signature(call).parameters)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n not in given}
+    target = call.__init__ if inspect.isclass(call) else call
+    try:
+        hints = typing.get_type_hints(target)
+    except (NameError, TypeError):  # annotations that only their author's imports can resolve
+        hints = {}
+    needed = [name for name, parameter in named.items() if parameter.default is parameter.empty]
+    mistakes = [f"{name}: missing; it is needed" for name in needed if name not in arguments]
+    for name, value in arguments.items():
+        if name in given:
+            mistakes.append(f"{name}: the runner gives this itself")
+        elif name not in named and not open_ended:
+            mistakes.append(f"{name}: unknown key; known are {', '.join(named)}{nearest(name, named)}")
+        elif problem := type_problem(value, hints.get(name, _type_of_default(named.get(name)))):
+            mistakes.append(f"{name}: {problem}")
+    return mistakes
+
+
+def _type_of_default(parameter: inspect.Parameter | None) -> Any:
+    default = None if parameter is None else parameter.default
+    return type(default) if isinstance(default, (bool, str)) else float if isinstance(default, (int, float)) else Any
+
+
+def type_problem(value: object, hint: Any) -> str:
+    """Return why a value is not of a type, or ""; types that YAML can't write are taken on trust."""
+    if isinstance(value, str) and _reads_as_number(value):
+        return f"{value!r} is text to YAML; write {float(value)!r}"
+    if isinstance(value, (list, tuple)):
+        return next((problem for item in value if (problem := type_problem(item, Any))), "")
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    plain[dict] = plain[dict[str, Any]] = "a mapping of keys to values"
+    allowed = [kind for kind in kinds if kind in plain]
+    if len(allowed) < len(kinds) or any(_is_of(value, kind) for kind in allowed):
+        return ""
+    return f"is {value!r}; allowed is {' or '.join(plain[kind] for kind in allowed)}"
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    if kind in (dict, dict[str, Any]):
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.strip().lower() not in ("nan", "inf", "infinity")

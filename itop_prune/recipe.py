@@ -1,0 +1,274 @@
+"""Recipes: a YAML file whose sections are the keyword arguments of a few calls, checked before anything is built.
+
+The sections and the calls that they are arguments of:
+
+| section | call | given by the runner, so not allowed |
+|---|---|---|
+| `model` | `timm.create_model` | |
+| `data` | a function that the runner passes to `read` | `device`, `seed`, `augment` |
+| `augment` | what suits the data, likewise | `input_size`, `is_training` |
+| `optimizer` | `timm.optim.create_optimizer_v2` | `model_or_params` |
+| `lr_schedule` | `timm.scheduler.create_scheduler_v2` | `optimizer`, `num_epochs`, `updates_per_epoch` |
+| `masks` | `itop_prune.apply` | `model` |
+| `regrow` | `itop_prune.MaskScheduler` | `masks`, `optimizer`, `total_steps` |
+| `loss` | `timm.loss.LabelSmoothingCrossEntropy` | |
+| `mixup` | `timm.data.Mixup` | `num_classes` |
+| `ema` | `timm.utils.ModelEmaV3` | `model` |
+| `accelerator` | `accelerate.Accelerator` | |
+| `checkpoint` | `every` (epochs), `keep` (how many, besides the best) | |
+
+Needs the extra `train`; `import itop_prune` does not import it.
+"""
+
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.data
+import timm.loss
+import timm.optim
+import timm.scheduler
+import timm.utils
+import torch
+import yaml
+from accelerate import Accelerator
+
+from itop_prune import MaskScheduler, apply
+from itop_prune.arguments import argument_problems, type_problem
+from itop_prune.menu import nearest
+
+Section = dict[str, Any]
+
+
+class RecipeError(ValueError):
+    """A recipe with mistakes: all of them, one a line."""
+
+    def __init__(self, path: Path | str, mistakes: Sequence[str]) -> None:
+        count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        super().__init__("\n  ".join([f"{path}: {count}", *mistakes]))
+        self.mistakes = tuple(mistakes)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. A section that is None was left out."""
+
+    model: Section
+    data: Section
+    optimizer: Section
+    epochs: int
+    """Of training, before `multiplier`."""
+    lr_schedule: Section | None = None
+    """Left out: a constant learning rate."""
+    masks: Section | None = None
+    """Left out: dense training."""
+    regrow: Section | None = None
+    """Left out: static masks."""
+    multiplier: int = 1
+    """The paper's extended training: epochs and milestones times this; warm-up and `every` as they are."""
+    seed: int = 0
+    loss: Section | None = None
+    mixup: Section | None = None
+    ema: Section | None = None
+    augment: Section | None = None
+    accelerator: Section | None = None
+    checkpoint: Section | None = None
+    clip_grad_norm: float | None = None
+    """Largest norm of the (sparse) gradient."""
+    compile: bool = False
+    """torch.compile the model."""
+    channels_last: bool = False
+    init: str | None = None
+    """A dense checkpoint, loaded before the masks are placed."""
+    stop_after_bad_losses: int | None = None
+    """Stop after so many steps in a row whose loss is not finite."""
+
+    def as_yaml(self) -> str:
+        """Return the recipe as YAML, defaults included, sections that were left out not."""
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        return yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=110)
+
+
+def read(
+    path: Path | str,
+    overrides: Iterable[str] = (),
+    *,
+    data: Callable[..., Any],
+    augment: Callable[[Section], Callable[..., Any]],
+) -> Recipe:
+    """Read a recipe and check every section against the call it is for; nothing is built but on the meta device.
+
+    Args:
+        path: The YAML file.
+        overrides: "section.key=value" or "key=value", the value in YAML. The section must be one that the recipe has; a
+            whole one can be given ("regrow={every: 100}") or taken out ("regrow=null").
+        data: What the section `data` is the keyword arguments of.
+        augment: Given the section `data`, what `augment` is the keyword arguments of.
+
+    Raises:
+        RecipeError: With all mistakes at once: file, key, what is allowed, the nearest known name.
+    """
+    path = Path(path)
+    values, mistakes = _parse(path)
+    for override in overrides:
+        mistakes += _override(values, override)
+    known = {field.name: field for field in fields(Recipe)}
+    for key in [key for key in values if key not in known]:
+        mistakes.append(f"{key}: unknown key; known are {', '.join(known)}{nearest(key, known)}")
+        del values[key]
+    hints = typing.get_type_hints(Recipe)
+    broken = set()
+    for name, field in known.items():
+        if values.get(name) is None and field.default is not None:
+            if name in values or not isinstance(field.default, (int, float)):
+                mistakes.append(f"{name}: missing; it is needed")
+                broken.add(name)
+        elif name in values and (problem := type_problem(values[name], hints[name])):
+            mistakes.append(f"{name}: {problem}")
+            broken.add(name)
+    values = {name: value for name, value in values.items() if name not in broken}
+    mistakes += _check_sections(values, data, augment)
+    mistakes += _check_numbers(values)
+    if mistakes:
+        raise RecipeError(path, mistakes)
+    return Recipe(**values)
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which a key given twice does not pass."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _parse(path: Path) -> tuple[Section, list[str]]:
+    if not path.is_file():
+        others = [str(other) for other in sorted(path.parent.glob("*.yaml"))]
+        raise RecipeError(path, [f"no such file; there are: {', '.join(others) or 'none'}{nearest(path, others)}"])
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise RecipeError(path, [f"{line}not YAML: {getattr(error, 'problem', None) or error}"]) from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise RecipeError(path, ["a recipe is a mapping of sections; see recipes/quickstart.yaml"])
+    return values, []
+
+
+def _override(values: Section, override: str) -> list[str]:
+    """Put one override into the values; return what is wrong with it."""
+    names, equals, text = override.partition("=")
+    section, _, key = names.partition(".")
+    if not equals:
+        return [f"override {override!r}: has no value; write section.key=value"]
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return [f"override {override!r}: {text!r} is not YAML"]
+    if not key:
+        values[section] = value
+    elif isinstance(values.get(section), dict):
+        values[section][key] = value
+    else:
+        has = [name for name, part in values.items() if isinstance(part, dict)]
+        known = f"it has {', '.join(has)}{nearest(section, has)}"
+        return [f"override {override!r}: the recipe has no section {section}; {known}"]
+    return []
+
+
+def _checkpoint(every: int = 1, keep: int = 2) -> None:
+    """The section `checkpoint`: every so many epochs, keep the last so many."""
+
+
+def _check_sections(
+    values: Section, data: Callable[..., Any], augment: Callable[[Section], Callable[..., Any]]
+) -> list[str]:
+    calls: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+        "model": (timm.create_model, ()),
+        "data": (data, ("device", "seed", "augment")),
+        "augment": (augment(values.get("data") or {}), ("input_size", "is_training", "use_prefetcher", "separate")),
+        "optimizer": (timm.optim.create_optimizer_v2, ("model_or_params",)),
+        "lr_schedule": (timm.scheduler.create_scheduler_v2, ("optimizer", "num_epochs", "updates_per_epoch")),
+        "masks": (apply, ("model",)),
+        "regrow": (MaskScheduler, ("masks", "optimizer", "total_steps")),
+        "loss": (timm.loss.LabelSmoothingCrossEntropy, ()),
+        "mixup": (timm.data.Mixup, ("num_classes",)),
+        "ema": (timm.utils.ModelEmaV3, ("model",)),
+        "accelerator": (Accelerator, ()),
+        "checkpoint": (_checkpoint, ()),
+    }
+    mistakes, sound = [], {}
+    for name, (call, given) in calls.items():
+        if isinstance(values.get(name), dict):
+            found = [f"{name}.{mistake}" for mistake in argument_problems(values[name], call, given)]
+            mistakes += found
+            if not found:
+                sound[name] = values[name]
+    return mistakes + _try(sound)
+
+
+def _try(sections: Mapping[str, Section]) -> list[str]:
+    """Make the calls on the meta device, where they cost nothing, and return what they say."""
+    mistakes = []
+
+    def attempt(name: str, call: Callable[[], Any]) -> Any:
+        if name in sections:
+            try:
+                return call()
+            except Exception as error:  # a factory may raise anything at a wrong argument
+                mistakes.append(f"{name}: {type(error).__name__}: {error}")
+        return None
+
+    def make_model() -> torch.nn.Module:
+        name = sections["model"]["model_name"]
+        if ":" not in name and not timm.is_model(name):
+            raise ValueError(f"timm knows no {name!r}{nearest(name, timm.list_models())}")
+        with torch.device("meta"):
+            return timm.create_model(**{**sections["model"], "pretrained": False, "checkpoint_path": ""})
+
+    model = attempt("model", make_model)
+    dummy = torch.nn.Parameter(torch.zeros(2, 2))
+    attempt("optimizer", lambda: timm.optim.create_optimizer_v2([dummy], **sections["optimizer"]))
+    sgd = torch.optim.SGD([dummy], lr=1.0)
+    schedule = lambda: timm.scheduler.create_scheduler_v2(sgd, **sections["lr_schedule"], updates_per_epoch=1)  # noqa: E731
+    if attempt("lr_schedule", schedule) == (None, None):
+        mistakes.append(f"lr_schedule: unknown sched {sections['lr_schedule'].get('sched')!r}")
+    attempt("mixup", lambda: timm.data.Mixup(**sections["mixup"]))
+    attempt("loss", lambda: timm.loss.LabelSmoothingCrossEntropy(**sections["loss"]))
+    if model is not None:
+        masks = attempt("masks", lambda: apply(model, **sections["masks"]))
+        if masks is not None:
+            held = torch.optim.SGD(model.parameters(), lr=1.0)
+            attempt("regrow", lambda: MaskScheduler(masks, held, total_steps=1, **sections["regrow"]))
+    return mistakes
+
+
+def _check_numbers(values: Section) -> list[str]:
+    mistakes = []
+    for name, least in {
+        "epochs": 1,
+        "multiplier": 1,
+        "seed": 0,
+        "stop_after_bad_losses": 1,
+        "clip_grad_norm": 0,
+    }.items():
+        if values.get(name) is not None and values[name] < least:
+            mistakes.append(f"{name}: is {values[name]}; allowed is from {least}")
+    if values.get("regrow") and not values.get("masks"):
+        mistakes.append("regrow: there are no masks to move; add a section masks, or leave out regrow")
+    if values.get("mixup") and values.get("loss"):
+        mistakes.append("loss: mixup makes soft labels; give label_smoothing in mixup instead")
+    if values.get("init") and not Path(values["init"]).exists():
+        mistakes.append(f"init: {values['init']} does not exist")
+    for key, value in (values.get("checkpoint") or {}).items():
+        if isinstance(value, int) and value < 1:
+            mistakes.append(f"checkpoint.{key}: is {value}; allowed is from 1")
+    return mistakes

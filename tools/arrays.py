@@ -1,0 +1,152 @@
+"""Small data sets: arrays on the device, augmented in batches.
+
+`digits` is the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998, UCI Machine
+Learning Repository, doi 10.24432/C50P49, CC BY 4.0): 1,797 images of 8×8 in 17 grey levels. Every fifth is for testing
+here.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from source import CPU, Batch, DataError
+from torch import Tensor
+
+from itop_prune.topology import seeded
+
+Read = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
+Reader = Callable[[str, bool], Read]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Of training images in arrays: a random crop after padding by zeros, and a horizontal flip."""
+
+    padding: int = 0
+    """Pixels on every side."""
+    hflip: float = 0.0
+    """Probability."""
+
+
+@dataclass
+class Arrays:
+    """Images as one tensor on the device."""
+
+    images: Tensor
+    """uint8 [N, C, H, W]."""
+    labels: Tensor
+    """int64 [N]."""
+    mean: Tensor
+    """Of the training images, [C, 1, 1], in grey levels."""
+    std: Tensor
+    augmentation: Augmentation
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: Tensor) -> "Arrays":
+        """Return a part of the images."""
+        indices = indices.to(self.images.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def load(self, batches: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
+        """Yield normalised images and labels."""
+        draws = None if epoch is None or self.augmentation == Augmentation() else self._draw(epoch)
+        for indices in batches:
+            indices = indices.to(self.images.device)
+            images = (self.images[indices].float() - self.mean) / self.std
+            if draws is not None:
+                images = self._augment(images, *(draw[indices] for draw in draws))
+            yield images, self.labels[indices]
+
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator, count, padding = seeded(CPU, self.seed, "augment", epoch), len(self), self.augmentation.padding
+        down, right = torch.randint(2 * padding + 1, (2, count), generator=generator).to(self.images.device)
+        flip = torch.rand(count, generator=generator).to(self.images.device) < self.augmentation.hflip
+        return down, right, flip
+
+    def _augment(self, images: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
+        if padding := self.augmentation.padding:
+            (height, width), batch = images.shape[2:], torch.arange(len(images), device=images.device)
+            rows = down[:, None] + torch.arange(height, device=images.device)
+            columns = right[:, None] + torch.arange(width, device=images.device)
+            padded = torch.nn.functional.pad(images, (padding,) * 4)
+            images = padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        if self.augmentation.hflip:
+            images = torch.where(flip[:, None, None, None], images.flip(3), images)
+        return images
+
+
+def read_arrays(
+    name: str,
+    reader: Reader,
+    root: str,
+    download: bool,
+    device: torch.device,
+    seed: int,
+    augmentation: Augmentation,
+) -> tuple[Arrays, Arrays, int]:
+    """Read a set of arrays: training images, test images, number of classes."""
+    try:
+        *arrays, classes = reader(root, download)
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error) as error:
+        fetch = "" if download or name in ("digits", "npz") else "; data.download=true fetches it"
+        raise DataError(f"{name} can't be read from {root}: {error}{fetch}") from None
+    images, labels, test_images, test_labels = arrays
+    for x, y, split in ((images, labels, "training"), (test_images, test_labels, "test")):
+        if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) != len(y) or not len(x):
+            raise DataError(
+                f"{name} from {root}: {split} images are {x.dtype} {x.shape}, labels {y.shape}; not N uint8 images"
+            )
+    pixels = images.reshape(len(images), *images.shape[1:3], -1)
+    mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2)) + 1e-6
+    center, scale = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
+
+    def arrays_of(x: np.ndarray, y: np.ndarray) -> Arrays:
+        x = np.ascontiguousarray(x.reshape(*x.shape[:3], -1).transpose(0, 3, 1, 2))
+        tensors = torch.from_numpy(x).to(device), torch.from_numpy(np.asarray(y, dtype=np.int64)).to(device)
+        return Arrays(*tensors, center, scale, augmentation, seed)
+
+    return arrays_of(images, labels), arrays_of(test_images, test_labels), classes
+
+
+def read_digits(root: str, download: bool) -> Read:
+    """Read the digits that lie beside this file."""
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        images, labels = file["images"], file["labels"]
+    test = np.arange(len(images)) % 5 == 4
+    return images[~test], labels[~test], images[test], labels[test], 10
+
+
+def read_npz(root: str, download: bool) -> Read:
+    """Read a file of arrays."""
+    with np.load(root) as file:
+        test = "test" if "x_test" in file else "val"
+        images, labels, *rest = (file[name] for name in ("x_train", "y_train", f"x_{test}", f"y_{test}"))
+    return images, labels, rest[0], rest[1], int(max(labels.max(), rest[1].max())) + 1
+
+
+def torchvision_reader(cls: Callable[..., Any]) -> Reader:
+    """Return the reader of one of torchvision's small sets."""
+
+    def read(root: str, download: bool) -> Read:
+        train, test = (cls(root, train=training, download=download) for training in (True, False))
+        images, labels, *rest = (np.asarray(a) for a in (train.data, train.targets, test.data, test.targets))
+        return images, labels, rest[0], rest[1], len(train.classes)
+
+    return read
+
+
+ARRAYS: dict[str, Reader] = {
+    "digits": read_digits,
+    "fashion_mnist": torchvision_reader(torchvision.datasets.FashionMNIST),
+    "cifar10": torchvision_reader(torchvision.datasets.CIFAR10),
+    "cifar100": torchvision_reader(torchvision.datasets.CIFAR100),
+    "npz": read_npz,
+}

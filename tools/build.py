@@ -1,0 +1,154 @@
+"""From a recipe to what trains, in the one right order: model, masks, average, optimizer, ranks, mask scheduler."""
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import models  # noqa: F401  (registers the papers' models with timm)
+import timm
+import timm.data
+import timm.loss
+import timm.optim
+import timm.scheduler
+import timm.utils
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from data import Data
+from runs import RunError
+from source import seed_everything
+from torch import nn
+
+import itop_prune
+from itop_prune.recipe import Recipe
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with weights, optimizer and masks it makes a checkpoint."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    step: int = 0
+    """Optimizer steps done."""
+    loss_sums: list[float] = field(default_factory=list)
+    """Of the images of this epoch so far, by rank."""
+    seconds: float = 0.0
+    best: float = -1.0
+    """Highest val_top1 so far."""
+
+
+@dataclass
+class Run:
+    """All that trains together."""
+
+    model: nn.Module
+    """As Accelerate prepared it."""
+    bare: nn.Module
+    """The model within: what is saved and evaluated."""
+    optimizer: AcceleratedOptimizer
+    lr_schedule: Any
+    """timm's, or None."""
+    regrow: itop_prune.MaskScheduler | None
+    ema: timm.utils.ModelEmaV3 | None
+    mixup: timm.data.Mixup | None
+    loss: nn.Module
+    epochs: int
+    steps_per_epoch: int
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """What a checkpoint holds as safetensors."""
+        return {"model": self.bare, "ema": self.ema.module} if self.ema else {"model": self.bare}
+
+    @property
+    def averaged(self) -> nn.Module:
+        """What is evaluated: the average if there is one."""
+        return self.ema.module if self.ema else self.bare
+
+
+def build_model(recipe: Recipe, data: Data | None, device: torch.device) -> nn.Module:
+    """Build the dense model, with the weights of `init` if any, and check that it takes the data."""
+    seed_everything(recipe.seed, "weights")
+    model = timm.create_model(**recipe.model)
+    if recipe.init:
+        timm.models.load_checkpoint(model, recipe.init)
+    model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+    if data:
+        check_fit(model, data, device)
+    return model
+
+
+def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per_epoch: int) -> Run:
+    """Build everything, on the accelerator's device; a dry run may do without the data."""
+    model = bare = build_model(recipe, data, accelerator.device)
+    masks = itop_prune.apply(model, **{"seed": recipe.seed, **recipe.masks}) if recipe.masks else {}
+    ema = timm.utils.ModelEmaV3(model, **recipe.ema) if recipe.ema else None
+    plain_optimizer = timm.optim.create_optimizer_v2(model, **recipe.optimizer)
+    model, optimizer = accelerator.prepare(model, plain_optimizer)
+    epochs = recipe.epochs * recipe.multiplier
+    regrow = None
+    if recipe.regrow:
+        settings = {"seed": recipe.seed, **recipe.regrow}
+        regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=epochs * steps_per_epoch, **settings)
+    return Run(
+        model=cast(nn.Module, torch.compile(model)) if recipe.compile else model,
+        bare=bare,
+        optimizer=optimizer,
+        lr_schedule=build_lr_schedule(recipe, plain_optimizer, steps_per_epoch),
+        regrow=regrow,
+        ema=ema,
+        mixup=timm.data.Mixup(num_classes=bare.num_classes, **recipe.mixup) if recipe.mixup else None,
+        loss=build_loss(recipe),
+        epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def build_lr_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
+    """Build timm's scheduler for the extended run, or return None for a constant learning rate.
+
+    Milestones are stretched by the multiplier, warm-up is not. timm applies a milestone one index early (10 is index 9,
+    counted from 0); recipes state the paper's, "after 10 epochs", so one index is added.
+    """
+    if not recipe.lr_schedule:
+        return None
+    settings = dict(recipe.lr_schedule)
+    if settings.get("sched") == "plateau":
+        raise RunError("lr_schedule.sched plateau depends on the past and could not be resumed; take another")
+    if settings.get("sched") == "multistep" and "decay_milestones" in settings:
+        index = 1.0 if settings.get("step_on_epochs", True) else 1.0 / steps_per_epoch
+        settings["decay_milestones"] = [m * recipe.multiplier + index for m in settings["decay_milestones"]]
+    epochs = recipe.epochs * recipe.multiplier
+    schedule, _ = timm.scheduler.create_scheduler_v2(
+        optimizer, num_epochs=epochs, updates_per_epoch=steps_per_epoch, **settings
+    )
+    return schedule
+
+
+def build_loss(recipe: Recipe) -> nn.Module:
+    """Build the training loss: of soft labels with mixup, smoothed with `loss`, plain otherwise."""
+    if recipe.mixup:
+        return timm.loss.SoftTargetCrossEntropy()
+    return timm.loss.LabelSmoothingCrossEntropy(**recipe.loss) if recipe.loss else nn.CrossEntropyLoss()
+
+
+def check_fit(model: nn.Module, data: Data, device: torch.device) -> None:
+    """Try one blank image, without a trace in the model.
+
+    Raises:
+        RunError: The model can't take the images or has another number of classes.
+    """
+    training = model.training
+    try:
+        with torch.no_grad():
+            outputs = model.eval()(torch.zeros(1, *data.shape, device=device))
+    except Exception as error:  # whatever a model raises at a wrong shape
+        hint = "look at model.img_size, model.in_chans and data.image_size"
+        raise RunError(f"the model does not take images of shape {data.shape}: {error}; {hint}") from None
+    finally:
+        model.train(training)
+    if outputs.shape != (1, data.classes):
+        raise RunError(
+            f"the model gives {outputs.shape[-1]} classes, the data have {data.classes}; set model.num_classes"
+        )

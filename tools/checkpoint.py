@@ -1,0 +1,97 @@
+"""Checkpoints of a run: each a folder that appears whole or not at all, the last few and the best kept.
+
+`model.safetensors` (weights and masks, and what `itop_prune.load` reads), `ema.safetensors` where there is an average,
+and `state.pt` with everything else, in tensors and plain Python values, read with `weights_only=True`.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+class CheckpointError(Exception):
+    """A checkpoint that can't be written or read; the message names it and says what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last, named by optimizer step."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, step: int, models: dict[str, nn.Module], state: dict[str, Any], best: bool = False) -> Path:
+        """Write a checkpoint into a new folder, rename it into place, and drop the oldest.
+
+        Raises:
+            CheckpointError: Writing failed, on a full disk for one; the checkpoints before it stay whole.
+        """
+        target, unfinished = self.folder / f"step-{step:09d}", self.folder / ".unfinished"
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            for name, model in models.items():
+                save_model(model, unfinished / f"{name}.safetensors")
+            torch.save(state, unfinished / "state.pt")
+            replace_folder(unfinished, target)
+            if best:
+                shutil.copytree(target, unfinished)
+                replace_folder(unfinished, self.folder / "best")
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            last = self.last()
+            kept = f"{last} is whole" if last else "there is none before it"
+            raise CheckpointError(f"{target} could not be written: {error}; {kept}") from None
+        for old in self.all()[: -self.keep]:
+            shutil.rmtree(old)
+        return target
+
+    def all(self) -> list[Path]:
+        """Return the folders, oldest first, the best one not among them."""
+        return sorted(self.folder.glob("step-*"))
+
+    def last(self) -> Path | None:
+        """Return the newest, or None."""
+        return next(reversed(self.all()), None)
+
+
+def save_model(model: nn.Module, path: Path) -> None:
+    """Write a state dict as safetensors."""
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Put a finished folder in place, once its files are on the disk."""
+    for path in (*source.iterdir(), source):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    shutil.rmtree(target, ignore_errors=True)
+    source.rename(target)
+
+
+def load(folder: Path, models: dict[str, nn.Module]) -> dict[str, Any]:
+    """Put a checkpoint's weights and masks into models and return the rest.
+
+    Raises:
+        CheckpointError: A part is missing or damaged, or is of another model.
+    """
+
+    def read(name: str, how: Callable[[Path], Any]) -> Any:
+        try:
+            return how(folder / name)
+        except Exception as error:  # a damaged file may raise anything
+            raise CheckpointError(
+                f"{folder / name} can't be read: {error}; remove {folder} to use the one before"
+            ) from None
+
+    state = read("state.pt", lambda path: torch.load(path, map_location="cpu", weights_only=True))
+    for name, model in models.items():
+        read(f"{name}.safetensors", lambda path: model.load_state_dict(load_file(path)))  # noqa: B023  (called at once)
+    return state

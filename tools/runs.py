@@ -1,0 +1,124 @@
+"""The folder of a run: its name, its recipe, its metrics, never written over another; and the wish to stop it."""
+
+import json
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from itop_prune.recipe import Recipe
+
+
+class RunError(Exception):
+    """A run that can't start or go on; the message says why and what to do."""
+
+
+def run_folder(recipe: Path, overrides: Sequence[str], seed: int) -> Path:
+    """Return runs/<recipe>[-key=value...]/seed<k>; where the data lie and the seed are not part of the name.
+
+    >>> str(run_folder(Path("recipes/quickstart.yaml"), ["epochs=3", "seed=7", "data.root=/d"], 7))
+    'runs/quickstart-epochs=3/seed7'
+    """
+    named = [override for override in overrides if override.partition("=")[0] not in ("seed", "data.root")]
+    safe = ["".join(c if c.isalnum() or c in "=.,-_{}" else "_" for c in override) for override in named]
+    return Path("runs") / "-".join([recipe.stem, *safe]) / f"seed{seed}"
+
+
+def start(folder: Path, recipe: Recipe) -> None:
+    """Make the folder and write the recipe into it.
+
+    Raises:
+        RunError: The folder holds a run already, or can't be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists; continue that run with --resume, or write elsewhere with --out FOLDER")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{folder} can't be written: {error}; write elsewhere with --out FOLDER") from None
+
+
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on with another recipe than the run began with.
+
+    Raises:
+        RunError: There is no run, or its recipe differs.
+    """
+    path = folder / "recipe.yaml"
+    if not path.exists():
+        raise RunError(f"{folder} holds no run to resume; start it without --resume")
+    before, now = (yaml.safe_load(text) for text in (path.read_text(encoding="utf-8"), recipe.as_yaml()))
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if differing:
+        lines = [f"  {key}: was {before.get(key)}, is {now.get(key)}" for key in differing]
+        raise RunError(
+            f"{folder} began with another recipe; give the same, or --out for a new run\n" + "\n".join(lines)
+        )
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.jsonl"
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all lines; one that was cut off while writing is left out."""
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def cut(self, step: int) -> list[dict[str, Any]]:
+        """Drop the lines past a step, of which a resumed run writes its own; return those that stay."""
+        lines = [line for line in self.read() if line["step"] <= step and "test_top1" not in line]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(self.path)
+        return lines
+
+
+class StopRequest:
+    """Turns SIGINT (Ctrl-C) and SIGTERM into a question that is asked between steps; a second one kills."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    EVERY = 10
+    """Steps between questions to the other ranks: they must stop at the same step."""
+
+    def __init__(self) -> None:
+        self._received = False
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+        signal.signal(number, self._before[signal.Signals(number)])
+
+    def at(self, step: int, accelerator: Accelerator) -> bool:
+        """Return whether to stop after this step, the same on all ranks."""
+        if accelerator.num_processes == 1:
+            return self._received
+        if step % self.EVERY:
+            return False
+        return bool(accelerator.reduce(torch.tensor(int(self._received), device=accelerator.device)))

@@ -1,0 +1,275 @@
+#!/usr/bin/env python
+"""Train what a recipe says: dense, with static masks, or with masks that move.
+
+  accelerate launch tools/train.py recipes/quickstart.yaml
+  accelerate launch tools/train.py recipes/resnet50.yaml data.root=/data/imagenet masks.sparsity=0.8 seed=1
+  torchrun --nproc_per_node 2 tools/train.py recipes/quickstart.yaml        # two processes on a CPU
+
+A run writes runs/<recipe>[-key=value...]/seed<k>/: recipe.yaml (as it was resolved), metrics.jsonl (a line an epoch;
+the test set is used once, at the end), checkpoints/ and model.safetensors. Ctrl-C leaves a checkpoint, and the same
+command with
+--resume goes on from it. The sections of a recipe are keyword arguments: itop_prune/recipe.py says of what.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from build import Run, build, build_model
+from checkpoint import CheckpointError, Checkpoints, load, save_model
+from data import Data, augmentation_of, open_data
+from display import Display
+from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
+from source import DataError, Source, seed_everything
+from torch import Tensor, nn
+
+import itop_prune
+from itop_prune.recipe import Recipe, RecipeError, read
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path, help="a YAML file; see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="in place of what the recipe says")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run, in place of runs/...")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run")
+    parser.add_argument("--dry-run", action="store_true", help="build, check, print layers and plan; train nothing")
+    parser.add_argument("--evaluate", type=Path, metavar="PATH", help="test the weights in a file, checkpoint or run")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one recipe; return the exit status: 0 done, 1 an error, 130 stopped by a signal."""
+    args = parse(argv)
+    try:
+        recipe = read(args.recipe, args.overrides, data=open_data, augment=augmentation_of)
+        accelerator = Accelerator(**(recipe.accelerator or {}))
+        if args.dry_run:
+            return dry_run(recipe, accelerator)
+        data = open_for(recipe, accelerator)
+        if args.evaluate:
+            return evaluate_only(recipe, accelerator, data, args.evaluate)
+        run = build(recipe, accelerator, data, steps_per_epoch(data, accelerator))
+        folder = args.out or run_folder(args.recipe, args.overrides, recipe.seed)
+        return train(run, recipe, accelerator, data, folder, args.resume)
+    except (RecipeError, DataError, RunError, CheckpointError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder: Path, resume: bool) -> int:
+    """Train from where the run stands to its end."""
+    is_main, rank, ranks = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    micro_batches, progress = accelerator.gradient_accumulation_steps, run.progress
+    checkpointing = {"every": 1, "keep": 2, **(recipe.checkpoint or {})}
+    metrics, checkpoints = Metrics(folder), Checkpoints(folder / "checkpoints", checkpointing["keep"])
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    if resume:
+        check_same_recipe(folder, recipe)
+        restore(run, accelerator, checkpoints, loss_sum)
+    elif is_main:
+        start(folder, recipe)
+    accelerator.wait_for_everyone()
+    display = Display(str(folder), run.epochs, run.epochs * run.steps_per_epoch, progress.step, speaks=is_main)
+    for past in metrics.cut(progress.step) if is_main and resume else ():
+        display.remember(past)
+    bad_losses = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+
+    with display, StopRequest() as stop:
+        for epoch in range(progress.epoch, run.epochs):
+            first = progress.step - epoch * run.steps_per_epoch
+            batches = data.epoch(epoch, start=first * micro_batches, rank=rank, ranks=ranks)
+            began, lr = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
+            run.model.train()
+            for step in range(first, run.steps_per_epoch):
+                for micro_batch in range(micro_batches):
+                    x, y = next(batches)
+                    seed_everything(recipe.seed, "step", progress.step, micro_batch, rank)
+                    if run.mixup:
+                        x, y = run.mixup(x, y)
+                    with accelerator.accumulate(run.model):
+                        loss = run.loss(run.model(x), y)
+                        accelerator.backward(loss)
+                        if accelerator.sync_gradients and recipe.clip_grad_norm:
+                            accelerator.clip_grad_norm_(run.bare.parameters(), recipe.clip_grad_norm)
+                        run.optimizer.step()
+                        if run.regrow and accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                            run.regrow.step()
+                        run.optimizer.zero_grad()
+                    loss_sum += loss.detach() * len(x)
+                progress.step += 1
+                if run.lr_schedule:
+                    run.lr_schedule.step_update(progress.step)
+                if run.ema:
+                    run.ema.update(run.bare, step=progress.step)
+                if recipe.stop_after_bad_losses:
+                    bad_losses = torch.where(loss.detach().isfinite(), 0, bad_losses + 1)
+                    stop_if_bad(bad_losses, recipe.stop_after_bad_losses, progress.step, checkpoints)
+                if display.is_due():
+                    mean = float(loss_sum) / ((step + 1) * micro_batches * data.batch_size)
+                    shown = {"epoch": epoch + 1, "train_loss": mean, "lr": lr, **sparse_numbers(run)}
+                    display.step(progress.step, shown)
+                if stop.at(progress.step, accelerator):
+                    progress.seconds += time.perf_counter() - began
+                    saved = save(run, accelerator, checkpoints, loss_sum)
+                    display.say(f"stopped at step {progress.step}; the same command with --resume goes on from {saved}")
+                    return 130
+
+            seconds = time.perf_counter() - began
+            images = run.steps_per_epoch * micro_batches * data.batch_size * ranks
+            progress.epoch, progress.seconds = epoch + 1, progress.seconds + seconds
+            line: dict[str, Any] = {"epoch": progress.epoch, "step": progress.step}
+            line |= {"train_loss": float(accelerator.reduce(loss_sum)) / images, "lr": lr, **sparse_numbers(run)}
+            done_now = 1.0 - first / run.steps_per_epoch
+            line |= {"images_per_second": images * done_now / seconds, "seconds": progress.seconds}
+            if data.validation:
+                line |= evaluate(run.averaged, accelerator, data, data.validation, "val")
+            if run.lr_schedule:
+                run.lr_schedule.step(progress.epoch)
+            best = line.get("val_top1", -1.0) > progress.best
+            progress.best = max(progress.best, line.get("val_top1", -1.0))
+            loss_sum.zero_()
+            if is_main:
+                metrics.append(line)
+            display.epoch(line)
+            if best or progress.epoch % checkpointing["every"] == 0 or progress.epoch == run.epochs:
+                save(run, accelerator, checkpoints, loss_sum, best)
+        tested = evaluate(run.averaged, accelerator, data, data.test, "test")
+
+    if is_main:
+        metrics.append({"epoch": progress.epoch, "step": progress.step, **tested})
+        save_model(run.averaged, folder / "model.safetensors")
+    display.table(itop_prune.summarize(run.bare, run.regrow.explored if run.regrow else None))
+    display.finish({**tested, **sparse_numbers(run)}, progress.seconds)
+    return 0
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, accelerator: Accelerator, data: Data, source: Source, split: str) -> dict[str, float]:
+    """Return loss and top-1 accuracy in percent over a split, every image once over all ranks."""
+    if accelerator.num_processes > 1:  # batch statistics are the first rank's, as in every forward of DDP
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                torch.distributed.broadcast(buffer, 0)
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    training = model.training
+    model.eval()
+    for x, y in data.evaluation(source, rank=accelerator.process_index, ranks=accelerator.num_processes):
+        with accelerator.autocast():
+            logits = model(x).float()
+        loss = nn.functional.cross_entropy(logits, y, reduction="sum")
+        sums += torch.stack([loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=y.device)])
+    model.train(training)
+    loss_sum, correct, images = accelerator.reduce(sums).tolist()
+    return {f"{split}_loss": loss_sum / images, f"{split}_top1": 100.0 * correct / images}
+
+
+def sparse_numbers(run: Run) -> dict[str, float | None]:
+    """Return the rate, the sparsity and R_s: of static masks the density, of a dense model 1."""
+    summary = itop_prune.summarize(run.bare, run.regrow.explored if run.regrow else None)
+    explored = summary.exploration_rate if run.regrow else 1.0 - summary.sparsity
+    return {"rate": run.regrow.rate if run.regrow else None, "sparsity": summary.sparsity, "exploration_rate": explored}
+
+
+def save(
+    run: Run, accelerator: Accelerator, checkpoints: Checkpoints, loss_sum: Tensor, best: bool = False
+) -> Path | None:
+    """Write a checkpoint of all that `restore` puts back; return its folder on the main process."""
+    run.progress.loss_sums = accelerator.gather(loss_sum.view(1)).tolist()
+    saved = None
+    if accelerator.is_main_process:
+        state = {
+            "progress": asdict(run.progress),
+            "optimizer": run.optimizer.state_dict(),
+            "regrow": run.regrow.state_dict() if run.regrow else None,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        }
+        saved = checkpoints.save(run.progress.step, run.models, state, best)
+    accelerator.wait_for_everyone()
+    return saved
+
+
+def restore(run: Run, accelerator: Accelerator, checkpoints: Checkpoints, loss_sum: Tensor) -> None:
+    """Go back to the last checkpoint, or to the beginning if the run stopped before its first."""
+    folder = checkpoints.last()
+    if folder is None:
+        return
+    state = load(folder, run.models)
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.regrow:
+        run.regrow.load_state_dict(state["regrow"])
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    for name, value in state["progress"].items():
+        setattr(run.progress, name, value)
+    loss_sum += run.progress.loss_sums[accelerator.process_index]
+
+
+def stop_if_bad(streak: Tensor, allowed: int, step: int, checkpoints: Checkpoints) -> None:
+    """Stop after too many losses in a row that are not finite; looked at as rarely as that allows."""
+    if step % allowed == 0 and int(streak) >= allowed:
+        good = checkpoints.last() or "none"
+        raise RunError(f"the loss was not finite for {int(streak)} steps, at step {step}; last good checkpoint: {good}")
+
+
+def open_for(recipe: Recipe, accelerator: Accelerator) -> Data:
+    """Open the recipe's data; one process of a machine first, since it may download."""
+    with accelerator.local_main_process_first():
+        return open_data(**recipe.data, device=accelerator.device, seed=recipe.seed, augment=recipe.augment)
+
+
+def steps_per_epoch(data: Data, accelerator: Accelerator) -> int:
+    """Return how many whole optimizer steps an epoch has."""
+    steps = data.batches_per_epoch(accelerator.num_processes) // accelerator.gradient_accumulation_steps
+    if not steps:
+        raise RunError(f"{len(data.train)} training images do not make one step; lower data.batch_size")
+    return steps
+
+
+def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Build everything and print the layers and the plan; where the data are missing, say so and do without."""
+    data = missing = None
+    try:
+        data = open_for(recipe, accelerator)
+    except DataError as error:
+        missing = error
+    steps = steps_per_epoch(data, accelerator) if data else 1
+    run = build(recipe, accelerator, data, steps)
+    display = Display(
+        str(recipe.model["model_name"]), run.epochs, run.epochs * steps, speaks=accelerator.is_main_process
+    )
+    display.table(itop_prune.summarize(run.bare))
+    if missing:
+        display.say(f"the number of steps is not known without the data: {missing}")
+        return 0
+    display.say(f"{run.epochs} epochs of {steps} steps, {run.epochs * steps} in all")
+    if run.regrow:
+        plan = run.regrow.update_steps()
+        shown = [*plan[:3], "...", plan[-1]] if len(plan) > 4 else list(plan)
+        display.say(f"{len(plan)} updates of the masks, after steps {', '.join(map(str, shown))}")
+    return 0
+
+
+def evaluate_only(recipe: Recipe, accelerator: Accelerator, data: Data, path: Path) -> int:
+    """Print loss and accuracy of saved weights on the test set."""
+    model = build_model(recipe, data, accelerator.device)
+    try:
+        itop_prune.load(model, path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} can't be evaluated: {error}") from None
+    result = evaluate(model, accelerator, data, data.test, "test")
+    accelerator.print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
