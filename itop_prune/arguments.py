@@ -9,8 +9,10 @@ from typing import Any
 from itop_prune.menu import nearest
 
 
-def argument_problems(arguments: Mapping[str, Any], call: Callable[..., Any], given: Sequence[str] = ()) -> list[str]:
-    """Return what of the arguments does not fit the signature of a call, one line for each.
+def argument_problems(
+    arguments: Mapping[str, Any], call: Callable[..., Any], given: Sequence[str] = ()
+) -> dict[str, str]:
+    """Return what of the arguments does not fit the signature of a call, by name.
 
     Args:
         arguments: By name, as YAML gives them.
@@ -18,10 +20,8 @@ def argument_problems(arguments: Mapping[str, Any], call: Callable[..., Any], gi
         given: Parameters that somebody else passes; they are not allowed here.
 
     >>> def create(name: str, lr: float, nesterov: bool = False): ...
-    >>> for problem in argument_problems({"name": "sgd", "lr": "1e-3", "nestrov": True}, create):
-    ...     print(problem)
-    lr: '1e-3' is text to YAML; write 0.001
-    nestrov: unknown key; known are name, lr, nesterov (nearest: 'nesterov')
+    >>> argument_problems({"name": "sgd", "lr": "1e-3"}, create)
+    {'lr': "'1e-3' is text to YAML; write 0.001"}
     """
     parameters = dict(inspect.signature(call).parameters)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -32,15 +32,15 @@ def argument_problems(arguments: Mapping[str, Any], call: Callable[..., Any], gi
     except (NameError, TypeError):  # annotations that only their author's imports can resolve
         hints = {}
     needed = [name for name, parameter in named.items() if parameter.default is parameter.empty]
-    mistakes = [f"{name}: missing; it is needed" for name in needed if name not in arguments]
+    problems = {name: "missing; it is needed" for name in needed if name not in arguments}
     for name, value in arguments.items():
         if name in given:
-            mistakes.append(f"{name}: the runner gives this itself")
+            problems[name] = "given by the runner itself"
         elif name not in named and not open_ended:
-            mistakes.append(f"{name}: unknown key; known are {', '.join(named)}{nearest(name, named)}")
+            problems[name] = f"unknown key; known are {', '.join(named)}{nearest(name, named)}"
         elif problem := type_problem(value, hints.get(name, _type_of_default(named.get(name)))):
-            mistakes.append(f"{name}: {problem}")
-    return mistakes
+            problems[name] = problem
+    return problems
 
 
 def _type_of_default(parameter: inspect.Parameter | None) -> Any:
@@ -52,6 +52,9 @@ def type_problem(value: object, hint: Any) -> str:
     """Return why a value is not of a type, or ""; types that YAML can't write are taken on trust."""
     if isinstance(value, str) and _reads_as_number(value):
         return f"{value!r} is text to YAML; write {float(value)!r}"
+    if typing.get_origin(hint) is typing.Literal:
+        known = typing.get_args(hint)
+        return "" if value in known else f"unknown {value!r}; known are {', '.join(known)}{nearest(value, known)}"
     if isinstance(value, (list, tuple)):
         return next((problem for item in value if (problem := type_problem(item, Any))), "")
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)

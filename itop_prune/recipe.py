@@ -1,46 +1,19 @@
 """Recipes: a YAML file whose sections are the keyword arguments of a few calls, checked before anything is built.
 
-The sections and the calls that they are arguments of:
-
-| section | call | given by the runner, so not allowed |
-|---|---|---|
-| `model` | `timm.create_model` | |
-| `data` | a function that the runner passes to `read` | `device`, `seed`, `augment` |
-| `augment` | what suits the data, likewise | `input_size`, `is_training` |
-| `optimizer` | `timm.optim.create_optimizer_v2` | `model_or_params` |
-| `lr_schedule` | `timm.scheduler.create_scheduler_v2` | `optimizer`, `num_epochs`, `updates_per_epoch` |
-| `masks` | `itop_prune.apply` | `model` |
-| `regrow` | `itop_prune.MaskScheduler` | `masks`, `optimizer`, `total_steps` |
-| `loss` | `timm.loss.LabelSmoothingCrossEntropy` | |
-| `mixup` | `timm.data.Mixup` | `num_classes` |
-| `ema` | `timm.utils.ModelEmaV3` | `model` |
-| `accelerator` | `accelerate.Accelerator` | |
-| `checkpoint` | `every` (epochs), `keep` (how many, besides the best) | |
-
-Needs the extra `train`; `import itop_prune` does not import it.
+`itop_prune.sections` says which calls. Needs the extra `train`; `import itop_prune` does not import it.
 """
 
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import timm
-import timm.data
-import timm.loss
-import timm.optim
-import timm.scheduler
-import timm.utils
-import torch
 import yaml
-from accelerate import Accelerator
 
-from itop_prune import MaskScheduler, apply
-from itop_prune.arguments import argument_problems, type_problem
+from itop_prune.arguments import type_problem
 from itop_prune.menu import nearest
-
-Section = dict[str, Any]
+from itop_prune.sections import Section, section_problems
 
 
 class RecipeError(ValueError):
@@ -130,7 +103,7 @@ def read(
             mistakes.append(f"{name}: {problem}")
             broken.add(name)
     values = {name: value for name, value in values.items() if name not in broken}
-    mistakes += _check_sections(values, data, augment)
+    mistakes += section_problems(values, data, augment)
     mistakes += _check_numbers(values)
     if mistakes:
         raise RecipeError(path, mistakes)
@@ -182,73 +155,6 @@ def _override(values: Section, override: str) -> list[str]:
         known = f"it has {', '.join(has)}{nearest(section, has)}"
         return [f"override {override!r}: the recipe has no section {section}; {known}"]
     return []
-
-
-def _checkpoint(every: int = 1, keep: int = 2) -> None:
-    """The section `checkpoint`: every so many epochs, keep the last so many."""
-
-
-def _check_sections(
-    values: Section, data: Callable[..., Any], augment: Callable[[Section], Callable[..., Any]]
-) -> list[str]:
-    calls: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-        "model": (timm.create_model, ()),
-        "data": (data, ("device", "seed", "augment")),
-        "augment": (augment(values.get("data") or {}), ("input_size", "is_training", "use_prefetcher", "separate")),
-        "optimizer": (timm.optim.create_optimizer_v2, ("model_or_params",)),
-        "lr_schedule": (timm.scheduler.create_scheduler_v2, ("optimizer", "num_epochs", "updates_per_epoch")),
-        "masks": (apply, ("model",)),
-        "regrow": (MaskScheduler, ("masks", "optimizer", "total_steps")),
-        "loss": (timm.loss.LabelSmoothingCrossEntropy, ()),
-        "mixup": (timm.data.Mixup, ("num_classes",)),
-        "ema": (timm.utils.ModelEmaV3, ("model",)),
-        "accelerator": (Accelerator, ()),
-        "checkpoint": (_checkpoint, ()),
-    }
-    mistakes, sound = [], {}
-    for name, (call, given) in calls.items():
-        if isinstance(values.get(name), dict):
-            found = [f"{name}.{mistake}" for mistake in argument_problems(values[name], call, given)]
-            mistakes += found
-            if not found:
-                sound[name] = values[name]
-    return mistakes + _try(sound)
-
-
-def _try(sections: Mapping[str, Section]) -> list[str]:
-    """Make the calls on the meta device, where they cost nothing, and return what they say."""
-    mistakes = []
-
-    def attempt(name: str, call: Callable[[], Any]) -> Any:
-        if name in sections:
-            try:
-                return call()
-            except Exception as error:  # a factory may raise anything at a wrong argument
-                mistakes.append(f"{name}: {type(error).__name__}: {error}")
-        return None
-
-    def make_model() -> torch.nn.Module:
-        name = sections["model"]["model_name"]
-        if ":" not in name and not timm.is_model(name):
-            raise ValueError(f"timm knows no {name!r}{nearest(name, timm.list_models())}")
-        with torch.device("meta"):
-            return timm.create_model(**{**sections["model"], "pretrained": False, "checkpoint_path": ""})
-
-    model = attempt("model", make_model)
-    dummy = torch.nn.Parameter(torch.zeros(2, 2))
-    attempt("optimizer", lambda: timm.optim.create_optimizer_v2([dummy], **sections["optimizer"]))
-    sgd = torch.optim.SGD([dummy], lr=1.0)
-    schedule = lambda: timm.scheduler.create_scheduler_v2(sgd, **sections["lr_schedule"], updates_per_epoch=1)  # noqa: E731
-    if attempt("lr_schedule", schedule) == (None, None):
-        mistakes.append(f"lr_schedule: unknown sched {sections['lr_schedule'].get('sched')!r}")
-    attempt("mixup", lambda: timm.data.Mixup(**sections["mixup"]))
-    attempt("loss", lambda: timm.loss.LabelSmoothingCrossEntropy(**sections["loss"]))
-    if model is not None:
-        masks = attempt("masks", lambda: apply(model, **sections["masks"]))
-        if masks is not None:
-            held = torch.optim.SGD(model.parameters(), lr=1.0)
-            attempt("regrow", lambda: MaskScheduler(masks, held, total_steps=1, **sections["regrow"]))
-    return mistakes
 
 
 def _check_numbers(values: Section) -> list[str]:

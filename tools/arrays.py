@@ -85,7 +85,6 @@ class Arrays:
 
 def read_arrays(
     name: str,
-    reader: Reader,
     root: str,
     download: bool,
     device: torch.device,
@@ -94,7 +93,7 @@ def read_arrays(
 ) -> tuple[Arrays, Arrays, int]:
     """Read a set of arrays: training images, test images, number of classes."""
     try:
-        *arrays, classes = reader(root, download)
+        *arrays, classes = ARRAYS[name](root, download)
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error) as error:
         fetch = "" if download or name in ("digits", "npz") else "; data.download=true fetches it"
         raise DataError(f"{name} can't be read from {root}: {error}{fetch}") from None

@@ -41,7 +41,7 @@ class Checkpoints:
             torch.save(state, unfinished / "state.pt")
             replace_folder(unfinished, target)
             if best:
-                shutil.copytree(target, unfinished)
+                shutil.copytree(target, unfinished, copy_function=os.link)
                 replace_folder(unfinished, self.folder / "best")
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(unfinished, ignore_errors=True)

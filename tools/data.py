@@ -9,15 +9,14 @@ outside.)
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm.data
 import torch
-from arrays import ARRAYS, Augmentation, read_arrays
+from arrays import Augmentation, read_arrays
 from images import read_folder
 from source import CPU, Batch, DataError, Source
 
-from itop_prune.menu import choose
 from itop_prune.topology import seeded
 
 
@@ -56,7 +55,7 @@ def augmentation_of(section: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def open_data(
-    name: str,
+    name: Literal["digits", "fashion_mnist", "cifar10", "cifar100", "npz", "folder"],
     *,
     batch_size: int,
     root: str = "data",
@@ -74,7 +73,7 @@ def open_data(
     """Open a data set.
 
     Args:
-        name: A key of `ARRAYS`, or "folder": a folder of images in one subfolder a class.
+        name: "npz" is a file of arrays (see `arrays.read_npz`), "folder" a folder of images, one subfolder a class.
         batch_size: Per process.
         root: Where the data lie; for "npz" the file.
         eval_batch_size: Per process, for validation and test.
@@ -89,24 +88,22 @@ def open_data(
         augment: The recipe's section: arguments of `Augmentation`, or of `timm.data.create_transform` for a "folder".
 
     Raises:
-        DataError: Files are missing or damaged, or do not fit together.
-        ValueError: The name is unknown, or a number is out of range.
+        DataError: Files are missing or damaged, or do not fit together, or a number is out of range.
     """
     for what, number, least in (("batch_size", batch_size, 1), ("validation", validation, 0), ("workers", workers, 0)):
         if number < least:
-            raise ValueError(f"data.{what} is {number}; allowed is from {least}")
-    reader = choose(name, {**ARRAYS, "folder": None}, "data.name")
+            raise DataError(f"data.{what} is {number}; allowed is from {least}")
     training: Any
     testing: Any
     options = augment or {}
-    if reader is None:
+    if name == "folder":
         places = [Path(root) / part for part in (train, test)]
         training, testing = (read_folder(place, image_size, workers, device, seed, options) for place in places)
         if training.classes != testing.classes:
             raise DataError(f"{root}: {train} and {test} hold different classes; they must have the same subfolders")
         classes, shape = len(training.classes), (3, image_size, image_size)
     else:
-        training, testing, classes = read_arrays(name, reader, root, download, device, seed, Augmentation(**options))
+        training, testing, classes = read_arrays(name, root, download, device, seed, Augmentation(**options))
         channels, height, width = training.images.shape[1:]
         shape = (channels, height, width)
     if validation >= len(training):

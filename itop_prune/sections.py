@@ -1,0 +1,131 @@
+"""What the sections of a recipe are the keyword arguments of, and whether those calls take them.
+
+| section | call | given by the runner, so not allowed |
+|---|---|---|
+| `model` | `timm.create_model` | |
+| `data` | a function of the runner's | `device`, `seed`, `augment` |
+| `augment` | what suits the data, likewise | `input_size`, `is_training` |
+| `optimizer` | `timm.optim.create_optimizer_v2` | `model_or_params` |
+| `lr_schedule` | `timm.scheduler.create_scheduler_v2` | `optimizer`, `num_epochs`, `updates_per_epoch` |
+| `masks` | `itop_prune.apply` | `model` |
+| `regrow` | `itop_prune.MaskScheduler` | `masks`, `optimizer`, `total_steps` |
+| `loss` | `timm.loss.LabelSmoothingCrossEntropy` | |
+| `mixup` | `timm.data.Mixup` | `num_classes` |
+| `ema` | `timm.utils.ModelEmaV3` | `model` |
+| `accelerator` | `accelerate.Accelerator` | |
+| `checkpoint` | `every` (epochs), `keep` (how many, besides the best) | |
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+import timm.data
+import timm.loss
+import timm.optim
+import timm.scheduler
+import timm.utils
+import torch
+from accelerate import Accelerator
+
+from itop_prune.arguments import argument_problems
+from itop_prune.mask import apply, remove
+from itop_prune.menu import nearest
+from itop_prune.scheduler import MaskScheduler
+
+Section = dict[str, Any]
+
+
+def section_problems(
+    values: Mapping[str, Any], data: Callable[..., Any], augment: Callable[[Section], Callable[..., Any]]
+) -> list[str]:
+    """Return what of all sections does not fit: first against the signatures, then by making the calls.
+
+    The model is made on the meta device, where it costs nothing; optimizer and schedules get one small layer.
+    """
+    calls: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+        "model": (timm.create_model, ()),
+        "data": (data, ("device", "seed", "augment")),
+        "augment": (augment(values.get("data") or {}), ("input_size", "is_training", "use_prefetcher", "separate")),
+        "optimizer": (timm.optim.create_optimizer_v2, ("model_or_params",)),
+        "lr_schedule": (timm.scheduler.create_scheduler_v2, ("optimizer", "num_epochs", "updates_per_epoch")),
+        "masks": (apply, ("model",)),
+        "regrow": (MaskScheduler, ("masks", "optimizer", "total_steps")),
+        "loss": (timm.loss.LabelSmoothingCrossEntropy, ()),
+        "mixup": (timm.data.Mixup, ("num_classes",)),
+        "ema": (timm.utils.ModelEmaV3, ("model",)),
+        "accelerator": (Accelerator, ()),
+        "checkpoint": (_checkpoint, ()),
+    }
+    problems: list[str] = []
+    sound: dict[str, Section] = {}
+    for name, (call, given) in calls.items():
+        if isinstance(values.get(name), dict):
+            wrong = argument_problems(values[name], call, given)
+            problems += [f"{name}.{key}: {problem}" for key, problem in wrong.items()]
+            sound[name] = {key: value for key, value in values[name].items() if key not in wrong}
+    return problems + _try(sound)
+
+
+def _checkpoint(every: int = 1, keep: int = 2) -> None:
+    """The section `checkpoint`: every so many epochs, keep the last so many."""
+
+
+def _try(sections: Mapping[str, Section]) -> list[str]:
+    problems: list[str] = []
+
+    def attempt(name: str, call: Callable[..., Any], **needed: Any) -> Any:
+        """Make a call; if it fails, ask about each argument alone, so that one mistake does not hide another."""
+        if name not in sections:
+            return None
+        try:
+            return call(**{**needed, **sections[name]})
+        except Exception as error:  # a factory may raise anything at a wrong argument
+            found = [str(error)]
+            for key, value in sections[name].items() if needed else ():
+                try:
+                    call(**{**needed, key: value})
+                except Exception as alone:
+                    found.append(str(alone))
+            problems.extend(f"{name}: {problem}" for problem in dict.fromkeys(found))
+        return None
+
+    layer = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    model = attempt("model", _make_model) if "model_name" in sections.get("model", {}) else None
+    attempt("optimizer", functools.partial(_make_optimizer, list(layer.parameters())))
+    attempt("lr_schedule", functools.partial(_make_schedule, optimizer))
+    attempt("mixup", timm.data.Mixup)
+    attempt("loss", timm.loss.LabelSmoothingCrossEntropy)
+    attempt("masks", functools.partial(_try_masks, model), sparsity=0.5)
+    attempt("regrow", functools.partial(MaskScheduler, apply(layer, 0.5), optimizer, total_steps=1), every=1)
+    return problems
+
+
+def _make_model(model_name: str, **arguments: Any) -> torch.nn.Module:
+    if ":" not in model_name and not timm.is_model(model_name):
+        raise ValueError(f"timm knows no {model_name!r}{nearest(model_name, timm.list_models())}")
+    with torch.device("meta"):
+        return timm.create_model(model_name, **{**arguments, "pretrained": False, "checkpoint_path": ""})
+
+
+def _make_optimizer(parameters: list[torch.nn.Parameter], opt: str = "sgd", **arguments: Any) -> None:
+    known = timm.optim.list_optimizers()
+    if opt.lower() not in known:
+        raise ValueError(f"timm knows no opt {opt!r}{nearest(opt.lower(), known)}")
+    timm.optim.create_optimizer_v2(parameters, opt, **arguments)
+
+
+def _make_schedule(optimizer: torch.optim.Optimizer, **arguments: Any) -> None:
+    schedule, _ = timm.scheduler.create_scheduler_v2(optimizer, **arguments, updates_per_epoch=1)
+    if schedule is None and arguments.get("sched") != "none":
+        raise ValueError(f"timm knows no sched {arguments.get('sched')!r}")
+
+
+def _try_masks(model: torch.nn.Module | None, **arguments: Any) -> None:
+    if model is None:  # patterns would have nothing to match
+        model = torch.nn.Linear(64, 64)
+        arguments = {key: value for key, value in arguments.items() if key not in ("include", "exclude")}
+    apply(model, **arguments)
+    remove(model)
