@@ -51,7 +51,7 @@ class MaskedLayer:
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Answer `layer.weight = nn.Parameter(...)` as the property does: it can't be assigned."""
         if name in self.masked_names:
-            setattr(self, name, param)
+            object.__setattr__(self, name, param)  # the property: nn.Module would come back here
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -207,6 +207,6 @@ def _initial_scores(
             given = f"shape {tuple(scores[name].shape)}" if name in scores else f"only {sorted(scores)}"
             raise ValueError(f"scores for {name} must be a tensor of shape {tuple(parameter.shape)}; given: {given}")
         return scores[name].detach().float().cpu()
-    if choose(scores, {"random": True, "magnitude": False}, "scores"):
+    if choose(scores, {"random": True, "magnitude": False}, "scores") or parameter.is_meta:  # meta: counts only
         return torch.rand(parameter.shape, generator=generator)
     return parameter.detach().float().abs().cpu()

@@ -52,13 +52,13 @@ class Summary:
 
     @property
     def density(self) -> float:
-        """Active over all masked weights."""
-        return self.active / max(1, self.weights)
+        """Active over all masked weights; 1 for a dense model."""
+        return self.active / self.weights if self.rows else 1.0
 
     @property
     def sparsity(self) -> float:
         """Share of zeros among the masked weights."""
-        return 1.0 - self.density if self.rows else 0.0
+        return (self.weights - self.active) / max(1, self.weights)
 
     @property
     def exploration_rate(self) -> float | None:

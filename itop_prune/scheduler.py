@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.optim import Optimizer
 
-from itop_prune import criteria, topology
+from itop_prune import criteria, ranks, topology
 from itop_prune.criteria import Criterion
 from itop_prune.layer import zero_off_mask
 from itop_prune.mask import ITOP
@@ -133,16 +133,16 @@ class MaskScheduler:
         """
         self._step += 1
         self._due = self._due or self._step in self.update_steps()
-        with_gradient = [name for name, itop in self._movable().items() if itop.parameter.grad is not None]
-        if (self._due or self._step == 1) and not with_gradient and self._movable():
+        masks = self._movable()
+        with_gradient = [name for name, itop in masks.items() if itop.parameter.grad is not None]
+        if (self._due or self._step == 1) and masks and not with_gradient:
             raise RuntimeError(
                 "no masked parameter has a gradient; the order is loss.backward(), optimizer.step(), step() of the "
                 "MaskScheduler, and only then optimizer.zero_grad()"
             )
         self._without_gradient.difference_update(with_gradient)
-        moved = self._due and self._update()
-        if moved:
-            self._due = False
+        moved = self._due and bool(masks) and self._update(masks)
+        self._due = self._due and not moved
         self._prepare_next_step()
         return moved
 
@@ -196,11 +196,10 @@ class MaskScheduler:
             itop.listen() if wanted else itop.take_gradient()
 
     @torch.no_grad()
-    def _update(self) -> bool:
-        masks = self._movable()
+    def _update(self, masks: Mapping[str, ITOP]) -> bool:
         gradients = {name: itop.take_gradient() for name, itop in masks.items()}
-        finite, has_gradient, active = self._inspect(masks, gradients)
-        if not finite:
+        state = ranks.inspect(masks, gradients if self._needs_gradient else None)
+        if not state.finite:
             self.skipped += 1
             self._warn(
                 "not finite", f"a gradient or masked weight is not finite at step {self._step}: the update waits"
@@ -212,32 +211,11 @@ class MaskScheduler:
             self._warn(name, f"{name} got no gradient since the last update: is its layer still used by the model?")
         for name, itop in masks.items():
             gradient = gradients.pop(name)
-            if has_gradient[name] and active[name] < itop.mask.numel():
-                self._move(name, itop, active[name], gradient)
+            if state.has_gradient[name] and state.active[name] < itop.mask.numel():
+                self._move(name, itop, state.active[name], gradient)
         self.updates += 1
         self._without_gradient = set(masks)
         return True
-
-    def _inspect(
-        self, masks: Mapping[str, ITOP], gradients: Mapping[str, Tensor | None]
-    ) -> tuple[bool, dict[str, bool], dict[str, int]]:
-        """Look once at the device and all ranks: is all finite; by name, is there a gradient, how many are active."""
-        parameters = {name: itop.parameter for name, itop in masks.items()}
-        sparse = {name: parameter.grad for name, parameter in parameters.items()}
-        here = [gradients[name] if self._needs_gradient else sparse[name] for name in masks]
-        numbers = [
-            tensor for tensor in (*parameters.values(), *sparse.values(), *gradients.values()) if tensor is not None
-        ]
-        device = numbers[0].device
-        largest = torch.stack([torch.linalg.vector_norm(tensor, math.inf).double().to(device) for tensor in numbers])
-        counts = torch.stack([itop.mask.count_nonzero().to(device) for itop in masks.values()])
-        present = torch.tensor([gradient is not None for gradient in here], device=device)
-        report = torch.cat([~largest.isfinite().all().view(1), present, counts])
-        if _ranks() > 1:
-            distributed.all_reduce(report, distributed.ReduceOp.MAX)
-        bad, *rest = report.tolist()
-        has_gradient, active = map(bool, rest[: len(masks)]), rest[len(masks) :]
-        return not bad, dict(zip(masks, has_gradient, strict=True)), dict(zip(masks, active, strict=True))
 
     def _move(self, name: str, itop: ITOP, active: int, gradient: Tensor | None) -> None:
         """Prune and regrow one layer; zero weight and statistics of whatever was not active before and after."""
@@ -245,7 +223,7 @@ class MaskScheduler:
         offered: dict[str, Any] = {
             "weight": parameter.detach().float(),
             "mask": mask,
-            "grad": self._mean_over_ranks(gradient, mask) if self._needs_gradient else None,
+            "grad": ranks.mean(gradient, mask) if self._needs_gradient else None,
             "explored": explored,
             "generator": topology.seeded(mask.device, self._seed, self.updates, name),
         }
@@ -261,18 +239,10 @@ class MaskScheduler:
         mask.copy_(moved)
         explored |= moved
 
-    def _mean_over_ranks(self, gradient: Tensor | None, mask: Tensor) -> Tensor:
-        if gradient is None:  # another rank has one
-            gradient = torch.zeros_like(mask, dtype=torch.float32)
-        if _ranks() > 1:
-            distributed.all_reduce(gradient)
-            gradient /= _ranks()
-        return gradient
-
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=5)
 
 
 def _score(name: str, criterion: Criterion, arguments: Mapping[str, Any], mask: Tensor) -> Tensor:
@@ -284,10 +254,6 @@ def _score(name: str, criterion: Criterion, arguments: Mapping[str, Any], mask: 
             f"{tuple(mask.shape)} on {mask.device}"
         )
     return scores
-
-
-def _ranks() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _is_number(value: object) -> bool:

@@ -57,11 +57,13 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
     """Return why a tensor of a layer can't be masked and what to do about it, or ""."""
     if tensor in masked_names(layer):
         return "it has a mask already; masks move, they are not applied twice: call itop_prune.remove first"
-    if torch.is_inference_mode_enabled():
-        return "tensors made in inference mode can't be trained: call this outside of torch.inference_mode"
     if tensor in layer._parameters:
-        lazy = isinstance(layer._parameters[tensor], nn.parameter.UninitializedParameter)
-        return "its shape is not known yet: run the model once first" if lazy else ""
+        parameter = layer._parameters[tensor]
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            return "its shape is not known yet: run the model once first"
+        if torch.is_inference_mode_enabled() or (parameter is not None and parameter.is_inference()):
+            return "tensors made in inference mode can't be trained: build and mask outside of torch.inference_mode"
+        return ""
     if f"{tensor}_mask" in layer._buffers:
         return "torch's own pruning masks it: call torch.nn.utils.prune.remove first"
     if parametrize.is_parametrized(layer, tensor):

@@ -1,7 +1,7 @@
 """Weights in and out: of sparse models that were saved, and to plain dense ones."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -53,19 +53,21 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
         FileNotFoundError: There is no such file.
         ValueError: The source is no state dict, has no masks, or does not fit the model; the model is then as it was.
     """
-    state = source if isinstance(source, Mapping) else _read(Path(source))
+    state = source if isinstance(source, Mapping) else read_state(source)
     state = {plain_name(name): tensor for name, tensor in state.items()}
     model = unwrap(model)
     own = dense_state_dict(model)
-    while not own.keys() & state.keys() and all(name.startswith("module.") for name in state):
+    while not own.keys() & _owners(state).keys() and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    given = {name: _shapes(parts) for name, parts in _owners(state).items()}
     masked = {owner for name in state if (owner := _owner(name, state))}
     if not masked:
         raise ValueError(
             "the source has no masks; load a dense one with model.load_state_dict, then call itop_prune.apply"
         )
-    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    given = {_owner(name, state) or name: tuple(tensor.shape) for name, tensor in state.items()}
+    if strange := sorted(masked & own.keys() - {name for name, _, _ in walk(model)}):
+        raise ValueError(f"the source masks what is no weight matrix here: {', '.join(strange)}; prune.remove it first")
+    shapes = {name: _shapes([tensor]) for name, tensor in own.items()}
     differing = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
     if strict and differing:
         lines = [
@@ -91,6 +93,19 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     return find_masks(model)
 
 
+def _owners(state: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Return the entries of a state dict by plain name: of a masked weight there are two."""
+    owners: dict[str, list[Tensor]] = {}
+    for name, tensor in state.items():
+        owners.setdefault(_owner(name, state) or name, []).append(tensor)
+    return owners
+
+
+def _shapes(tensors: Iterable[Tensor]) -> str:
+    """Return the shapes in words; weight and mask have one and the same."""
+    return " and ".join(sorted({str(tuple(tensor.shape)) for tensor in tensors}))
+
+
 def _owner(name: str, state: Mapping[str, Tensor]) -> str | None:
     """Return the plain name of the masked weight that an entry belongs to, or None for any other entry."""
     for ending in ("_orig", "_mask"):
@@ -100,7 +115,14 @@ def _owner(name: str, state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def read_state(path: str | Path) -> Mapping[str, Tensor]:
+    """Read a state dict from a .safetensors file, what `torch.save` wrote, or a folder of Accelerate's; never a pickle.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds something else.
+    """
+    path = Path(path)
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
@@ -123,11 +145,11 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 def _read_folder(folder: Path) -> Mapping[str, Tensor]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (folder / stem).exists():
-            return _read(folder / stem)
+            return read_state(folder / stem)
         index = folder / f"{stem}.index.json"
         if index.exists():
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return {name: tensor for shard in shards for name, tensor in _read(folder / shard).items()}
+            return {name: tensor for shard in shards for name, tensor in read_state(folder / shard).items()}
     raise FileNotFoundError(
         f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a folder of Accelerate's?"
     )

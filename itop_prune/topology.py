@@ -81,9 +81,20 @@ def prune_and_regrow(
     if not 0 <= n_grow <= mask.numel() - active + n_prune:
         inactive = mask.numel() - active + n_prune
         raise ValueError(f"n_grow is {n_grow}; after pruning {inactive} positions are inactive: allowed are 0 to that")
-    never = float("-inf")
-    kept = mask & ~best(torch.where(mask, -prune_scores, never), n_prune, generator)
-    return kept | best(torch.where(kept, never, grow_scores), n_grow, generator)
+    kept = mask & ~_best_within(mask, -_as_numbers(prune_scores), n_prune, generator)
+    return kept | _best_within(~kept, _as_numbers(grow_scores), n_grow, generator)
+
+
+def _best_within(allowed: Tensor, scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Return the best among allowed positions: no score, however low, lets another one in."""
+    chosen = torch.zeros_like(allowed)
+    chosen[allowed] = best(scores[allowed], count, generator)
+    return chosen
+
+
+def _as_numbers(scores: Tensor) -> Tensor:
+    """Return scores that can be negated: whole numbers and bools as float64."""
+    return scores if scores.is_floating_point() else scores.double()
 
 
 def seeded(device: torch.device, *words: object) -> torch.Generator:

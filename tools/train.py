@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import itop_prune
 from itop_prune.recipe import Recipe, RecipeError, read
+from itop_prune.storage import read_state
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         recipe = read(args.recipe, args.overrides, data=open_data, augment=augmentation_of)
-        accelerator = Accelerator(**(recipe.accelerator or {}))
+        accelerator = Accelerator(**{"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})})
         if args.dry_run:
             return dry_run(recipe, accelerator)
         data = open_for(recipe, accelerator)
@@ -176,7 +177,7 @@ def evaluate(model: nn.Module, accelerator: Accelerator, data: Data, source: Sou
 def sparse_numbers(run: Run) -> dict[str, float | None]:
     """Return the rate, the sparsity and R_s: of static masks the density, of a dense model 1."""
     summary = itop_prune.summarize(run.bare, run.regrow.explored if run.regrow else None)
-    explored = summary.exploration_rate if run.regrow else 1.0 - summary.sparsity
+    explored = summary.exploration_rate if run.regrow else summary.density
     return {"rate": run.regrow.rate if run.regrow else None, "sparsity": summary.sparsity, "exploration_rate": explored}
 
 
@@ -263,8 +264,11 @@ def evaluate_only(recipe: Recipe, accelerator: Accelerator, data: Data, path: Pa
     """Print loss and accuracy of saved weights on the test set."""
     model = build_model(recipe, data, accelerator.device)
     try:
-        itop_prune.load(model, path)
-    except (OSError, ValueError) as error:
+        if recipe.masks:
+            itop_prune.load(model, path)
+        else:
+            model.load_state_dict(read_state(path))
+    except (OSError, ValueError, RuntimeError) as error:
         raise RunError(f"{path} can't be evaluated: {error}") from None
     result = evaluate(model, accelerator, data, data.test, "test")
     accelerator.print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))

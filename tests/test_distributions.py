@@ -1,0 +1,168 @@
+"""Distributions: densities as published, counts that meet the budget exactly."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from itop_prune.distributions import DISTRIBUTIONS, active_counts, er, erk, uniform
+
+REFERENCE = json.loads((Path(__file__).parent / "reference" / "densities_resnet50.json").read_text())
+SHAPES = {name: tuple(shape) for name, shape in REFERENCE["shapes"].items()}
+CASES = {f"{case['distribution']} {case['sparsity']}": case for case in REFERENCE["cases"]}
+
+SMALL = {"conv": (8, 4, 3, 3), "fc1": (30, 20), "fc2": (5, 30)}
+
+layers = st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=4).map(tuple), min_size=1, max_size=8).map(
+    lambda shapes: {f"layer{i}": shape for i, shape in enumerate(shapes)}
+)
+
+
+def test_there_are_reference_cases() -> None:
+    assert {case["distribution"] for case in CASES.values()} == {"ER", "ERK"}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_densities_of_resnet50(case: dict) -> None:
+    densities = DISTRIBUTIONS[case["distribution"]](SHAPES, 1.0 - case["sparsity"])
+    assert densities == pytest.approx(case["density"], rel=0, abs=REFERENCE["tolerance"]["density"])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_dense_layers_of_resnet50(case: dict) -> None:
+    densities = DISTRIBUTIONS[case["distribution"]](SHAPES, 1.0 - case["sparsity"])
+    assert sorted(name for name, density in densities.items() if density == 1.0) == sorted(case["dense_layers"])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_active_counts_of_resnet50(case: dict) -> None:
+    """At the budget of the reference, which rounds up in every layer: 26 weights above `round(density * total)`."""
+    expected = {name: density * math.prod(SHAPES[name]) for name, density in case["density"].items()}
+    counts = active_counts(SHAPES, sum(expected.values()) / REFERENCE["n_weights"], case["distribution"])
+    assert counts == pytest.approx(expected, rel=0, abs=2)  # the tolerance of the reference: within 2 per layer
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_total_of_resnet50(case: dict) -> None:
+    counts = active_counts(SHAPES, 1.0 - case["sparsity"], case["distribution"])
+    assert sum(counts.values()) == round((1.0 - case["sparsity"]) * REFERENCE["n_weights"])
+
+
+def test_uniform_is_the_same_everywhere() -> None:
+    assert uniform(SMALL, 0.3) == {"conv": 0.3, "fc1": 0.3, "fc2": 0.3}
+
+
+def test_er_ignores_the_kernel() -> None:
+    densities = er({"conv": (8, 4, 3, 3), "fc": (8, 4)}, 0.1)
+    assert densities["conv"] == pytest.approx(densities["fc"])
+
+
+def test_erk_counts_the_kernel() -> None:
+    densities = erk({"conv": (8, 4, 3, 3), "fc": (40, 20)}, 0.1)
+    assert densities["conv"] / densities["fc"] == pytest.approx((18 / 288) / (60 / 800))
+
+
+@pytest.mark.parametrize("method", DISTRIBUTIONS)
+def test_density_one_is_dense_everywhere(method: str) -> None:
+    assert active_counts(SMALL, 1.0, method) == {name: math.prod(shape) for name, shape in SMALL.items()}
+
+
+@settings(deadline=None, max_examples=200)
+@given(shapes=layers, density=st.floats(1e-4, 1.0), method=st.sampled_from(sorted(DISTRIBUTIONS)))
+def test_total_is_exact(shapes: dict[str, tuple[int, ...]], density: float, method: str) -> None:
+    total = round(density * sum(map(math.prod, shapes.values())))
+    assume(total >= len(shapes))
+    assert sum(active_counts(shapes, density, method).values()) == total
+
+
+@settings(deadline=None, max_examples=200)
+@given(shapes=layers, density=st.floats(1e-4, 1.0), method=st.sampled_from(sorted(DISTRIBUTIONS)))
+def test_every_layer_keeps_at_least_one_and_at_most_all(
+    shapes: dict[str, tuple[int, ...]], density: float, method: str
+) -> None:
+    assume(round(density * sum(map(math.prod, shapes.values()))) >= len(shapes))
+    counts = active_counts(shapes, density, method)
+    assert all(1 <= counts[name] <= math.prod(shape) for name, shape in shapes.items())
+
+
+@settings(deadline=None, max_examples=200)
+@given(shapes=layers, density=st.floats(1e-3, 1.0), method=st.sampled_from(sorted(DISTRIBUTIONS)))
+def test_every_layer_is_within_one_of_its_share(
+    shapes: dict[str, tuple[int, ...]], density: float, method: str
+) -> None:
+    shares = {name: share * math.prod(shapes[name]) for name, share in DISTRIBUTIONS[method](shapes, density).items()}
+    assume(min(shares.values()) >= 1.0)
+    counts = active_counts(shapes, density, method)
+    assert all(abs(counts[name] - share) <= 1.0 + 1e-6 for name, share in shares.items())
+
+
+@settings(deadline=None, max_examples=100)
+@given(shapes=layers, density=st.floats(1e-3, 1.0), method=st.sampled_from(["ER", "ERK"]))
+def test_densities_meet_the_budget(shapes: dict[str, tuple[int, ...]], density: float, method: str) -> None:
+    densities = DISTRIBUTIONS[method](shapes, density)
+    kept = sum(densities[name] * math.prod(shape) for name, shape in shapes.items())
+    assert kept == pytest.approx(density * sum(map(math.prod, shapes.values())), rel=1e-6)
+
+
+def test_largest_remainder_gets_the_odd_weight() -> None:
+    counts = active_counts({"a": (10,), "b": (10,), "c": (10,)}, 0.5, lambda *_: {"a": 0.52, "b": 0.49, "c": 0.49})
+    assert counts == {"a": 5, "b": 5, "c": 5}
+
+
+def test_a_layer_whose_share_is_below_one_keeps_one() -> None:
+    assert active_counts({"tiny": (2, 2), "large": (100, 100)}, 0.01, "uniform") == {"tiny": 1, "large": 99}
+
+
+def test_a_layer_of_share_zero_keeps_one() -> None:
+    counts = active_counts({"a": (10, 10), "b": (10, 10)}, 0.5, lambda *_: {"a": 0.0, "b": 1.0})
+    assert counts == {"a": 1, "b": 99}
+
+
+def test_a_function_of_shapes_and_density_is_a_method() -> None:
+    seen = {}
+
+    def mine(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:
+        seen.update(shapes=dict(shapes), density=density)
+        return {"a": 0.75, "b": 0.25}
+
+    assert active_counts({"a": (4, 4), "b": (4, 4)}, 0.5, mine) == {"a": 12, "b": 4}
+    assert seen == {"shapes": {"a": (4, 4), "b": (4, 4)}, "density": 0.5}
+
+
+def test_an_unknown_method_is_answered_with_the_menu() -> None:
+    with pytest.raises(ValueError, match=r"unknown method 'erk'; known are uniform, ER, ERK"):
+        active_counts(SMALL, 0.5, "erk")
+
+
+def test_a_missing_layer_is_named() -> None:
+    with pytest.raises(ValueError, match=r"one density per layer; missing: \['fc2'\]; not masked: \[\]"):
+        active_counts(SMALL, 0.5, lambda *_: {"conv": 0.5, "fc1": 0.5})
+
+
+def test_an_extra_layer_is_named() -> None:
+    with pytest.raises(ValueError, match=r"one density per layer; missing: \[\]; not masked: \['fc3'\]"):
+        active_counts(SMALL, 0.5, lambda shapes, density: {**uniform(shapes, density), "fc3": 0.5})
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.5, math.nan, math.inf])
+def test_a_density_out_of_range_is_named(bad: float) -> None:
+    with pytest.raises(ValueError, match=f"gave fc1 the density {bad}; allowed is 0 to 1"):
+        active_counts(SMALL, 0.5, lambda shapes, density: {**uniform(shapes, density), "fc1": bad})
+
+
+def test_densities_that_miss_the_budget_are_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"keeps 311 weights, but density 0.5 of 1,038 is 519; scale"):
+        active_counts(SMALL, 0.5, lambda shapes, density: uniform(shapes, 0.3))
+
+
+def test_a_budget_below_one_weight_per_layer_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"keeps 2 of 1,038 weights, and each of 3 layers needs at least 1"):
+        active_counts(SMALL, 0.002, "ERK")
+
+
+def test_a_budget_of_exactly_one_weight_per_layer_is_met() -> None:
+    assert active_counts(SMALL, 3 / 1038, "uniform") == {"conv": 1, "fc1": 1, "fc2": 1}
