@@ -103,9 +103,7 @@ def read_arrays(
             raise DataError(
                 f"{name} from {root}: {split} images are {x.dtype} {x.shape}, labels {y.shape}; not N uint8 images"
             )
-    pixels = images.reshape(len(images), *images.shape[1:3], -1)
-    mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2)) + 1e-6
-    center, scale = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
+    center, scale = (value.float().view(-1, 1, 1).to(device) for value in mean_and_std(images))
 
     def arrays_of(x: np.ndarray, y: np.ndarray) -> Arrays:
         x = np.ascontiguousarray(x.reshape(*x.shape[:3], -1).transpose(0, 3, 1, 2))
@@ -113,6 +111,16 @@ def read_arrays(
         return Arrays(*tensors, center, scale, augmentation, seed)
 
     return arrays_of(images, labels), arrays_of(test_images, test_labels), classes
+
+
+def mean_and_std(images: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each channel, float64 [C], exact: from counts of the 256 grey levels."""
+    channels = images.reshape(*images.shape[:3], -1)
+    levels = torch.arange(256, dtype=torch.float64)
+    counts = np.stack([np.bincount(channels[..., c].ravel(), minlength=256) for c in range(channels.shape[3])])
+    shares = torch.from_numpy(counts).double() / channels[..., 0].size
+    mean = shares @ levels
+    return mean, (shares @ levels**2 - mean**2).clamp(min=0).sqrt() + 1e-6
 
 
 def read_digits(root: str, download: bool) -> Read:

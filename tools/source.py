@@ -35,4 +35,8 @@ def seed_everything(*words: object) -> None:
     seed = seeded(CPU, *words).initial_seed()
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if (
+        torch.accelerator.is_available()
+    ):  # torch.manual_seed asks every kind of device, which takes as long as a small step
+        torch.get_device_module().manual_seed_all(seed)

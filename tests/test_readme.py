@@ -1,0 +1,71 @@
+"""The README is true: its Python runs, its commands parse, its first screen has what a newcomer needs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    return [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+
+
+def runner_arguments() -> list[list[str]]:
+    found = [command for command in commands() if "tools/train.py" in command]
+    return [command[command.index("tools/train.py") + 1 :] for command in found]
+
+
+def test_the_python_blocks_run_one_after_the_other(capsys):
+    names: dict[str, object] = {}
+    assert blocks("python")
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert "sparsity 0.95" in capsys.readouterr().out
+
+
+def test_it_has_at_most_300_lines():
+    assert len(README.splitlines()) <= 300
+
+
+def test_the_first_screen_has_the_diff_and_the_two_commands():
+    screen = "\n".join(README.splitlines()[:60])
+    assert screen.count("\n+ ") + screen.count("\n+     ") >= 3
+    setup = [line for line in screen.splitlines() if line.startswith("python3.11 -m venv")]
+    assert len(setup) == 2
+    assert "tools/train.py recipes/quickstart.yaml" in setup[0]
+    assert "pytest" in setup[1]
+
+
+@pytest.mark.parametrize("arguments", runner_arguments(), ids=" ".join)
+def test_the_commands_of_the_runner_parse_and_their_recipes_are_sound(arguments, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args = train.parse(arguments)
+    train.read(args.recipe, args.overrides, data=train.open_data, augment=train.augmentation_of)
+
+
+def test_every_file_and_recipe_that_is_named_exists():
+    named = set(re.findall(r"\b(?:recipes|tools|itop_prune|tests)/[\w./-]+\.\w+", README))
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_menus_name_every_built_in():
+    import itop_prune
+
+    for menu in (
+        itop_prune.criteria.CRITERIA,
+        itop_prune.distributions.DISTRIBUTIONS,
+        itop_prune.schedules.SCHEDULES,
+    ):
+        assert menu
+        assert [name for name in menu if f"`{name}`" not in README] == []
