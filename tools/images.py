@@ -1,5 +1,6 @@
 """Large data sets: folders of images, read in worker processes through timm's transforms."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,9 +50,23 @@ class Folder(Dataset[tuple[Tensor, int]]):
     def load(self, batches: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
         """Yield transformed images and labels."""
         wanted: Any = [[(index, epoch) for index in batch.tolist()] for batch in batches]
-        loader = DataLoader(self, batch_sampler=wanted, num_workers=self.workers, pin_memory=self.device.type == "cuda")
-        for images, labels in loader:
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        loader = DataLoader(
+            self,
+            batch_sampler=wanted,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_main_process,
+        )
+        try:
+            for images, labels in loader:
+                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        except DataError as error:  # from a worker it comes with the worker's traceback before it
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """Let Ctrl-C, which a terminal sends to all processes, be answered by the one that writes the checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def read_folder(
