@@ -1,0 +1,57 @@
+"""The table of several runs."""
+
+from pathlib import Path
+
+import compare
+import pytest
+from runs import Metrics
+
+
+def write(folder: Path, top1: float | None, explored: float = 0.3) -> None:
+    folder.mkdir(parents=True)
+    metrics = Metrics(folder)
+    metrics.append({"epoch": 1, "step": 600, "sparsity": 0.98, "exploration_rate": 0.1})
+    metrics.append({"epoch": 2, "step": 1200, "sparsity": 0.98, "exploration_rate": explored})
+    if top1 is not None:
+        metrics.append({"epoch": 2, "step": 1200, "test_loss": 0.3, "test_top1": top1})
+
+
+def table(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_line_has_mean_and_spread_over_the_finished_seeds(tmp_path, capsys):
+    for seed, top1 in enumerate((87.0, 88.0, 89.0)):
+        write(tmp_path / "set" / f"seed{seed}", top1, 0.2 + 0.1 * seed)
+    write(tmp_path / "set" / "seed3", None)
+    assert compare.main([str(tmp_path / "set")]) == 0
+    header, _, line = table(capsys)
+    assert dict(zip(header, line, strict=True)) == {
+        "run": "set",
+        "seeds": "3",
+        "test top-1": "88.00 ± 1.00",
+        "each seed": "87.00 88.00 89.00",
+        "R_s": "0.300",
+        "sparsity": "0.9800",
+        "steps": "1,200",
+    }
+
+
+def test_one_seed_has_no_spread(tmp_path, capsys):
+    write(tmp_path / "set" / "seed0", 87.0)
+    compare.main([str(tmp_path / "set")])
+    assert table(capsys)[2][2] == "87.00"
+
+
+def test_every_sparsity_that_occurred_is_shown(tmp_path, capsys):
+    write(tmp_path / "set" / "seed0", None)
+    Metrics(tmp_path / "set" / "seed0").append({"epoch": 3, "step": 1800, "sparsity": 0.97, "exploration_rate": 0.3})
+    Metrics(tmp_path / "set" / "seed0").append({"epoch": 3, "step": 1800, "test_loss": 0.3, "test_top1": 87.0})
+    compare.main([str(tmp_path / "set")])
+    assert table(capsys)[2][5] == "0.9700 0.9800"
+
+
+def test_a_folder_without_finished_runs_is_an_error_that_says_what_to_give(tmp_path, capsys):
+    write(tmp_path / "set" / "seed0", None)
+    assert compare.main([str(tmp_path / "set")]) == 1
+    assert "no finished run" in capsys.readouterr().err
