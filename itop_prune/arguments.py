@@ -50,14 +50,14 @@ def _type_of_default(parameter: inspect.Parameter | None) -> Any:
 
 def type_problem(value: object, hint: Any) -> str:
     """Return why a value is not of a type, or ""; types that YAML can't write are taken on trust."""
-    if isinstance(value, str) and _reads_as_number(value):
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if isinstance(value, str) and str not in kinds and _reads_as_number(value):
         return f"{value!r} is text to YAML; write {float(value)!r}"
     if typing.get_origin(hint) is typing.Literal:
         known = typing.get_args(hint)
         return "" if value in known else f"unknown {value!r}; known are {', '.join(known)}{nearest(value, known)}"
-    if isinstance(value, (list, tuple)):
-        return next((problem for item in value if (problem := type_problem(item, Any))), "")
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if isinstance(value, list) and (problem := next(filter(None, (type_problem(item, Any) for item in value)), "")):
+        return problem
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     plain[dict] = plain[dict[str, Any]] = "a mapping of keys to values"
     allowed = [kind for kind in kinds if kind in plain]

@@ -86,6 +86,7 @@ class ITOP(prune.BasePruningMethod):
         if self._ear is not None:
             return
 
+        @torch.utils.hooks.unserializable_hook  # a copy or a pickle does without, and that is meant
         def hear(gradient: Tensor) -> Tensor:
             heard = None if self.parameter.grad is None else self._heard
             self._heard = gradient.float() if heard is None else heard + gradient
@@ -195,8 +196,10 @@ def leave_out_of_ddp(model: nn.Module) -> None:
     model, key = unwrap(model), "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
     names = {name for name in getattr(model, key, ()) if not name.endswith("_mask")}
     names |= {f"{name}_mask" for name in find_masks(model)}
-    if names or hasattr(model, key):
+    if names:
         setattr(model, key, sorted(names))
+    elif hasattr(model, key):
+        delattr(model, key)
 
 
 def _initial_scores(

@@ -50,6 +50,31 @@ def inspect(masks: Mapping[str, ITOP], dense: Mapping[str, Tensor | None] | None
     return State(not bad, has_gradient, dict(zip(masks, rest[len(masks) :], strict=True)))
 
 
+def check_equal(masks: Mapping[str, ITOP]) -> None:
+    """Compare a checksum of every mask over the ranks.
+
+    Raises:
+        RuntimeError: Masks differ, with their names.
+    """
+    if count() == 1:
+        return
+    lowest = torch.stack([_checksum(itop.mask) for itop in masks.values()])
+    highest = lowest.clone()
+    distributed.all_reduce(lowest, distributed.ReduceOp.MIN)
+    distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+    equal = (lowest == highest).tolist()
+    if differing := [name for name, same in zip(masks, equal, strict=True) if not same]:
+        raise RuntimeError(
+            f"ranks hold different masks of {', '.join(differing[:5])}; call apply with one seed on all ranks, and "
+            "where scores depend on the weights, on the same weights"
+        )
+
+
+def _checksum(mask: Tensor) -> Tensor:
+    """Return a number that depends on which positions are active; integers wrap around on purpose."""
+    return (mask.flatten().nonzero() * 6364136223846793005 + 1442695040888963407).pow(3).sum()
+
+
 def mean(gradient: Tensor | None, mask: Tensor) -> Tensor:
     """Return the mean of a gradient over the ranks; one that is None here, and not elsewhere, counts as zeros."""
     if gradient is None:

@@ -110,8 +110,18 @@ def read(
     return Recipe(**values)
 
 
+NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)  # the last two: what PyYAML lets through, as at 2020-13-45
+
+
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which a key given twice does not pass."""
+    """The safe loader, which neither a key given twice nor an alias passes: one may hold itself."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(
+                None, None, "an alias (*name); write it out", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -127,7 +137,7 @@ def _parse(path: Path) -> tuple[Section, list[str]]:
         raise RecipeError(path, [f"no such file; there are: {', '.join(others) or 'none'}{nearest(path, others)}"])
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise RecipeError(path, [f"{line}not YAML: {getattr(error, 'problem', None) or error}"]) from None
@@ -144,7 +154,7 @@ def _override(values: Section, override: str) -> list[str]:
         return [f"override {override!r}: has no value; write section.key=value"]
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except NOT_YAML:
         return [f"override {override!r}: {text!r} is not YAML"]
     if not key:
         values[section] = value
@@ -166,7 +176,7 @@ def _check_numbers(values: Section) -> list[str]:
         "stop_after_bad_losses": 1,
         "clip_grad_norm": 0,
     }.items():
-        if values.get(name) is not None and values[name] < least:
+        if values.get(name) is not None and not values[name] >= least:  # also NaN
             mistakes.append(f"{name}: is {values[name]}; allowed is from {least}")
     if values.get("regrow") and not values.get("masks"):
         mistakes.append("regrow: there are no masks to move; add a section masks, or leave out regrow")

@@ -46,14 +46,13 @@ class MaskScheduler:
     Raises:
         ValueError: A value is out of range, a name unknown, the optimizer does not hold a masked parameter, or it
             keeps its statistics where they can't be reached.
+        RuntimeError: Ranks hold different masks.
 
     Under torch.distributed all ranks must train the same model: the dense gradient is averaged over them.
 
     Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv 2102.02887.
     """
 
-    explored: Mapping[str, Tensor]
-    """By name, bool: was active at least once. Its share is R_s."""
     updates: int
     """Updates done."""
     skipped: int
@@ -92,16 +91,22 @@ class MaskScheduler:
         self._needs_gradient = "grad" in (*self._prune_needs, *self._grow_needs)
         check_holds(optimizer, masks)
         check_statistics(optimizer, masks)
+        ranks.check_equal(masks)
 
         self._masks, self._optimizer = dict(masks), optimizer
         self._total_steps, self._every, self._stop, self._seed = total_steps, every, stop, seed
         self._first_rate, self._last_rate = rate, min_rate
         self._step, self._due = 0, False
         self.updates = self.skipped = 0
-        self.explored = {name: itop.mask.clone() for name, itop in masks.items()}
+        self._explored = {name: itop.mask.clone() for name, itop in masks.items()}
         self._without_gradient = set(self._movable())
         self._warned: set[str] = set()
         self._prepare_next_step()
+
+    @property
+    def explored(self) -> Mapping[str, Tensor]:
+        """By name, bool: was active at least once. Its share is R_s."""
+        return self._explored
 
     @property
     def rate(self) -> float:
@@ -174,10 +179,14 @@ class MaskScheduler:
         self._without_gradient = set(state["without_gradient"])
         self._prepare_next_step()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare_next_step()  # copies of masks do not listen
+
     def __repr__(self) -> str:
         active = sum(int(itop.mask.sum()) for itop in self._masks.values())
         total = sum(itop.mask.numel() for itop in self._masks.values())
-        coming = next((step for step in self.update_steps() if step > self._step), None)
+        coming = "now" if self._due else next((step for step in self.update_steps() if step > self._step), None)
         return (
             f"MaskScheduler({len(self._masks)} masks, {active:,} of {total:,} active, "
             f"prune={criteria.describe(self._prune)}, grow={criteria.describe(self._grow)}, rate={self.rate:.4f}, "
@@ -205,6 +214,8 @@ class MaskScheduler:
                 "not finite", f"a gradient or masked weight is not finite at step {self._step}: the update waits"
             )
             return False
+        if not any(state.has_gradient.values()):  # nobody listened: the backward pass was before the MaskScheduler
+            return False
         if self.updates == 0:
             check_statistics(self._optimizer, masks)
         for name in sorted(self._without_gradient):
@@ -219,7 +230,8 @@ class MaskScheduler:
 
     def _move(self, name: str, itop: ITOP, active: int, gradient: Tensor | None) -> None:
         """Prune and regrow one layer; zero weight and statistics of whatever was not active before and after."""
-        parameter, mask, explored = itop.parameter, itop.mask, self.explored[name]
+        parameter, mask = itop.parameter, itop.mask
+        explored = self._explored[name] = self._explored[name].to(mask.device)  # the model may have been moved
         offered: dict[str, Any] = {
             "weight": parameter.detach().float(),
             "mask": mask,

@@ -65,14 +65,14 @@ def section_problems(
             wrong = argument_problems(values[name], call, given)
             problems += [f"{name}.{key}: {problem}" for key, problem in wrong.items()]
             sound[name] = {key: value for key, value in values[name].items() if key not in wrong}
-    return problems + _try(sound)
+    return problems + _try(sound, calls["augment"][0])
 
 
 def _checkpoint(every: int = 1, keep: int = 2) -> None:
     """The section `checkpoint`: every so many epochs, keep the last so many."""
 
 
-def _try(sections: Mapping[str, Section]) -> list[str]:
+def _try(sections: Mapping[str, Section], augment: Callable[..., Any]) -> list[str]:
     problems: list[str] = []
 
     def attempt(name: str, call: Callable[..., Any], **needed: Any) -> Any:
@@ -96,6 +96,7 @@ def _try(sections: Mapping[str, Section]) -> list[str]:
     model = attempt("model", _make_model) if "model_name" in sections.get("model", {}) else None
     attempt("optimizer", functools.partial(_make_optimizer, list(layer.parameters())))
     attempt("lr_schedule", functools.partial(_make_schedule, optimizer))
+    attempt("augment", augment)
     attempt("mixup", timm.data.Mixup)
     attempt("loss", timm.loss.LabelSmoothingCrossEntropy)
     attempt("masks", functools.partial(_try_masks, model), sparsity=0.5)

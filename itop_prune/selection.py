@@ -37,6 +37,9 @@ def select(model: nn.Module, include: str | Iterable[str], exclude: str | Iterab
     found = {name: (layer, tensor) for name, layer, tensor in walk(model)}
     if not found:
         raise ValueError(f"{type(model).__name__} has nothing to mask: no weight matrix of a convolution or linear map")
+    for what, patterns in (("include", include), ("exclude", exclude)):
+        if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"{what} is {patterns!r}; allowed are patterns: text, or a list of text")
     unwanted = _matching(exclude, found, "exclude")
     wanted = _matching(include, found, "include") - unwanted
     if not wanted:

@@ -318,3 +318,18 @@ def test_the_resnet50_recipe_runs_on_photos(tmp_path):
     weights_masked = 25_502_912 - 2048 * 976
     assert first["sparsity"] == (weights_masked - round(0.1 * weights_masked)) / weights_masked
     assert np.isfinite(test["test_loss"])
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("accelerator={mixed_precision: fp12}", "fp12"),
+        ("model.pretrained=true", "no pretrained weights"),
+        ("augment={padding: -1}", "padding is -1"),
+        ("augment={hflip: 3}", "hflip 3"),
+    ],
+)
+def test_what_a_factory_refuses_is_one_clear_error(tmp_path, capsys, override, reason):
+    assert run(tmp_path, override) == 1
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -31,6 +32,10 @@ class Augmentation:
     """Pixels on every side."""
     hflip: float = 0.0
     """Probability."""
+
+    def __post_init__(self) -> None:
+        if self.padding < 0 or not 0.0 <= self.hflip <= 1.0:
+            raise ValueError(f"padding is {self.padding}, hflip {self.hflip}; allowed are 0 and more, and 0 to 1")
 
 
 @dataclass
@@ -94,8 +99,10 @@ def read_arrays(
     """Read a set of arrays: training images, test images, number of classes."""
     try:
         *arrays, classes = ARRAYS[name](root, download)
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zlib.error) as error:
-        fetch = "" if download or name in ("digits", "npz") else "; data.download=true fetches it"
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, TypeError, zlib.error, BadZipFile) as error:
+        fetch = "" if name in ("digits", "npz") else "; data.download=true fetches it"
+        if fetch and Path(root).exists():  # torchvision fetches nothing over a file that is there
+            fetch = "; remove what is damaged there, and data.download=true fetches it"
         raise DataError(f"{name} can't be read from {root}: {error}{fetch}") from None
     images, labels, test_images, test_labels = arrays
     for x, y, split in ((images, labels, "training"), (test_images, test_labels, "test")):
@@ -103,6 +110,8 @@ def read_arrays(
             raise DataError(
                 f"{name} from {root}: {split} images are {x.dtype} {x.shape}, labels {y.shape}; not N uint8 images"
             )
+    if images.shape[1:] != test_images.shape[1:]:
+        raise DataError(f"{name} from {root}: training images are {images.shape}, test images {test_images.shape}")
     center, scale = (value.float().view(-1, 1, 1).to(device) for value in mean_and_std(images))
 
     def arrays_of(x: np.ndarray, y: np.ndarray) -> Arrays:
@@ -133,9 +142,12 @@ def read_digits(root: str, download: bool) -> Read:
 
 def read_npz(root: str, download: bool) -> Read:
     """Read a file of arrays."""
-    with np.load(root) as file:
+    with open(root, "rb") as handle, np.load(handle) as file:
         test = "test" if "x_test" in file else "val"
         images, labels, *rest = (file[name] for name in ("x_train", "y_train", f"x_{test}", f"y_{test}"))
+    for y in (labels, rest[1]):
+        if y.ndim != 1 or y.dtype.kind not in "iu" or not len(y) or y.min() < 0:
+            raise ValueError(f"labels are {y.dtype} {y.shape}; they must be one whole number from 0 for each image")
     return images, labels, rest[0], rest[1], int(max(labels.max(), rest[1].max())) + 1
 
 

@@ -70,9 +70,12 @@ class Run:
 def build_model(recipe: Recipe, data: Data | None, device: torch.device) -> nn.Module:
     """Build the dense model, with the weights of `init` if any, and check that it takes the data."""
     seed_everything(recipe.seed, "weights")
-    model = timm.create_model(**recipe.model)
-    if recipe.init:
-        timm.models.load_checkpoint(model, recipe.init)
+    try:
+        model = timm.create_model(**recipe.model)
+        if recipe.init:
+            timm.models.load_checkpoint(model, recipe.init)
+    except Exception as error:  # a model's own, or a hub's, or a checkpoint's of another model
+        raise RunError(f"the model can't be built: {error}") from None
     model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
     if data:
         check_fit(model, data, device)
@@ -108,14 +111,16 @@ def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per
 def build_lr_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
     """Build timm's scheduler for the extended run, or return None for a constant learning rate.
 
-    Milestones are stretched by the multiplier, warm-up is not. timm applies a milestone one index early (10 is index 9,
-    counted from 0); recipes state the paper's, "after 10 epochs", so one index is added.
+    Milestones (and the interval of `step`) are stretched by the multiplier, warm-up is not. timm applies a milestone
+    one index early (10 is index 9, counted from 0); recipes state the paper's, "after 10 epochs", so one is added.
     """
     if not recipe.lr_schedule:
         return None
     settings = dict(recipe.lr_schedule)
     if settings.get("sched") == "plateau":
         raise RunError("lr_schedule.sched plateau depends on the past and could not be resumed; take another")
+    if settings.get("sched") == "step" and settings.get("decay_epochs"):
+        settings["decay_epochs"] *= recipe.multiplier
     if settings.get("sched") == "multistep" and "decay_milestones" in settings:
         index = 1.0 if settings.get("step_on_epochs", True) else 1.0 / steps_per_epoch
         settings["decay_milestones"] = [m * recipe.multiplier + index for m in settings["decay_milestones"]]

@@ -63,7 +63,13 @@ class Checkpoints:
 
 def save_model(model: nn.Module, path: Path) -> None:
     """Write a state dict as safetensors."""
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        shared = tensor.data_ptr() in seen  # a module under two names: safetensors refuses shared memory
+        tensors[name] = tensor.clone() if shared else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    save_file(tensors, path)
 
 
 def replace_folder(source: Path, target: Path) -> None:

@@ -46,7 +46,7 @@ class Data:
 
     def evaluation(self, source: Source, *, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Yield this rank's share of a split, each image once over all ranks."""
-        return source.load(torch.arange(rank, len(source), ranks).split(self.eval_batch_size), None)
+        return source.load(torch.arange(len(source))[rank::ranks].split(self.eval_batch_size), None)
 
 
 def augmentation_of(section: Mapping[str, Any]) -> Callable[..., Any]:
@@ -90,7 +90,9 @@ def open_data(
     Raises:
         DataError: Files are missing or damaged, or do not fit together, or a number is out of range.
     """
-    for what, number, least in (("batch_size", batch_size, 1), ("validation", validation, 0), ("workers", workers, 0)):
+    least_of = {"batch_size": 1, "eval_batch_size": 1, "image_size": 1, "validation": 0, "workers": 0}
+    numbers = (batch_size, eval_batch_size, image_size, validation, workers)
+    for (what, least), number in zip(least_of.items(), numbers, strict=True):
         if number < least:
             raise DataError(f"data.{what} is {number}; allowed is from {least}")
     training: Any

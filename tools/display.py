@@ -1,5 +1,6 @@
 """What a run shows: on a terminal a live display, in a pipe or a log file one plain line an epoch."""
 
+import math
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -10,6 +11,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from itop_prune import Summary
 
@@ -46,15 +48,17 @@ def sparkline(values: list[float], width: int = 40) -> str:
     '▁▂▃█'
     """
     values = values[:: max(1, -(-len(values) // width))]
-    low, high = min(values), max(values)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / (high - low))] if high > low else "▁" for value in values)
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = 7 / (high - low) if high > low else 0.0
+    return "".join("▁▂▃▄▅▆▇█"[round(scale * (value - low))] if math.isfinite(value) else "×" for value in values)
 
 
 class Display:
     """Progress of a run, as a context. Only the main process speaks."""
 
     def __init__(self, title: str, epochs: int, total_steps: int, done: int = 0, speaks: bool = True) -> None:
-        self.console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=not speaks, highlight=False, emoji=False, soft_wrap=True)
         self._title, self._epochs, self._refreshed = title, epochs, 0.0
         self._history: list[Mapping[str, Any]] = []
         columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
@@ -124,7 +128,7 @@ class Display:
             values = [past[key] for past in self._history if past.get(key) is not None]
             if len(values) > 1:
                 curves.add_row(f"[dim]{SHOWN[key][0]}[/]", f"[cyan]{sparkline(values)}[/]")
-        return Panel(Group(numbers, curves, self._progress), title=self._title, border_style="dim")
+        return Panel(Group(numbers, curves, self._progress), title=Text(self._title), border_style="dim")
 
 
 def layers(summary: Summary) -> Table:

@@ -1,6 +1,7 @@
 """Large data sets: folders of images, read in worker processes through timm's transforms."""
 
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +62,7 @@ class Folder(Dataset[tuple[Tensor, int]]):
             for images, labels in loader:
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         except DataError as error:  # from a worker it comes with the worker's traceback before it
+            traceback.clear_frames(error.__traceback__)  # or the loader stays, and its workers with it
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 
 
@@ -79,6 +81,8 @@ def read_folder(
         reader = timm.data.create_dataset("", root=str(root)).reader
     except RuntimeError as error:
         raise DataError(f"{root} holds no images in subfolders, one subfolder a class: {error}") from None
+    if "" in reader.class_to_idx:
+        raise DataError(f"{root} holds no images in subfolders, one subfolder a class, but images of its own")
     files = [reader.filename(index, absolute=True) for index in range(len(reader))]
     labels = [label for _, label in reader.samples]
     augmenting, plain = (timm.data.create_transform(image_size, is_training=yes, **options) for yes in (True, False))

@@ -35,9 +35,9 @@ def start(folder: Path, recipe: Recipe) -> None:
     Raises:
         RunError: The folder holds a run already, or can't be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} exists; continue that run with --resume, or write elsewhere with --out FOLDER")
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder} exists; continue that run with --resume, or write elsewhere with --out FOLDER")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
     except OSError as error:
@@ -53,7 +53,13 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     path = folder / "recipe.yaml"
     if not path.exists():
         raise RunError(f"{folder} holds no run to resume; start it without --resume")
-    before, now = (yaml.safe_load(text) for text in (path.read_text(encoding="utf-8"), recipe.as_yaml()))
+    now = yaml.safe_load(recipe.as_yaml())
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise RunError(f"{path} is damaged; start a new run with --out FOLDER")
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differing:
         lines = [f"  {key}: was {before.get(key)}, is {now.get(key)}" for key in differing]

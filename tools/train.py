@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         recipe = read(args.recipe, args.overrides, data=open_data, augment=augmentation_of)
-        accelerator = Accelerator(**{"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})})
+        accelerator = make_accelerator(recipe)
         if args.dry_run:
             return dry_run(recipe, accelerator)
         data = open_for(recipe, accelerator)
@@ -220,6 +220,14 @@ def stop_if_bad(streak: Tensor, allowed: int, step: int, checkpoints: Checkpoint
     if step % allowed == 0 and int(streak) >= allowed:
         good = checkpoints.last() or "none"
         raise RunError(f"the loss was not finite for {int(streak)} steps, at step {step}; last good checkpoint: {good}")
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Make the recipe's Accelerator; without `cpu` it would leave ranks on a CPU to train each by itself."""
+    try:
+        return Accelerator(**{"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})})
+    except ValueError as error:
+        raise RunError(f"accelerator: {error}") from None
 
 
 def open_for(recipe: Recipe, accelerator: Accelerator) -> Data:

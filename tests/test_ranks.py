@@ -1,0 +1,208 @@
+"""Two processes under DistributedDataParallel hold the same numbers, bit for bit, and grow from the mean gradient."""
+
+import contextlib
+import datetime
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from toys import convnet, mlp
+
+import itop_prune
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no gloo"
+)
+
+RANKS = 2
+STEPS = 8
+EVERY = 2
+
+
+# --- what runs in each process: module-level functions, for a spawned process imports them by name ------------------
+
+
+def work(rank: int, folder: str) -> None:
+    """Do every task of the table, one after another: starting the processes takes longer than all of them."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")  # the warnings of this package are tested in one process
+    file, patience = f"file://{folder}/init", datetime.timedelta(minutes=2)
+    distributed.init_process_group("gloo", init_method=file, rank=rank, world_size=RANKS, timeout=patience)
+    try:
+        results = {name: task(rank, **arguments) for name, (task, arguments) in TASKS.items()}
+        torch.save(results, f"{folder}/rank{rank}")
+    finally:
+        distributed.destroy_process_group()
+
+
+def numbers(masks: dict[str, itop_prune.ITOP], model: nn.Module, optimizer: Any, regrow: Any) -> dict[str, Tensor]:
+    found = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found |= {f"mask of {name}": itop.mask.clone() for name, itop in masks.items()}
+    found |= {f"explored of {name}": tensor.clone() for name, tensor in regrow.explored.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        found |= {f"{key} of {index}": value.clone() for key, value in state.items() if torch.is_tensor(value)}
+    return found | {"counts": torch.tensor([regrow.updates, regrow.skipped])}
+
+
+def data(step: int, rank: int, micro: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + 10 * rank + micro)
+    return torch.randn(8, *shape, generator=generator), torch.randint(4, (8,), generator=generator)
+
+
+def train_on_a_rank(
+    rank: int, build: str, grow: str, micro_batches: int = 1, spoiled: dict[int, int] | None = None
+) -> dict[str, Any]:
+    """Train with other data and other global seeds than the other rank; `spoiled`: a NaN at a step on a rank."""
+    model, shape = (mlp(seed=rank), (20,)) if build == "mlp" else (convnet(seed=rank), (3, 8, 8))
+    masks = itop_prune.apply(model, 0.7)
+    torch.manual_seed(50 + rank)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY, grow=grow)
+    moved, history = [], []
+    for step in range(STEPS):
+        torch.rand(rank + 1)  # the global generators of the ranks drift apart
+        for micro in range(micro_batches):
+            last = micro == micro_batches - 1
+            with contextlib.nullcontext() if last else wrapped.no_sync():
+                x, y = data(step, rank, micro, shape)
+                (F.cross_entropy(wrapped(x), y) / micro_batches).backward()
+        optimizer.step()
+        if (spoiled or {}).get(step) == rank:
+            next(iter(masks.values())).parameter.grad.fill_(math.nan)
+        moved.append(regrow.step())
+        history.append(numbers(masks, model, optimizer, regrow))
+        optimizer.zero_grad()
+    return {"moved": moved, "history": history}
+
+
+def change_a_mask_on_one_rank(rank: int) -> dict[str, Any]:
+    model = mlp()
+    masks = itop_prune.apply(model, 0.7)
+    model.register_buffer("sent", torch.zeros(1))
+    wrapped = DistributedDataParallel(model)
+    if rank == 1:
+        model.sent.fill_(1.0)
+        for itop in masks.values():
+            itop.mask.logical_not_()
+    wrapped(torch.randn(2, 20)).sum().backward()
+    return {"masks": {name: itop.mask.clone() for name, itop in masks.items()}, "sent": model.sent.clone()}
+
+
+def masks_by_magnitude_of_other_weights(rank: int) -> dict[str, Any]:
+    """Weights that differ when the masks are placed: DDP makes the weights the same, nobody sends the masks."""
+    model = mlp(seed=rank)
+    try:
+        masks = itop_prune.apply(model, 0.7, scores="magnitude")
+        wrapped = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=1)
+        x, y = data(0, rank, 0, (20,))
+        F.cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+        regrow.step()
+    except (ValueError, RuntimeError) as refused:
+        return {"refused": str(refused)}
+    return {"refused": "", "numbers": numbers(masks, model, optimizer, regrow)}
+
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "random growth": {"build": "convnet", "grow": "random"},
+    "gradient growth": {"build": "convnet", "grow": "gradient"},
+    "random growth, accumulation": {"build": "mlp", "grow": "random", "micro_batches": 2},
+    "gradient growth, accumulation": {"build": "mlp", "grow": "gradient", "micro_batches": 2},
+    "gradient growth, no accumulation": {"build": "mlp", "grow": "gradient"},
+}
+NANS: dict[str, dict[str, Any]] = {
+    f"{grow} growth, NaN on rank {rank}": {"build": "mlp", "grow": grow, "spoiled": {3: rank}}
+    for grow in ("random", "gradient")
+    for rank in range(RANKS)
+}
+TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    **{name: (train_on_a_rank, arguments) for name, arguments in (TRAININGS | NANS).items()},
+    "a mask changed": (change_a_mask_on_one_rank, {}),
+    "magnitude": (masks_by_magnitude_of_other_weights, {}),
+}
+
+
+# --- what is expected of them ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """By rank and task, what the two processes gave."""
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"rank{rank}") for rank in range(RANKS)]
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name].nan_to_num(), other[name].nan_to_num())]
+
+
+def off_batch_norm(names: list[str]) -> list[str]:
+    """Leave out batch norm's running statistics: each rank's own, until the next forward sends those of rank 0."""
+    return [name for name in names if "running" not in name]
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_ranks_hold_the_same_weights_masks_optimizer_state_and_explored(name: str, results: list) -> None:
+    first, second = (result[name] for result in results)
+    assert first["moved"] == second["moved"] == [step % EVERY == EVERY - 1 for step in range(STEPS)]
+    for one, other in zip(first["history"], second["history"], strict=True):
+        assert off_batch_norm(differing(one, other)) == []
+    assert any(word.startswith("mask of ") for word in differing(first["history"][0], first["history"][-1]))
+
+
+@pytest.mark.parametrize("name", ["gradient growth, no accumulation", "gradient growth, accumulation"])
+def test_growth_by_gradient_uses_the_mean_over_ranks(name: str, results: list) -> None:
+    micro_batches = TRAININGS[name].get("micro_batches", 1)
+    model = mlp(seed=0)  # DDP starts from the weights of rank 0
+    masks = itop_prune.apply(model, 0.7)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY, grow="gradient")
+    for step in range(STEPS):
+        for micro in range(micro_batches):
+            parts = [data(step, rank, micro, (20,)) for rank in range(RANKS)]
+            x, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+            (F.cross_entropy(model(x), y) / micro_batches).backward()
+        optimizer.step()
+        regrow.step()
+        optimizer.zero_grad()
+        for key, itop in masks.items():
+            assert torch.equal(itop.mask, results[0][name]["history"][step][f"mask of {key}"])
+    assert regrow.updates == STEPS // EVERY
+
+
+def test_ddp_does_not_send_the_masks_with_a_forward(results: list) -> None:
+    first, second = (result["a mask changed"] for result in results)
+    assert torch.equal(first["sent"], second["sent"])  # other buffers are sent
+    assert all(torch.equal(mask, ~second["masks"][name]) for name, mask in first["masks"].items())
+
+
+@pytest.mark.parametrize("name", NANS)
+def test_a_nan_on_one_rank_lets_no_rank_move(name: str, results: list) -> None:
+    for result in results:
+        assert result[name]["moved"] == [False, True, False, False, True, True, False, True]
+        assert result[name]["history"][-1]["counts"].tolist() == [4, 1]
+        changed = differing(*result[name]["history"][2:4])
+        assert [word for word in changed if word.startswith(("mask", "explored"))] == []
+
+
+@pytest.mark.parametrize("name", NANS)
+def test_ranks_hold_the_same_numbers_after_a_nan_on_one_of_them(name: str, results: list) -> None:
+    for one, other in zip(*(result[name]["history"] for result in results), strict=True):
+        assert differing(one, other) == []
+
+
+def test_masks_by_magnitude_of_weights_that_differ_between_ranks_are_made_equal_or_refused(results: list) -> None:
+    first, second = (result["magnitude"] for result in results)
+    assert bool(first["refused"]) == bool(second["refused"])
+    assert first["refused"] or differing(first["numbers"], second["numbers"]) == []

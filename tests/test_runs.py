@@ -1,0 +1,285 @@
+"""The folder of a run: named by what it is, never written over, its metrics whole; and the wish to stop."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from accelerate import Accelerator
+from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
+
+from itop_prune.recipe import Recipe
+
+RECIPE = Recipe(
+    model={"model_name": "lenet300"}, data={"name": "digits", "batch_size": 8}, optimizer={"lr": 0.1}, epochs=3
+)
+OTHER = Recipe(model=RECIPE.model, data=RECIPE.data, optimizer={"lr": 0.2}, epochs=3, masks={"sparsity": 0.9})
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seed", "name"),
+    [
+        ([], 0, "runs/quickstart/seed0"),
+        ([], 3, "runs/quickstart/seed3"),
+        (["seed=3"], 3, "runs/quickstart/seed3"),
+        (["data.root=/data"], 0, "runs/quickstart/seed0"),
+        (["masks.sparsity=0.98"], 0, "runs/quickstart-masks.sparsity=0.98/seed0"),
+        (["epochs=3", "multiplier=2"], 1, "runs/quickstart-epochs=3-multiplier=2/seed1"),
+        (["seeds=3"], 0, "runs/quickstart-seeds=3/seed0"),
+        (["init=/a/../b.pt"], 0, "runs/quickstart-init=_a_.._b.pt/seed0"),
+        (["regrow={every: 5}"], 0, "runs/quickstart-regrow={every__5}/seed0"),
+    ],
+    ids=str,
+)
+def test_a_run_is_named_by_recipe_overrides_and_seed(overrides: list[str], seed: int, name: str) -> None:
+    assert run_folder(Path("some/where/quickstart.yaml"), overrides, seed) == Path(name)
+
+
+@pytest.mark.parametrize("override", ["init=../../../x", "a=/etc", "x=a\\b", "x=a b;rm *", "x=\n"])
+def test_no_override_leads_out_of_the_folder_of_runs(override: str) -> None:
+    folder = run_folder(Path("q.yaml"), [override], 0)
+    assert len(folder.parts) == 3
+    assert not set(folder.parts[1]) & set("/\\ ;*\n")
+
+
+# A new run
+
+
+def test_a_new_run_holds_its_recipe(tmp_path: Path) -> None:
+    start(tmp_path / "a" / "b", RECIPE)
+    assert (tmp_path / "a" / "b" / "recipe.yaml").read_text(encoding="utf-8") == RECIPE.as_yaml()
+
+
+def test_an_empty_folder_can_be_started_in(tmp_path: Path) -> None:
+    start(tmp_path, RECIPE)
+    assert (tmp_path / "recipe.yaml").exists()
+
+
+def test_a_run_is_never_written_over(tmp_path: Path) -> None:
+    start(tmp_path / "run", RECIPE)
+    with pytest.raises(RunError, match="exists; continue that run with --resume, or write elsewhere with --out FOLDER"):
+        start(tmp_path / "run", OTHER)
+    assert (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8") == RECIPE.as_yaml()
+
+
+@pytest.mark.parametrize("hidden", [".unfinished", "notes.txt"])
+def test_a_folder_that_holds_anything_is_not_written_into(tmp_path: Path, hidden: str) -> None:
+    (tmp_path / hidden).write_text("mine")
+    with pytest.raises(RunError, match="--resume"):
+        start(tmp_path, RECIPE)
+    assert [path.name for path in tmp_path.iterdir()] == [hidden]
+
+
+def test_a_file_in_place_of_the_folder_is_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.write_text("mine")
+    with pytest.raises(RunError, match="--out"):
+        start(path, RECIPE)
+    assert path.read_text() == "mine"
+
+
+def test_a_folder_that_can_not_be_made_offers_another_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"can't be written: .*; write elsewhere with --out FOLDER"):
+        start(tmp_path / "file" / "run", RECIPE)
+
+
+def test_a_name_too_long_for_the_disk_offers_another_place(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="--out FOLDER"):
+        start(tmp_path / ("x" * 300) / "seed0", RECIPE)
+
+
+# Resuming
+
+
+def test_the_same_recipe_may_go_on(tmp_path: Path) -> None:
+    start(tmp_path / "run", RECIPE)
+    check_same_recipe(tmp_path / "run", RECIPE)
+    assert (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8") == RECIPE.as_yaml()
+
+
+def test_another_recipe_may_not_and_every_difference_is_shown(tmp_path: Path) -> None:
+    start(tmp_path / "run", RECIPE)
+    with pytest.raises(RunError) as caught:
+        check_same_recipe(tmp_path / "run", OTHER)
+    first, *rest = str(caught.value).splitlines()
+    assert first == f"{tmp_path / 'run'} began with another recipe; give the same, or --out for a new run"
+    assert rest == ["  optimizer: was {'lr': 0.1}, is {'lr': 0.2}", "  masks: was None, is {'sparsity': 0.9}"]
+
+
+def test_a_section_that_was_taken_out_is_a_difference(tmp_path: Path) -> None:
+    start(tmp_path / "run", OTHER)
+    with pytest.raises(RunError, match=r"masks: was \{'sparsity': 0.9\}, is None"):
+        check_same_recipe(tmp_path / "run", RECIPE)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_where_no_run_is_nothing_can_be_resumed(tmp_path: Path, exists: bool) -> None:
+    folder = tmp_path if exists else tmp_path / "nothing"
+    with pytest.raises(RunError, match="holds no run to resume; start it without --resume"):
+        check_same_recipe(folder, RECIPE)
+
+
+@pytest.mark.parametrize("text", ["", "model: {", "- 1\n"], ids=repr)
+def test_a_damaged_recipe_of_a_run_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RunError, match=str(tmp_path)):
+        check_same_recipe(tmp_path, RECIPE)
+
+
+# Metrics
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Metrics:
+    """Three epochs of ten steps and the line of the test set."""
+    found = Metrics(tmp_path)
+    for epoch in (1, 2, 3):
+        found.append({"epoch": epoch, "step": 10 * epoch, "train_loss": 1 / epoch, "rate": None})
+    found.append({"epoch": 3, "step": 30, "test_loss": 0.1, "test_top1": 99.0})
+    return found
+
+
+def test_metrics_are_one_json_object_a_line(metrics: Metrics) -> None:
+    lines = [json.loads(line) for line in metrics.path.read_text().splitlines()]
+    assert metrics.path.name == "metrics.jsonl"
+    assert [line["step"] for line in lines] == [10, 20, 30, 30]
+    assert lines[0] == {"epoch": 1, "step": 10, "train_loss": 1.0, "rate": None}
+
+
+def test_metrics_are_read_as_they_were_written(metrics: Metrics) -> None:
+    assert metrics.read()[1] == {"epoch": 2, "step": 20, "train_loss": 0.5, "rate": None}
+    assert len(metrics.read()) == 4
+
+
+def test_a_run_that_wrote_nothing_has_no_metrics(tmp_path: Path) -> None:
+    assert Metrics(tmp_path).read() == []
+    assert Metrics(tmp_path).cut(10) == []
+
+
+def test_a_half_written_last_line_is_left_out(metrics: Metrics) -> None:
+    with metrics.path.open("a") as file:
+        file.write('{"epoch": 4, "st')
+    assert len(metrics.read()) == 4
+
+
+def test_lines_past_a_step_are_cut(metrics: Metrics) -> None:
+    assert [line["step"] for line in metrics.cut(20)] == [10, 20]
+    assert [line["step"] for line in metrics.read()] == [10, 20]
+
+
+def test_lines_are_cut_between_epochs_too(metrics: Metrics) -> None:
+    assert [line["step"] for line in metrics.cut(19)] == [10]
+
+
+def test_the_line_of_the_test_set_is_cut_even_at_the_last_step(metrics: Metrics) -> None:
+    assert [line["step"] for line in metrics.cut(30)] == [10, 20, 30]
+    assert not any("test_top1" in line for line in metrics.read())
+
+
+def test_a_half_written_line_is_gone_after_a_cut_and_the_next_stands_alone(metrics: Metrics) -> None:
+    with metrics.path.open("a") as file:
+        file.write('{"epoch": 4, "st')
+    metrics.cut(20)
+    metrics.append({"epoch": 3, "step": 30})
+    assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [10, 20, 30]
+
+
+def test_a_cut_leaves_no_other_file(metrics: Metrics) -> None:
+    metrics.cut(20)
+    assert [path.name for path in metrics.path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+# Stopping
+
+
+class Ranks:
+    """An accelerator of several processes, of which another one has or has not been asked to stop."""
+
+    num_processes = 2
+    device = torch.device("cpu")
+
+    def __init__(self, others: int) -> None:
+        self.others, self.asked = others, 0
+
+    def reduce(self, value: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        return value + self.others
+
+
+ONE = cast(Accelerator, SimpleNamespace(num_processes=1))
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    before = [(number, signal.getsignal(number)) for number in StopRequest.SIGNALS]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+def test_without_a_signal_nothing_stops() -> None:
+    with StopRequest() as stop:
+        assert not stop.at(1, ONE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_becomes_a_wish_to_stop_after_the_step(number: signal.Signals) -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        assert stop.at(3, ONE)
+        assert stop.at(4, ONE)
+
+
+def test_a_second_ctrl_c_interrupts() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.at(3, ONE)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("received", [False, True])
+def test_the_handlers_of_before_come_back(fails: bool, received: bool) -> None:
+    def mine(number: int, frame: Any) -> None: ...
+
+    signal.signal(signal.SIGTERM, mine)
+    before = [signal.getsignal(number) for number in StopRequest.SIGNALS]
+    try:
+        with StopRequest():
+            assert all(signal.getsignal(number) not in before for number in StopRequest.SIGNALS)
+            if received:
+                os.kill(os.getpid(), signal.SIGINT)
+            if fails:
+                raise ValueError
+    except ValueError:
+        pass
+    assert [signal.getsignal(number) for number in StopRequest.SIGNALS] == before
+
+
+def test_one_rank_asked_to_stop_stops_all() -> None:
+    with StopRequest() as stop:
+        assert stop.at(StopRequest.EVERY, cast(Accelerator, Ranks(others=1)))
+
+
+def test_this_rank_asked_to_stop_waits_for_the_step_at_which_all_ask() -> None:
+    ranks = Ranks(others=0)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        answers = [stop.at(step, cast(Accelerator, ranks)) for step in range(1, StopRequest.EVERY + 1)]
+    assert answers == [False] * (StopRequest.EVERY - 1) + [True]
+    assert ranks.asked == 1
+
+
+def test_ranks_that_nobody_asked_go_on() -> None:
+    with StopRequest() as stop:
+        assert not stop.at(StopRequest.EVERY, cast(Accelerator, Ranks(others=0)))
