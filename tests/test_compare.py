@@ -51,7 +51,17 @@ def test_every_sparsity_that_occurred_is_shown(tmp_path, capsys):
     assert table(capsys)[2][5] == "0.9700 0.9800"
 
 
-def test_a_folder_without_finished_runs_is_an_error_that_says_what_to_give(tmp_path, capsys):
+def test_a_folder_without_finished_runs_is_left_out_and_named(tmp_path, capsys):
+    write(tmp_path / "set" / "seed0", None)
+    write(tmp_path / "static" / "seed0", 86.0)
+    assert compare.main([str(tmp_path / "set"), str(tmp_path / "static")]) == 0
+    out, err = capsys.readouterr()
+    assert "no finished run" in err
+    assert str(tmp_path / "set") in err
+    assert len(out.splitlines()) == 3
+
+
+def test_nothing_finished_at_all_is_an_error(tmp_path, capsys):
     write(tmp_path / "set" / "seed0", None)
     assert compare.main([str(tmp_path / "set")]) == 1
-    assert "no finished run" in capsys.readouterr().err
+    assert capsys.readouterr().out == ""

@@ -53,13 +53,16 @@ def row(folder: Path) -> tuple[str, ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; return the exit status."""
+    """Print the table, without folders that hold no finished run; return 1 where none does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that hold seed<k>/ runs of one recipe each")
-    try:
-        rows = [row(folder) for folder in parser.parse_args(argv).runs]
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+    rows = []
+    for folder in parser.parse_args(argv).runs:
+        try:
+            rows.append(row(folder))
+        except RunError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not rows:
         return 1
     for line in (HEADER, ("---",) * len(HEADER), *rows):
         print(f"| {' | '.join(line)} |")
