@@ -89,7 +89,7 @@ class ITOP(prune.BasePruningMethod):
         @torch.utils.hooks.unserializable_hook  # a copy or a pickle does without, and that is meant
         def hear(gradient: Tensor) -> Tensor:
             heard = None if self.parameter.grad is None else self._heard
-            self._heard = gradient.float() if heard is None else heard + gradient
+            self._heard = gradient.to(torch.float32, copy=True) if heard is None else heard + gradient
             return gradient * self.mask
 
         pass_dense_gradient(self._layer, self._tensor_name, on=True)

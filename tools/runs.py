@@ -119,7 +119,7 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
-        signal.signal(number, self._before[signal.Signals(number)])
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def at(self, step: int, accelerator: Accelerator) -> bool:
         """Return whether to stop after this step, the same on all ranks."""
