@@ -55,7 +55,8 @@ def find(criterion: str | Criterion, role: str) -> tuple[Criterion, tuple[str, .
         ValueError: The name is unknown, or the function asks for something that is not offered.
     """
     function = choose(criterion, CRITERIA, role)
-    needs = tuple(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters.values()
+    needs = tuple(p.name for p in parameters if p.default is p.empty)  # one with a default is the function's own
     for name in needs:
         choose(name, dict.fromkeys(OFFERED), f"parameter of the {role} criterion {describe(function)}")
     return function, needs

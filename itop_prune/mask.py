@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from itop_prune import distributions, topology
+from itop_prune import distributions, ranks, topology
 from itop_prune.distributions import Distribution
-from itop_prune.layer import attach, detach, pass_dense_gradient
-from itop_prune.menu import choose
+from itop_prune.layer import attach, detach, pass_dense_gradient, zero_off_mask
+from itop_prune.menu import nearest
 from itop_prune.selection import obstacle, select, unwrap, walk
+
+SCORES = ("random", "magnitude")
 
 
 class ITOP(prune.BasePruningMethod):
@@ -75,6 +77,10 @@ class ITOP(prune.BasePruningMethod):
         """Bake the mask in: a plain parameter again; called by `prune.remove`, which then takes the hook away."""
         self.take_gradient()
         detach(module, self._tensor_name)
+
+    def zero_off_mask(self) -> None:
+        """Set the parameter to 0 wherever the mask is False: for a copy that averages weights of before an update."""
+        zero_off_mask(self.parameter, self.mask)
 
     def listen(self) -> None:
         """Collect the dense gradient in the backward passes to come.
@@ -168,6 +174,8 @@ def apply(
         masks[name] = topology.best(_initial_scores(scores, name, parameter, generator), counts[name], generator)
     applied = {name: ITOP.apply(layer, tensor, masks.pop(name)) for name, (layer, tensor) in selected.items()}
     leave_out_of_ddp(model)
+    if scores != "random":
+        ranks.check_equal({name: itop.mask for name, itop in applied.items()})
     return applied
 
 
@@ -192,10 +200,10 @@ def remove(model: nn.Module) -> None:
 
 
 def leave_out_of_ddp(model: nn.Module) -> None:
-    """Tell DistributedDataParallel not to send the masks around with every forward: equal seeds make them equal."""
+    """Tell DistributedDataParallel not to send the masks around with every forward: they are equal on all ranks."""
     model, key = unwrap(model), "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
-    names = {name for name in getattr(model, key, ()) if not name.endswith("_mask")}
-    names |= {f"{name}_mask" for name in find_masks(model)}
+    present = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    names = present.intersection(getattr(model, key, ())) | {f"{name}_mask" for name in find_masks(model)}
     if names:
         setattr(model, key, sorted(names))
     elif hasattr(model, key):
@@ -210,6 +218,10 @@ def _initial_scores(
             given = f"shape {tuple(scores[name].shape)}" if name in scores else f"only {sorted(scores)}"
             raise ValueError(f"scores for {name} must be a tensor of shape {tuple(parameter.shape)}; given: {given}")
         return scores[name].detach().float().cpu()
-    if choose(scores, {"random": True, "magnitude": False}, "scores") or parameter.is_meta:  # meta: counts only
+    if scores not in SCORES:
+        raise ValueError(
+            f"unknown scores {scores!r}; known are {', '.join(SCORES)}{nearest(scores, SCORES)}; or tensors by name"
+        )
+    if scores == "random" or parameter.is_meta:  # on the meta device counts are all there is
         return torch.rand(parameter.shape, generator=generator)
     return parameter.detach().float().abs().cpu()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,12 +22,19 @@ def check_holds(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
     if missing:
         raise ValueError(
             f"the optimizer does not hold {', '.join(missing[:5])}{' and others' if missing[5:] else ''}; build it "
-            "from model.parameters() of the masked model, and the MaskScheduler after accelerator.prepare"
+            "from model.parameters() of the masked model, and the MaskScheduler after accelerator.prepare; or pass "
+            "only the masks that this optimizer holds"
         )
 
 
+def has_any_gradient(optimizer: Optimizer) -> bool:
+    """Return whether any gradient, of a bias or norm too, is not 0: after `zero_grad` none is."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return any(bool(parameter.grad.any()) for parameter in parameters if parameter.grad is not None)
+
+
 def check_statistics(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
-    """Refuse an optimizer that keeps statistics outside of `optimizer.state`: they would bring pruned weights back."""
+    """Refuse an optimizer whose statistics can't be set to 0: kept out of `optimizer.state`, or quantized."""
     parameters = [itop.parameter for itop in masks.values()]
     for name, part in vars(optimizer).items():
         if isinstance(part, Optimizer):
@@ -39,3 +47,11 @@ def check_statistics(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
                 f"{type(optimizer).__name__} keeps statistics of weights in its {name}, out of reach: pruned weights "
                 "would come back; pass an optimizer whose statistics are all in its own state"
             )
+    for name, itop in masks.items():
+        for key, value in optimizer.state.get(itop.parameter, {}).items():
+            same = isinstance(value, Tensor) and value.shape == itop.parameter.shape
+            if same and not value.is_floating_point() and value.dtype != torch.bool:
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {key} of {name} as {value.dtype}, where 0 may mean anything; "
+                    "pass an optimizer with statistics in floating point"
+                )

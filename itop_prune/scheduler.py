@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ from itop_prune.criteria import Criterion
 from itop_prune.layer import zero_off_mask
 from itop_prune.mask import ITOP
 from itop_prune.menu import choose
-from itop_prune.optimizer import check_holds, check_statistics, statistics
+from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
 from itop_prune.schedules import SCHEDULES, Schedule
+
+ORDER = (
+    "The order is loss.backward(), optimizer.step(), step() of the MaskScheduler, and only then optimizer.zero_grad()"
+)
 
 
 class MaskScheduler:
@@ -74,7 +79,7 @@ class MaskScheduler:
         seed: int = 0,
     ) -> None:
         for name, steps in {"total_steps": total_steps, "every": every}.items():
-            if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
                 raise ValueError(f"{name} is {steps!r}; allowed are whole numbers from 1: it counts optimizer steps")
         for name, share in {"stop": stop, "rate": rate}.items():
             if not _is_number(share) or not 0.0 < share <= 1.0:
@@ -91,7 +96,7 @@ class MaskScheduler:
         self._needs_gradient = "grad" in (*self._prune_needs, *self._grow_needs)
         check_holds(optimizer, masks)
         check_statistics(optimizer, masks)
-        ranks.check_equal(masks)
+        ranks.check_equal({name: itop.mask for name, itop in masks.items()})
 
         self._masks, self._optimizer = dict(masks), optimizer
         self._total_steps, self._every, self._stop, self._seed = total_steps, every, stop, seed
@@ -134,17 +139,14 @@ class MaskScheduler:
             True when an update was made.
 
         Raises:
-            RuntimeError: No masked parameter has a gradient: they were cleared before.
+            RuntimeError: There are no gradients: they were cleared before.
         """
         self._step += 1
         self._due = self._due or self._step in self.update_steps()
         masks = self._movable()
         with_gradient = [name for name, itop in masks.items() if itop.parameter.grad is not None]
         if (self._due or self._step == 1) and masks and not with_gradient:
-            raise RuntimeError(
-                "no masked parameter has a gradient; the order is loss.backward(), optimizer.step(), step() of the "
-                "MaskScheduler, and only then optimizer.zero_grad()"
-            )
+            raise RuntimeError(f"no masked parameter has a gradient. {ORDER}")
         self._without_gradient.difference_update(with_gradient)
         moved = self._due and bool(masks) and self._update(masks)
         self._due = self._due and not moved
@@ -159,7 +161,7 @@ class MaskScheduler:
             "skipped": self.skipped,
             "due": self._due,
             "without_gradient": sorted(self._without_gradient),
-            "explored": dict(self.explored),
+            "explored": {name: explored.clone() for name, explored in self.explored.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -207,13 +209,18 @@ class MaskScheduler:
     @torch.no_grad()
     def _update(self, masks: Mapping[str, ITOP]) -> bool:
         gradients = {name: itop.take_gradient() for name, itop in masks.items()}
-        state = ranks.inspect(masks, gradients if self._needs_gradient else None)
+        check_holds(self._optimizer, masks)
+        tensors = {name: itop.mask for name, itop in masks.items()}
+        parameters = {name: itop.parameter for name, itop in masks.items()}
+        state = ranks.examine(parameters, tensors, gradients if self._needs_gradient else None)
         if not state.finite:
             self.skipped += 1
             self._warn(
                 "not finite", f"a gradient or masked weight is not finite at step {self._step}: the update waits"
             )
             return False
+        if not state.any_gradient and not has_any_gradient(self._optimizer):
+            self._warn("zero", f"every gradient is 0 at step {self._step}: were they cleared before? {ORDER}")
         if not any(state.has_gradient.values()):  # nobody listened: the backward pass was before the MaskScheduler
             return False
         if self.updates == 0:
@@ -248,8 +255,8 @@ class MaskScheduler:
         stayed = mask & moved
         for tensor in (parameter, *statistics(self._optimizer, parameter)):
             zero_off_mask(tensor, stayed)
+        explored |= mask | moved
         mask.copy_(moved)
-        explored |= moved
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:

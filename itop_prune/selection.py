@@ -19,9 +19,9 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
 Place = tuple[nn.Module, str]
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def walk(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield name, layer and the tensor's name in it for every weight that is or could be masked, in model order."""
-    for prefix, layer in unwrap(model).named_modules():
+    for prefix, layer in unwrap(model).named_modules(remove_duplicate=remove_duplicate):
         of_class = next((names for kind, names in WEIGHTS.items() if isinstance(layer, kind)), ())
         for tensor in dict.fromkeys((*of_class, *masked_names(layer))):
             if layer._parameters.get(tensor, ...) is not None:  # None: declared and not used

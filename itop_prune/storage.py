@@ -57,7 +57,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     state = {plain_name(name): tensor for name, tensor in state.items()}
     model = unwrap(model)
     own = dense_state_dict(model)
-    while not own.keys() & _owners(state).keys() and all(name.startswith("module.") for name in state):
+    while state and not own.keys() & _owners(state).keys() and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     given = {name: _shapes(parts) for name, parts in _owners(state).items()}
     masked = {owner for name in state if (owner := _owner(name, state))}
@@ -65,7 +65,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
         raise ValueError(
             "the source has no masks; load a dense one with model.load_state_dict, then call itop_prune.apply"
         )
-    if strange := sorted(masked & own.keys() - {name for name, _, _ in walk(model)}):
+    if strange := sorted(masked & own.keys() - {name for name, _, _ in walk(model, remove_duplicate=False)}):
         raise ValueError(f"the source masks what is no weight matrix here: {', '.join(strange)}; prune.remove it first")
     shapes = {name: _shapes([tensor]) for name, tensor in own.items()}
     differing = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))

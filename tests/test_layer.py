@@ -364,3 +364,20 @@ def test_zero_off_mask_writes_zero_over_anything() -> None:
     tensor = torch.tensor([1.0, float("nan"), float("inf"), 2.0])
     zero_off_mask(tensor, torch.tensor([True, False, False, True]))
     assert tensor.tolist() == [1.0, 0.0, 0.0, 2.0]
+
+
+def test_torch_func_works_on_the_steps_that_listen_too() -> None:
+    layer = nn.Linear(4, 3)
+    itop = itop_prune.apply(layer, 0.5)["weight"]
+    x = torch.randn(5, 4)
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    parameters = dict(layer.named_parameters())
+    sparse = torch.func.grad(loss)(parameters)["weight_orig"]
+    itop.listen()
+    dense = torch.func.grad(loss)(parameters)["weight_orig"]
+    assert torch.equal(dense * itop.mask, sparse)
+    assert dense[~itop.mask].any()
+    assert torch.equal(torch.func.vmap(layer)(x), layer(x))

@@ -453,3 +453,19 @@ def test_compute_mask_is_the_mask_within_the_default() -> None:
     expected = itop.mask.clone()
     expected[2:] = False
     assert torch.equal(itop.compute_mask(layer.weight, default), expected)
+
+
+def test_a_function_is_no_scores() -> None:
+    with pytest.raises(ValueError, match="known are random, magnitude"):
+        itop_prune.apply(mlp(), 0.5, scores=torch.abs)
+
+
+def test_ddp_keeps_what_the_user_told_it_to_ignore() -> None:
+    model = mlp()
+    model.register_buffer("attn_mask", torch.ones(2))
+    key = "_ddp_params_and_buffers_to_ignore"
+    setattr(model, key, ["attn_mask"])
+    itop_prune.apply(model, 0.5, include="0")
+    assert getattr(model, key) == ["0.weight_mask", "attn_mask"]
+    itop_prune.remove(model)
+    assert getattr(model, key) == ["attn_mask"]

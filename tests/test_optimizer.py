@@ -172,3 +172,19 @@ def test_the_wrapper_of_accelerate_moves_masks_and_zeroes_statistics() -> None:
     assert not torch.equal(itop.mask, before)
     for name in ("exp_avg", "exp_avg_sq"):
         assert not optimizer.state[itop.parameter][name][~itop.mask | ~before].any()
+
+
+def test_statistics_that_are_not_floating_point_are_refused_by_name() -> None:
+    class Quantized(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:
+            super().step()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["state1"] = torch.full(parameter.shape, 127, dtype=torch.uint8)
+
+    model = mlp()
+    masks = itop_prune.apply(model, 0.8)
+    optimizer = Quantized(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=1)
+    with pytest.raises(ValueError, match=r"Quantized keeps state1 of 0\.weight as torch\.uint8"):
+        train(model, optimizer, regrow, steps=range(1))

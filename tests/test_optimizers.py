@@ -73,7 +73,7 @@ def test_the_table_has_every_optimizer_in_every_variant() -> None:
     words = {name.split()[0] for name in TABLE}
     assert words == {*TIMM, *(name.split()[0] for name in TORCH)}
     assert sum("fused" in name for name in TABLE) >= 10
-    assert sum("foreach=True" in name for name in TABLE) >= 30
+    assert sum("foreach=True" in name for name in TABLE) >= 20
 
 
 # --- sparse training under each of them ------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """When masks move: the plan, what an update does to weights and statistics, what stops it, and resuming."""
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -159,6 +160,7 @@ def test_active_counts_never_change(build: Callable, grow: str) -> None:
 
 
 @growths
+@pytest.mark.filterwarnings("ignore:every gradient is 0")
 def test_active_counts_never_change_when_all_weights_and_gradients_are_zero(grow: str) -> None:
     run = Run(grow=grow, every=1, total_steps=20, schedule="constant")
     with torch.no_grad():
@@ -937,3 +939,73 @@ def test_the_repr_past_the_last_update_has_no_next_one() -> None:
     run = Run(total_steps=4, every=4)
     run.train(range(4))
     assert "next=None" in repr(run.regrow)
+
+
+def test_gradients_cleared_to_zeros_before_step_are_noticed_once() -> None:
+    model = mlp()
+    masks = itop_prune.apply(model, 0.8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=2)
+
+    def wrong_order() -> None:
+        x, y = batch(0, 20)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        regrow.step()
+
+    wrong_order()
+    with pytest.warns(UserWarning, match=r"were they cleared before\? The order is loss\.backward"):
+        wrong_order()
+    wrong_order()
+    wrong_order()
+
+
+def test_what_was_active_before_the_first_update_counts_as_explored_whoever_set_it() -> None:
+    model = mlp()
+    masks = itop_prune.apply(model, 0.8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=1, every=1)
+    other = mlp()
+    itop_prune.apply(other, 0.8, seed=1)
+    model.load_state_dict(other.state_dict())
+    loaded = {name: itop.mask.clone() for name, itop in masks.items()}
+    train(model, optimizer, regrow, steps=range(1))
+    assert all(regrow.explored[name][mask].all() for name, mask in loaded.items())
+
+
+def test_a_state_dict_does_not_change_when_training_goes_on() -> None:
+    model = mlp()
+    masks = itop_prune.apply(model, 0.8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=1)
+    state = regrow.state_dict()
+    before = {name: explored.clone() for name, explored in state["explored"].items()}
+    train(model, optimizer, regrow, steps=range(5))
+    assert all(torch.equal(state["explored"][name], explored) for name, explored in before.items())
+
+
+def test_a_layer_unfrozen_that_the_optimizer_does_not_hold_is_refused_at_the_update() -> None:
+    model = mlp()
+    masks = itop_prune.apply(model, 0.8)
+    model[2].weight_orig.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=1)
+    model[2].weight_orig.requires_grad_(True)
+    before = masks["2.weight"].mask.clone()
+    with pytest.raises(ValueError, match=r"does not hold 2\.weight"):
+        train(model, optimizer, regrow, steps=range(1))
+    assert torch.equal(masks["2.weight"].mask, before)
+
+
+def test_a_criterion_may_have_parameters_of_its_own() -> None:
+    def mixed(weight: torch.Tensor, grad: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:
+        return alpha * weight.abs() + (1 - alpha) * grad.abs()
+
+    model = mlp()
+    masks = itop_prune.apply(model, 0.8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for grow in (mixed, functools.partial(mixed, alpha=0.1)):
+        regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=2, every=1, grow=grow)
+        train(model, optimizer, regrow, steps=range(2))
+        assert regrow.updates == 2

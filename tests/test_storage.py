@@ -404,3 +404,21 @@ def test_the_malicious_pickle_would_have_been_executed_otherwise(tmp_path: Path)
     torch.save({"weight": Malicious(tmp_path / "executed")}, tmp_path / "model.pt")
     torch.load(tmp_path / "model.pt", weights_only=False)
     assert (tmp_path / "executed").exists()
+
+
+def test_an_empty_source_has_no_masks() -> None:
+    with pytest.raises(ValueError, match="no masks"):
+        itop_prune.load(mlp(), {})
+
+
+def test_a_layer_under_two_names_loads() -> None:
+    def twice() -> nn.Module:
+        layer = nn.Linear(8, 8)
+        return nn.ModuleDict({"a": layer, "b": nn.Sequential(layer, nn.Linear(8, 2))})
+
+    saved = twice()
+    itop_prune.apply(saved, 0.5)
+    model = twice()
+    masks = itop_prune.load(model, saved.state_dict())
+    assert list(masks) == ["a.weight", "b.1.weight"]
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), saved.state_dict().values(), strict=True))

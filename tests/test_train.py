@@ -98,6 +98,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path):
     "overrides",
     [
         (RIGL,),
+        ("ema={decay: 0.99}", "regrow.every=5"),
         ("ema={decay: 0.9}", "clip_grad_norm=1.0", "optimizer={opt: adamw, lr: 0.003}", "lr_schedule={sched: cosine}"),
         (
             "mixup={mixup_alpha: 0.3}",
@@ -106,7 +107,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path):
             RIGL,
         ),
     ],
-    ids=["RigL", "ema-clip-adamw", "mixup-accumulation-augment"],
+    ids=["RigL", "ema", "ema-clip-adamw", "mixup-accumulation-augment"],
 )
 def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_never_stopped(tmp_path, monkeypatch, overrides, stop_at):
     run(tmp_path, *overrides, out="whole")
@@ -201,6 +202,19 @@ def test_evaluate_prints_what_the_run_found(tmp_path, capsys):
             *("test_loss", f"{expected['test_loss']:.4f}"),
             *("test_top1", f"{expected['test_top1']:.4f}"),
         ]
+
+
+def test_evaluate_of_a_checkpoint_with_an_average_tests_the_average(tmp_path, capsys):
+    run(tmp_path, "ema={decay: 0.99}")
+    capsys.readouterr()
+    checkpoint = max((tmp_path / "run" / "checkpoints").glob("step*"))
+    assert train.main([QUICKSTART, "ema={decay: 0.99}", "--evaluate", str(checkpoint)]) == 0
+    assert f"test_loss {metrics(tmp_path)[-1]['test_loss']:.4f}" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_when_the_masks_would_never_move(capsys):
+    assert train.main([QUICKSTART, "regrow.every=4000", "--dry-run"]) == 0
+    assert "no update of the masks: regrow.every is longer than the run" in capsys.readouterr().out
 
 
 def test_evaluate_takes_a_dense_run_too(tmp_path, capsys):

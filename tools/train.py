@@ -5,10 +5,10 @@
   accelerate launch tools/train.py recipes/resnet50.yaml data.root=/data/imagenet masks.sparsity=0.8 seed=1
   torchrun --nproc_per_node 2 tools/train.py recipes/quickstart.yaml        # two processes on a CPU
 
-A run writes runs/<recipe>[-key=value...]/seed<k>/: recipe.yaml (as it was resolved), metrics.jsonl (a line an epoch;
-the test set is used once, at the end), checkpoints/ and model.safetensors. Ctrl-C leaves a checkpoint, and the same
-command with
---resume goes on from it. The sections of a recipe are keyword arguments: itop_prune/recipe.py says of what.
+A run writes runs/<recipe>[-key=value...]/seed<k>/: recipe.yaml (as it was resolved), metrics.jsonl (a line an
+epoch; the test set is used once, at the end), checkpoints/ and model.safetensors. Ctrl-C leaves a checkpoint, and the
+same command with --resume goes on from it. The sections of a recipe are keyword arguments: itop_prune/sections.py says
+of what.
 """
 
 import argparse
@@ -92,6 +92,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
             began, lr = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
             run.model.train()
             for step in range(first, run.steps_per_epoch):
+                moved = False
                 for micro_batch in range(micro_batches):
                     x, y = next(batches)
                     seed_everything(recipe.seed, "step", progress.step, micro_batch, rank)
@@ -104,7 +105,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                             accelerator.clip_grad_norm_(run.bare.parameters(), recipe.clip_grad_norm)
                         run.optimizer.step()
                         if run.regrow and accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
-                            run.regrow.step()
+                            moved = run.regrow.step()
                         run.optimizer.zero_grad()
                     loss_sum += loss.detach() * len(x)
                 progress.step += 1
@@ -112,6 +113,8 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                     run.lr_schedule.step_update(progress.step)
                 if run.ema:
                     run.ema.update(run.bare, step=progress.step)
+                    for itop in itop_prune.find_masks(run.ema.module).values() if moved else ():
+                        itop.zero_off_mask()  # the average remembers pruned weights, and they may grow again
                 if recipe.stop_after_bad_losses:
                     bad_losses = torch.where(loss.detach().isfinite(), 0, bad_losses + 1)
                     stop_if_bad(bad_losses, recipe.stop_after_bad_losses, progress.step, checkpoints)
@@ -261,7 +264,9 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
         display.say(f"the number of steps is not known without the data: {missing}")
         return 0
     display.say(f"{run.epochs} epochs of {steps} steps, {run.epochs * steps} in all")
-    if run.regrow:
+    if run.regrow and not run.regrow.update_steps():
+        display.say("no update of the masks: regrow.every is longer than the run")
+    elif run.regrow:
         plan = run.regrow.update_steps()
         shown = [*plan[:3], "...", plan[-1]] if len(plan) > 4 else list(plan)
         display.say(f"{len(plan)} updates of the masks, after steps {', '.join(map(str, shown))}")
@@ -271,6 +276,8 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
 def evaluate_only(recipe: Recipe, accelerator: Accelerator, data: Data, path: Path) -> int:
     """Print loss and accuracy of saved weights on the test set."""
     model = build_model(recipe, data, accelerator.device)
+    if recipe.ema and (path / "ema.safetensors").exists():
+        path = path / "ema.safetensors"  # of a checkpoint's two models the one that a run tests
     try:
         if recipe.masks:
             itop_prune.load(model, path)
