@@ -68,7 +68,7 @@ def test_exploration_rate_agrees_with_the_scheduler() -> None:
     masks = itop_prune.apply(model, 0.75)
     regrow = itop_prune.MaskScheduler(masks, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=4, every=1)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.ones_like(parameter)
     for _ in range(4):
         regrow.step()
     rate = summarize(model, regrow.explored).exploration_rate

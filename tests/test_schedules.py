@@ -19,7 +19,7 @@ def scheduler(model: nn.Module, density: float = 0.5, **options) -> itop_prune.M
     """A scheduler over a model whose weights have gradients of 0."""
     masks = itop_prune.apply(model, 1.0 - density, method="uniform")
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.ones_like(parameter)
     return itop_prune.MaskScheduler(masks, torch.optim.SGD(model.parameters(), lr=0.1), **options)
 
 
@@ -89,7 +89,7 @@ def test_the_reference_r_s_of_one_layer() -> None:
     layer = nn.Linear(8, 1, bias=False)
     first, *others = (torch.tensor([mask], dtype=torch.bool) for mask in case["masks"])
     masks = {"weight": itop_prune.ITOP.apply(layer, "weight", first)}
-    layer.weight_orig.grad = torch.zeros(1, 8)
+    layer.weight_orig.grad = torch.ones(1, 8)
     coming = iter(others)
     regrow = itop_prune.MaskScheduler(
         masks,
