@@ -6,7 +6,7 @@ A criterion is a function whose parameter names say what it needs, each a tensor
 |---|---|
 | `weight` | the parameter, float32 |
 | `mask` | bool, True = active |
-| `grad` | the dense gradient of this step, float32: summed over micro-batches, averaged over ranks, scaled under a GradScaler |
+| `grad` | the dense gradient of this step, float32: sum over micro-batches, mean over ranks, scaled by a GradScaler |
 | `explored` | bool, True = was active at least once |
 | `generator` | a `torch.Generator` on the mask's device, equal on all ranks |
 
