@@ -4,40 +4,76 @@ Torch's own pruning hook writes `layer.weight` as a plain attribute before the l
 without calling the layer (a parent, an export, a copy, `.to(dtype)`) then sees an old tensor or none. A property has
 no such moment. It has to live on a class, so the layer gets a subclass of its own class, with the same name, and gives
 it back when the mask is removed. Nothing else in the package knows about this.
+
+Some layers compute another weight from theirs. Weight standardisation subtracts the mean of each filter, which would
+make every zero of a masked filter something else. Such a layer is given filters that are centred over their active
+weights: their mean is 0 already, and the zeros stay.
 """
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+STANDARDIZED = frozenset({"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"})
+"""Convolutions that standardise each filter (Qiao et al., 2019, arXiv 1903.10520), by the name of their class."""
+
+
+def standardizes(kind: type) -> bool:
+    """Return whether layers of this class subtract from each filter its mean."""
+    return derives(kind, STANDARDIZED)
+
+
+def derives(kind: type, names: Collection[str]) -> bool:
+    """Return whether a class has one of these names, or a base that has: for classes that are not torch's own."""
+    return any(base.__name__ in names for base in kind.__mro__)
+
+
+def effective(weight: Tensor, mask: Tensor, centred: bool) -> Tensor:
+    """Return the weight that a layer computes with; `centred` for one that standardises it.
+
+    >>> weight, mask = torch.tensor([[1.0, 5.0, 3.0]]), torch.tensor([[True, False, True]])
+    >>> effective(weight, mask, centred=False), effective(weight, mask, centred=True)
+    (tensor([[1., 0., 3.]]), tensor([[-1.,  0.,  1.]]))
+    """
+    return _centre(weight, mask) * mask if centred else weight * mask
+
+
+def _centre(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Subtract from each filter its mean over active positions."""
+    inner = tuple(range(1, tensor.ndim))
+    return tensor - (tensor * mask).sum(inner, keepdim=True) / mask.sum(inner, keepdim=True).clamp(min=1)
+
 
 class _DenseBackward(torch.autograd.Function):
-    """weight * mask, whose backward passes the gradient of every position, active or not."""
+    """The effective weight, whose backward passes the gradient of every position, active or not."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return weight * mask
+    def forward(weight: Tensor, mask: Tensor, centred: bool) -> Tensor:
+        return effective(weight, mask, centred)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        _, mask, ctx.centred = inputs
+        if ctx.centred:
+            ctx.save_for_backward(mask)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _centre(gradient, *ctx.saved_tensors) if ctx.centred else gradient, None, None
 
 
-def _weight(name: str) -> property:
+def _weight(name: str, centred: bool) -> property:
     parameter, mask, listening = f"{name}_orig", f"{name}_mask", f"{name}_listening"
 
     def read(layer: nn.Module) -> Tensor:
         if getattr(layer, listening):
-            return _DenseBackward.apply(getattr(layer, parameter), getattr(layer, mask))
-        return getattr(layer, parameter) * getattr(layer, mask)
+            return _DenseBackward.apply(getattr(layer, parameter), getattr(layer, mask), centred)
+        return effective(getattr(layer, parameter), getattr(layer, mask), centred)
 
     def write(layer: nn.Module, value: object) -> None:
         raise RuntimeError(
@@ -84,9 +120,15 @@ class MaskedLayer:
 def _subclass(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     body: dict[str, Any] = {"masked_class": base, "masked_names": names, "__doc__": base.__doc__}
     body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    if issubclass(base, nn.RNNBase):  # it reads its tensors from a list of its own
+        body["_flat_weights"] = property(_tensors_in_order, lambda layer, tensors: None)
     for name in names:
-        body |= {name: _weight(name), f"{name}_listening": False}
+        body |= {name: _weight(name, standardizes(base)), f"{name}_listening": False}
     return type(base.__name__, (MaskedLayer, base), body)
+
+
+def _tensors_in_order(layer: Any) -> list[Tensor | None]:
+    return [getattr(layer, name, None) for name in layer._flat_weights_names]
 
 
 def _rebuild(base: Any, names: tuple[str, ...]) -> nn.Module:
@@ -112,17 +154,24 @@ def attach(layer: nn.Module, name: str, mask: Tensor) -> None:
     _rename(layer._parameters, name, f"{name}_orig")
     layer.register_buffer(f"{name}_mask", mask)
     layer.__class__ = _subclass(base, (*masked_names(layer), name))
+    if isinstance(layer, nn.RNNBase):
+        layer.__dict__.pop("_flat_weights", None)
     zero_off_mask(getattr(layer, f"{name}_orig"), mask)
 
 
+@torch.no_grad()
 def detach(layer: Any, name: str) -> None:
-    """Undo `attach`: a plain parameter again, 0 where the mask was False."""
+    """Undo `attach`: a plain parameter again, with the values of the effective weight."""
     names = tuple(other for other in masked_names(layer) if other != name)
-    zero_off_mask(getattr(layer, f"{name}_orig"), getattr(layer, f"{name}_mask"))
     pass_dense_gradient(layer, name, on=False)
+    if standardizes(type(layer)):
+        getattr(layer, f"{name}_orig").copy_(getattr(layer, name))
+    zero_off_mask(getattr(layer, f"{name}_orig"), getattr(layer, f"{name}_mask"))
     layer.__class__ = _subclass(layer.masked_class, names) if names else layer.masked_class
     _rename(layer._parameters, f"{name}_orig", name)
     del layer._buffers[f"{name}_mask"]
+    if isinstance(layer, nn.RNNBase) and not names:
+        layer._init_flat_weights()
 
 
 def pass_dense_gradient(layer: nn.Module, name: str, on: bool) -> None:

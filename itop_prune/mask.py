@@ -8,9 +8,9 @@ from torch.nn.utils import prune
 
 from itop_prune import distributions, ranks, topology
 from itop_prune.distributions import Distribution
-from itop_prune.layer import attach, detach, pass_dense_gradient, zero_off_mask
+from itop_prune.layer import attach, detach, effective, pass_dense_gradient, standardizes, zero_off_mask
 from itop_prune.menu import nearest
-from itop_prune.selection import obstacle, select, unwrap, walk
+from itop_prune.selection import kernel_shape, obstacle, select, unwrap, walk
 
 SCORES = ("random", "magnitude")
 
@@ -26,6 +26,7 @@ class ITOP(prune.BasePruningMethod):
     PRUNING_TYPE = "unstructured"
     _heard: Tensor | None = None
     _ear: torch.utils.hooks.RemovableHandle | None = None
+    _planned: int | None = None
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self._layer = layer
@@ -65,6 +66,29 @@ class ITOP(prune.BasePruningMethod):
     def mask(self) -> Tensor:
         """The bool buffer (`<name>_mask`), True = active. Write into it in place only."""
         return getattr(self._layer, f"{self._tensor_name}_mask")
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight that the layer computes with, detached: 0 wherever the mask is False."""
+        return getattr(self._layer, self._tensor_name).detach()
+
+    @property
+    def active(self) -> int:
+        """How many weights are active; on the meta device how many would be."""
+        return self._planned or 0 if self.mask.is_meta else int(self.mask.sum())
+
+    def check_drawn(self) -> None:
+        """Refuse a mask that was made on the meta device, where it has a count and no positions.
+
+        Raises:
+            ValueError: It is there still, or was moved from there without its positions having been loaded.
+        """
+        if self.mask.is_meta or self._planned not in (None, self.active):
+            where = "is" if self.mask.is_meta else "was made"
+            raise ValueError(
+                f"the mask of {self!r} {where} on the meta device: it has a count and no positions; build the model on "
+                "a real device, then call itop_prune.apply"
+            )
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Return the present mask within `default_mask`; part of torch's contract."""
@@ -110,12 +134,11 @@ class ITOP(prune.BasePruningMethod):
         return heard
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_layer": self._layer, "_tensor_name": self._tensor_name}
+        return {"_layer": self._layer, "_tensor_name": self._tensor_name, "_planned": self._planned}
 
     def __repr__(self) -> str:
-        mask = self.mask
-        count = "?" if mask.is_meta else f"{int(mask.sum()):,}"
-        return f"ITOP({type(self._layer).__name__}.{self._tensor_name}, {count} of {mask.numel():,} active)"
+        layer, mask = type(self._layer).__name__, self.mask
+        return f"ITOP({layer}.{self._tensor_name}, {self.active:,} of {mask.numel():,} active)"
 
 
 def apply(
@@ -135,7 +158,7 @@ def apply(
     never moved.
 
     Args:
-        model: Any module; changed in place.
+        model: Any module; changed in place. On the meta device there are counts and no positions, for a look ahead.
         sparsity: Share of zeros over all masked weights together, in [0, 1). Exactly `round((1 - sparsity) * total)`
             stay active, at least 1 in each layer.
         method: How they are shared out: "ERK", "ER", "uniform", or a function `(shapes, density) -> densities`.
@@ -166,13 +189,16 @@ def apply(
         )
     selected = select(model, include, exclude)
     parameters = {name: layer.get_parameter(tensor) for name, (layer, tensor) in selected.items()}
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    shapes = {name: kernel_shape(layer, tensor) for name, (layer, tensor) in selected.items()}
     counts = distributions.active_counts(shapes, 1.0 - sparsity, method)
     masks = {}
-    for name, parameter in parameters.items():
+    for name, (layer, _) in selected.items():
         generator = topology.seeded(torch.device("cpu"), seed, name)
-        masks[name] = topology.best(_initial_scores(scores, name, parameter, generator), counts[name], generator)
+        weights = _initial_scores(scores, name, parameters[name], standardizes(type(layer)), generator)
+        masks[name] = weights if weights.is_meta else topology.best(weights, counts[name], generator)
     applied = {name: ITOP.apply(layer, tensor, masks.pop(name)) for name, (layer, tensor) in selected.items()}
+    for name, itop in applied.items():
+        itop._planned = counts[name] if itop.mask.is_meta else None
     leave_out_of_ddp(model)
     if scores != "random":
         ranks.check_equal({name: itop.mask for name, itop in applied.items()})
@@ -211,7 +237,7 @@ def leave_out_of_ddp(model: nn.Module) -> None:
 
 
 def _initial_scores(
-    scores: str | Mapping[str, Tensor], name: str, parameter: nn.Parameter, generator: torch.Generator
+    scores: str | Mapping[str, Tensor], name: str, parameter: nn.Parameter, centred: bool, generator: torch.Generator
 ) -> Tensor:
     if isinstance(scores, Mapping):
         if name not in scores or scores[name].shape != parameter.shape:
@@ -222,6 +248,9 @@ def _initial_scores(
         raise ValueError(
             f"unknown scores {scores!r}; known are {', '.join(SCORES)}{nearest(scores, SCORES)}; or tensors by name"
         )
-    if scores == "random" or parameter.is_meta:  # on the meta device counts are all there is
+    if parameter.is_meta:  # counts are all there is
+        return parameter.detach()
+    if scores == "random":
         return torch.rand(parameter.shape, generator=generator)
-    return parameter.detach().float().abs().cpu()
+    weight = parameter.detach().float()
+    return effective(weight, torch.ones_like(weight, dtype=torch.bool), centred).abs().cpu()

@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 from itop_prune.mask import ITOP
 
 
-def statistics(optimizer: Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+def statistics(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """Return what the optimizer remembers of every single weight: by shape, whatever the optimizer."""
     state = optimizer.state.get(parameter, {})
-    return [value for value in state.values() if isinstance(value, Tensor) and value.shape == parameter.shape]
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
 
 
 def check_holds(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
@@ -48,9 +48,8 @@ def check_statistics(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
                 "would come back; pass an optimizer whose statistics are all in its own state"
             )
     for name, itop in masks.items():
-        for key, value in optimizer.state.get(itop.parameter, {}).items():
-            same = isinstance(value, Tensor) and value.shape == itop.parameter.shape
-            if same and not value.is_floating_point() and value.dtype != torch.bool:
+        for key, value in statistics(optimizer, itop.parameter).items():
+            if not value.is_floating_point() and value.dtype != torch.bool:
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps {key} of {name} as {value.dtype}, where 0 may mean anything; "
                     "pass an optimizer with statistics in floating point"

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from itop_prune.mask import find_masks
-from itop_prune.selection import unwrap
+from itop_prune.selection import unwrap, walk
 
 
 @dataclass(frozen=True)
 class Row:
-    """One masked weight."""
+    """One weight that is masked, or that has zeros without a mask."""
 
     name: str
     shape: tuple[int, ...]
@@ -20,6 +20,7 @@ class Row:
     active: int
     explored: int | None
     """How many were active at least once; None where nobody kept count."""
+    masked: bool = True
 
     @property
     def density(self) -> float:
@@ -42,7 +43,7 @@ class Summary:
 
     @property
     def weights(self) -> int:
-        """Masked weights."""
+        """Weights in all rows."""
         return sum(row.weights for row in self.rows)
 
     @property
@@ -52,31 +53,34 @@ class Summary:
 
     @property
     def density(self) -> float:
-        """Active over all masked weights; 1 for a dense model."""
+        """Active over all weights of the rows; 1 for a dense model."""
         return self.active / self.weights if self.rows else 1.0
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros among the masked weights."""
+        """Share of zeros among the weights of the rows."""
         return (self.weights - self.active) / max(1, self.weights)
 
     @property
     def exploration_rate(self) -> float | None:
         """R_s: the share of masked weights active at least once; None where nobody kept count."""
-        counts = [row.explored for row in self.rows if row.explored is not None]
-        return sum(counts) / self.weights if self.rows and len(counts) == len(self.rows) else None
+        masked = [row for row in self.rows if row.masked]
+        counts = [row.explored for row in masked if row.explored is not None]
+        return sum(counts) / sum(row.weights for row in masked) if masked and len(counts) == len(masked) else None
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return the table as text: a header, a line per masked weight, the total; for whoever draws it."""
+        """Return the table as text: a header, a line per row, the total; for whoever draws it."""
         lines: list[tuple[str, ...]] = [("weight", "shape", "weights", "active", "density")]
         for row in self.rows:
             shape = "×".join(map(str, row.shape))
-            lines.append((row.name, shape, f"{row.weights:,}", f"{row.active:,}", f"{row.density:.4f}"))
+            name = row.name if row.masked else f"{row.name} (no mask)"
+            lines.append((name, shape, f"{row.weights:,}", f"{row.active:,}", f"{row.density:.4f}"))
         lines.append(("total", "", f"{self.weights:,}", f"{self.active:,}", f"{self.density:.4f}"))
         if self.exploration_rate is None:
             return lines
         rates = [*(row.exploration_rate for row in self.rows), self.exploration_rate]
-        return [(*line, rate) for line, rate in zip(lines, ["R_s", *(f"{rate:.4f}" for rate in rates)], strict=True)]
+        column = ["R_s", *("" if rate is None else f"{rate:.4f}" for rate in rates)]
+        return [(*line, rate) for line, rate in zip(lines, column, strict=True)]
 
     def __str__(self) -> str:
         lines = self.cells()
@@ -88,6 +92,9 @@ class Summary:
 
 def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None) -> Summary:
     """Return how many weights of every masked layer are active, and how many were explored.
+
+    A weight without a mask is counted by its zeros, and listed where part of it is zero: what is left when masked
+    branches were fused (timm's `reparameterize_model`), or masks removed.
 
     Args:
         model: Masked by `itop_prune.apply`; wrapped (DDP, torch.compile, AveragedModel) or not.
@@ -103,9 +110,13 @@ def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None) ->
     total                 40      10   0.2500
     sparsity 0.7500; 6 other parameters are dense
     """
-    rows = []
-    for name, itop in find_masks(model).items():
-        mask = itop.mask
-        seen = None if explored is None or name not in explored else int(explored[name].sum())
-        rows.append(Row(name, tuple(mask.shape), mask.numel(), int(mask.sum()), seen))
+    rows, masks = [], find_masks(model)
+    for name, layer, tensor in walk(model):
+        if itop := masks.get(name):
+            seen = None if explored is None or name not in explored else int(explored[name].sum())
+            rows.append(Row(name, tuple(itop.mask.shape), itop.mask.numel(), itop.active, seen))
+        elif (weight := layer._parameters.get(tensor)) is not None and not weight.is_meta:
+            count = int(weight.count_nonzero())
+            if 0 < count < weight.numel():
+                rows.append(Row(name, tuple(weight.shape), weight.numel(), count, None, masked=False))
     return Summary(tuple(rows), sum(math.prod(p.shape) for p in unwrap(model).parameters()))

@@ -78,19 +78,14 @@ class MaskScheduler:
         grow: str | Criterion = "random",
         seed: int = 0,
     ) -> None:
-        for name, steps in {"total_steps": total_steps, "every": every}.items():
-            if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
-                raise ValueError(f"{name} is {steps!r}; allowed are whole numbers from 1: it counts optimizer steps")
-        for name, share in {"stop": stop, "rate": rate}.items():
-            if not _is_number(share) or not 0.0 < share <= 1.0:
-                raise ValueError(f"{name} is {share!r}; allowed is a number in (0, 1]")
-        if not _is_number(min_rate) or not 0.0 <= min_rate <= rate:
-            raise ValueError(f"min_rate is {min_rate!r}; allowed is a number in [0, rate], and rate is {rate}")
+        _check_numbers(total_steps, every, stop, rate, min_rate)
         self._schedule = choose(schedule, SCHEDULES, "schedule")
         if not isinstance(masks, Mapping) or not masks:
             raise ValueError(
                 f"masks is {type(masks).__name__}; allowed is what itop_prune.apply returned, or a part of it"
             )
+        for itop in masks.values():
+            itop.check_drawn()
         self._prune, self._prune_needs = criteria.find(prune, "prune")
         self._grow, self._grow_needs = criteria.find(grow, "grow")
         self._needs_gradient = "grad" in (*self._prune_needs, *self._grow_needs)
@@ -186,7 +181,7 @@ class MaskScheduler:
         self._prepare_next_step()  # copies of masks do not listen
 
     def __repr__(self) -> str:
-        active = sum(int(itop.mask.sum()) for itop in self._masks.values())
+        active = sum(itop.active for itop in self._masks.values())
         total = sum(itop.mask.numel() for itop in self._masks.values())
         coming = "now" if self._due else next((step for step in self.update_steps() if step > self._step), None)
         return (
@@ -226,7 +221,12 @@ class MaskScheduler:
         if self.updates == 0:
             check_statistics(self._optimizer, masks)
         for name in sorted(self._without_gradient):
-            self._warn(name, f"{name} got no gradient since the last update: is its layer still used by the model?")
+            self._warn(
+                name,
+                f"{name} got no gradient since the last update: is its layer still used by the model? Where another "
+                "took its place (reset_classifier, set_input_size), mask that one by apply(model, ..., include=[...]), "
+                "then build optimizer and MaskScheduler anew with find_masks(model)",
+            )
         for name, itop in masks.items():
             gradient = gradients.pop(name)
             if state.has_gradient[name] and state.active[name] < itop.mask.numel():
@@ -240,7 +240,7 @@ class MaskScheduler:
         parameter, mask = itop.parameter, itop.mask
         explored = self._explored[name] = self._explored[name].to(mask.device)  # the model may have been moved
         offered: dict[str, Any] = {
-            "weight": parameter.detach().float(),
+            "weight": itop.weight.float(),
             "mask": mask,
             "grad": ranks.mean(gradient, mask) if self._needs_gradient else None,
             "explored": explored,
@@ -253,7 +253,7 @@ class MaskScheduler:
         count = math.ceil(self.rate * active)
         moved = topology.prune_and_regrow(mask, prune, grow, count, count, offered["generator"])
         stayed = mask & moved
-        for tensor in (parameter, *statistics(self._optimizer, parameter)):
+        for tensor in (parameter, *statistics(self._optimizer, parameter).values()):
             zero_off_mask(tensor, stayed)
         explored |= mask | moved
         mask.copy_(moved)
@@ -273,6 +273,17 @@ def _score(name: str, criterion: Criterion, arguments: Mapping[str, Any], mask: 
             f"{tuple(mask.shape)} on {mask.device}"
         )
     return scores
+
+
+def _check_numbers(total_steps: int, every: int, stop: float, rate: float, min_rate: float) -> None:
+    for name, steps in {"total_steps": total_steps, "every": every}.items():
+        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"{name} is {steps!r}; allowed are whole numbers from 1: it counts optimizer steps")
+    for name, share in {"stop": stop, "rate": rate}.items():
+        if not _is_number(share) or not 0.0 < share <= 1.0:
+            raise ValueError(f"{name} is {share!r}; allowed is a number in (0, 1]")
+    if not _is_number(min_rate) or not 0.0 <= min_rate <= rate:
+        raise ValueError(f"min_rate is {min_rate!r}; allowed is a number in [0, rate], and rate is {rate}")
 
 
 def _is_number(value: object) -> bool:

@@ -7,14 +7,18 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from itop_prune.layer import masked_names
+from itop_prune.layer import derives, masked_names
 
 WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight",),
     nn.modules.conv._ConvNd: ("weight",),
+    nn.RNNCellBase: ("weight_ih", "weight_hh"),
     nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
 }
 """The weight matrices of convolutions and linear maps, by the class of the layer."""
+
+MIXED_KERNELS = frozenset({"CondConv2d"})
+"""Convolutions that mix kernels of several experts, a kernel a row of their weight; by the name of their class."""
 
 Place = tuple[nn.Module, str]
 
@@ -22,10 +26,17 @@ Place = tuple[nn.Module, str]
 def walk(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield name, layer and the tensor's name in it for every weight that is or could be masked, in model order."""
     for prefix, layer in unwrap(model).named_modules(remove_duplicate=remove_duplicate):
-        of_class = next((names for kind, names in WEIGHTS.items() if isinstance(layer, kind)), ())
-        for tensor in dict.fromkeys((*of_class, *masked_names(layer))):
+        for tensor in dict.fromkeys((*_weights(layer), *masked_names(layer))):
             if layer._parameters.get(tensor, ...) is not None:  # None: declared and not used
                 yield plain_name(prefix, tensor), layer, tensor
+
+
+def _weights(layer: nn.Module) -> tuple[str, ...]:
+    if isinstance(layer, nn.RNNBase):
+        return tuple(name for name in layer._flat_weights_names if name.startswith("weight_"))
+    if derives(type(layer), MIXED_KERNELS):
+        return ("weight",)
+    return next((names for kind, names in WEIGHTS.items() if isinstance(layer, kind)), ())
 
 
 def select(model: nn.Module, include: str | Iterable[str], exclude: str | Iterable[str]) -> dict[str, Place]:
@@ -52,8 +63,22 @@ def select(model: nn.Module, include: str | Iterable[str], exclude: str | Iterab
             reasons[name] = reason
     if reasons:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
-        raise ValueError(f"can't mask\n{lines}\nTo leave them dense: exclude={sorted(reasons)}")
+        rest = (
+            f"To leave them dense: exclude={sorted(reasons)}"
+            if len(reasons) < len(selected)
+            else "Nothing is left to mask"
+        )
+        raise ValueError(f"can't mask\n{lines}\n{rest}")
     return selected
+
+
+def kernel_shape(layer: nn.Module, tensor: str) -> tuple[int, ...]:
+    """Return the shape of a weight, (out, in, ...); of several experts' kernels it is (experts * out, in, ...)."""
+    shape = tuple(layer.get_parameter(tensor).shape)
+    if not derives(type(layer), MIXED_KERNELS):
+        return shape
+    out, *rest = layer.weight_shape  # type: ignore[misc]
+    return (shape[0] * out, *rest)
 
 
 def obstacle(layer: nn.Module, tensor: str) -> str:
@@ -66,6 +91,8 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
             return "its shape is not known yet: run the model once first"
         if torch.is_inference_mode_enabled() or (parameter is not None and parameter.is_inference()):
             return "tensors made in inference mode can't be trained: build and mask outside of torch.inference_mode"
+        if "_parameters" in getattr(getattr(type(layer).forward, "__code__", None), "co_names", ()):
+            return f"forward of {type(layer).__name__} reads _parameters, where a masked weight has another name"
         return ""
     if f"{tensor}_mask" in layer._buffers:
         return "torch's own pruning masks it: call torch.nn.utils.prune.remove first"
@@ -102,11 +129,20 @@ def _matching(patterns: str | Iterable[str], names: Iterable[str], what: str) ->
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return the names under which each parameter is held, by its identity."""
+    """Return the names under which each parameter is held, by its identity: registered, or in a plain attribute."""
     owners: dict[int, list[str]] = {}
     for prefix, module in unwrap(model).named_modules():
         for tensor, parameter in module._parameters.items():
             owners.setdefault(id(parameter), []).append(plain_name(prefix, tensor))
+        for attribute, value in vars(module).items():
+            if attribute == "_parameters" or (attribute == "_flat_weights" and isinstance(module, nn.RNNBase)):
+                continue
+            held = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            )
+            for parameter in held:
+                if isinstance(parameter, nn.Parameter):
+                    owners.setdefault(id(parameter), []).append(plain_name(prefix, attribute))
     return owners
 
 

@@ -25,13 +25,14 @@ def dense_state_dict(model: nn.Module) -> State:
         New tensors for masked weights, the model's own for all others, in the model's order.
     """
     state = {plain_name(name): tensor for name, tensor in unwrap(model).state_dict().items()}
+    places = {name: (layer, tensor) for name, layer, tensor in walk(model, remove_duplicate=False)}
     dense: State = {}
-    for name, tensor in state.items():
-        owner = _owner(name, state)
-        if owner is None:
-            dense[name] = tensor
-        elif name.endswith("_orig"):
-            dense[owner] = tensor.masked_fill(~state[f"{owner}_mask"].bool(), 0)
+    for owner, entries in _owners(state).items():
+        if owner in entries:
+            dense[owner] = state[owner]
+        else:
+            effective = getattr(*places[owner]) if owner in places else state[f"{owner}_orig"]  # or torch's own mask
+            dense[owner] = effective.detach().masked_fill(~state[f"{owner}_mask"].bool(), 0)
     return dense
 
 
@@ -59,8 +60,9 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     own = dense_state_dict(model)
     while state and not own.keys() & _owners(state).keys() and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    given = {name: _shapes(parts) for name, parts in _owners(state).items()}
-    masked = {owner for name in state if (owner := _owner(name, state))}
+    owners = _owners(state)
+    given = {name: _shapes(state[entry] for entry in entries) for name, entries in owners.items()}
+    masked = {owner for owner, entries in owners.items() if owner not in entries}
     if not masked:
         raise ValueError(
             "the source has no masks; load a dense one with model.load_state_dict, then call itop_prune.apply"
@@ -83,7 +85,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
         raise ValueError(
             f"masked in the model and dense in the source: {', '.join(only_here)}; load into a dense model"
         )
-    state = {name: tensor for name, tensor in state.items() if (_owner(name, state) or name) not in differing}
+    state = {entry: state[entry] for name, entries in owners.items() if name not in differing for entry in entries}
     for name, layer, tensor in list(walk(model)):
         if name in masked - set(differing) and tensor not in masked_names(layer):
             ITOP.apply(layer, tensor, state[f"{name}_mask"])
@@ -93,26 +95,19 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     return find_masks(model)
 
 
-def _owners(state: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-    """Return the entries of a state dict by plain name: of a masked weight there are two."""
-    owners: dict[str, list[Tensor]] = {}
-    for name, tensor in state.items():
-        owners.setdefault(_owner(name, state) or name, []).append(tensor)
+def _owners(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the names of a state dict's entries by plain name: of a masked weight there are two, of others one."""
+    owners: dict[str, list[str]] = {}
+    for name in state:
+        stems = (name.removesuffix(ending) for ending in ("_orig", "_mask"))
+        masked = (stem for stem in stems if stem != name and {f"{stem}_orig", f"{stem}_mask"} <= state.keys())
+        owners.setdefault(next(masked, name), []).append(name)
     return owners
 
 
 def _shapes(tensors: Iterable[Tensor]) -> str:
     """Return the shapes in words; weight and mask have one and the same."""
     return " and ".join(sorted({str(tuple(tensor.shape)) for tensor in tensors}))
-
-
-def _owner(name: str, state: Mapping[str, Tensor]) -> str | None:
-    """Return the plain name of the masked weight that an entry belongs to, or None for any other entry."""
-    for ending in ("_orig", "_mask"):
-        owner = name.removesuffix(ending)
-        if owner != name and f"{owner}_orig" in state and f"{owner}_mask" in state:
-            return owner
-    return None
 
 
 def read_state(path: str | Path) -> Mapping[str, Tensor]:

@@ -51,12 +51,29 @@ def small(name: str, checkpointing: bool = False, **keywords: object) -> nn.Modu
 RESNET = functools.partial(small, "resnet18", layers=(1, 1, 1, 1), channels=(16, 24, 32, 40))
 VIT = functools.partial(small, "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48)
 CONVNEXT = functools.partial(small, "convnext_atto", depths=(1, 1, 1, 1), dims=(16, 24, 32, 40))
+SWIN = functools.partial(
+    small,
+    "swin_tiny_patch4_window7_224",
+    img_size=32,
+    window_size=4,
+    depths=(2, 2),
+    embed_dim=24,
+    num_heads=(2, 4),
+)
+EFFICIENTNET = functools.partial(small, "test_efficientnet")
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., tuple[Tensor, Tensor]]]] = {
     "mlp": (mlp, rows),
     "resnet18": (RESNET, images),
     "vit_tiny": (VIT, images),
     "convnext_atto": (CONVNEXT, images),
+    "swin_tiny": (SWIN, images),
+    "efficientnet": (EFFICIENTNET, images),
+    "nfnet, standardised": (functools.partial(small, "test_nfnet"), images),
+    "resnet18, checkpointing": (functools.partial(RESNET, checkpointing=True), images),
     "vit_tiny, checkpointing": (functools.partial(VIT, checkpointing=True), images),
+    "convnext_atto, checkpointing": (functools.partial(CONVNEXT, checkpointing=True), images),
+    "swin_tiny, checkpointing": (functools.partial(SWIN, checkpointing=True), images),
+    "efficientnet, checkpointing": (functools.partial(EFFICIENTNET, checkpointing=True), images),
 }
 
 
@@ -114,6 +131,7 @@ def test_gradient_growth_adds_one_graph_at_the_first_step_that_listens_and_none_
         ("mlp", "gradient", 2),
         ("resnet18", "gradient", 1),
         ("vit_tiny, checkpointing", "gradient", 2),
+        ("nfnet, standardised", "gradient", 1),
     ],
 )
 def test_a_compiled_run_grows_what_an_eager_run_grows(name: str, grow: str, micro_batches: int) -> None:

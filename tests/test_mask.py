@@ -440,9 +440,46 @@ def test_the_repr_counts() -> None:
     assert repr(masks["weight"]) == "ITOP(Linear.weight, 1,200 of 4,000 active)"
 
 
-def test_the_repr_of_a_mask_without_data_counts_nothing() -> None:
-    masks = itop_prune.apply(nn.Linear(100, 40, device="meta"), 0.7)
-    assert repr(masks["weight"]) == "ITOP(Linear.weight, ? of 4,000 active)"
+@pytest.mark.parametrize("scores", ["random", "magnitude"])
+def test_on_the_meta_device_there_are_the_counts_of_a_real_model(scores: str) -> None:
+    real, meta = convnet(), convnet().to("meta")
+    expected = {name: itop.active for name, itop in itop_prune.apply(real, 0.7).items()}
+    masks = itop_prune.apply(meta, 0.7, scores=scores)
+    assert {name: itop.active for name, itop in masks.items()} == expected
+    assert all(itop.mask.is_meta for itop in masks.values())
+    assert repr(masks["7.weight"]) == f"ITOP(Linear.weight, {expected['7.weight']} of 64 active)"
+    assert itop_prune.summarize(meta) == itop_prune.summarize(real)
+    assert {name: itop.active for name, itop in itop_prune.find_masks(copy.deepcopy(meta)).items()} == expected
+
+
+def test_masks_of_the_meta_device_are_not_trained() -> None:
+    model = mlp().to("meta")
+    masks = itop_prune.apply(model, 0.7)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"is on the meta device.*build the model on a real device"):
+        itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=5)
+
+
+def test_masks_moved_from_the_meta_device_without_positions_are_not_trained() -> None:
+    model = mlp().to("meta")
+    masks = itop_prune.apply(model, 0.7)
+    model.to_empty(device="cpu")
+    for itop in masks.values():
+        itop.mask.zero_()  # what memory holds
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="was made on the meta device"):
+        itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=5)
+
+
+def test_a_model_of_the_meta_device_that_got_its_positions_from_a_file_is_trained() -> None:
+    model, saved = mlp().to("meta"), mlp()
+    itop_prune.apply(saved, 0.7)
+    masks = itop_prune.apply(model, 0.7)
+    model.load_state_dict(saved.state_dict(), assign=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=5)
+    train(model, optimizer, regrow)
+    assert regrow.updates == 2
 
 
 def test_compute_mask_is_the_mask_within_the_default() -> None:

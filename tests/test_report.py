@@ -144,3 +144,36 @@ def test_a_wrapped_model_gives_the_same_table(wrap) -> None:
     model = mlp()
     itop_prune.apply(model, 0.5)
     assert str(summarize(wrap(model))) == str(summarize(model))
+
+
+def test_a_weight_without_a_mask_is_listed_where_part_of_it_is_zero_and_marked() -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5, include="0", scores="magnitude")
+    with torch.no_grad():
+        model[2].weight[:3] = 0.0  # 3 of 12 rows of 16
+        model[4].weight.zero_()  # a head that starts at 0 is no pruned one
+    rows = summarize(model).rows
+    assert [(row.name, row.active, row.masked) for row in rows] == [("0.weight", 160, True), ("2.weight", 144, False)]
+    assert "2.weight (no mask)  12×16      192     144   0.7500" in str(summarize(model))
+
+
+def test_removed_masks_are_counted_by_their_zeros() -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.75)
+    before = summarize(model)
+    itop_prune.remove(model)
+    after = summarize(model)
+    assert [(row.name, row.active) for row in after.rows] == [(row.name, row.active) for row in before.rows]
+    assert after.sparsity == before.sparsity
+    assert not any(row.masked for row in after.rows)
+
+
+def test_exploration_is_of_masked_weights_alone() -> None:
+    model = mlp()
+    masks = itop_prune.apply(model, 0.5, include="0")
+    with torch.no_grad():
+        model[2].weight[:3] = 0.0
+    summary = summarize(model, half_explored(masks))
+    assert summary.exploration_rate == 0.5
+    assert summary.rows[1].exploration_rate is None
+    assert [line.split()[-1] for line in str(summary).splitlines()[:4]] == ["R_s", "0.5000", "0.7500", "0.5000"]

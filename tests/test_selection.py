@@ -1,5 +1,7 @@
 """What can be masked, what is refused, and that a refusal names the weight, says what to do and changes nothing."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -250,3 +252,42 @@ def test_names_do_not_hold_what_compiling_a_part_puts_in() -> None:
 def test_plain_name_takes_out_exactly_what_compile_puts_in(parts: list[str]) -> None:
     expected = [part for part in parts if part != "_orig_mod"]
     assert plain_name(".".join(parts), "weight") == ".".join([*expected, "weight"])
+
+
+class Keeper(nn.Module):
+    """A layer that keeps its weight a second time where a mask can't be seen."""
+
+    def __init__(self, keep: Callable[[nn.Parameter], object]) -> None:
+        super().__init__()
+        self.head, self.body = nn.Linear(4, 2), nn.Linear(4, 4)
+        self.kept = keep(self.body.weight)
+
+
+@pytest.mark.parametrize(
+    "keep", [lambda p: [p], lambda p: (None, p), lambda p: {"w": p}], ids=["list", "tuple", "dict"]
+)
+def test_a_weight_kept_in_a_plain_attribute_as_well_is_refused(keep: Callable[[nn.Parameter], object]) -> None:
+    model = Keeper(keep)
+    with pytest.raises(ValueError, match=r"(?s)body.weight: it is tied to kept.*exclude=\['body.weight'\]") as error:
+        itop_prune.apply(model, 0.5)
+    assert "head.weight:" not in str(error.value)
+    assert list(itop_prune.apply(model, 0.5, exclude="body.weight")) == ["head.weight"]
+
+
+class RawReader(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self._parameters["weight"], self.bias)
+
+
+def test_a_layer_that_reads_its_parameters_by_their_name_is_refused_with_the_pattern_that_leaves_it_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), RawReader(4, 4))
+    with pytest.raises(
+        ValueError, match=r"(?s)1.weight: forward of RawReader reads _parameters.*exclude=\['1.weight'\]"
+    ):
+        itop_prune.apply(model, 0.5)
+    assert list(itop_prune.apply(model, 0.5, exclude="1.weight")) == ["0.weight"]
+
+
+def test_a_model_whose_layers_are_all_refused_says_that_nothing_is_left() -> None:
+    with pytest.raises(ValueError, match=r"0.weight: forward of RawReader.*\n.*1.weight: .*\nNothing is left to mask"):
+        itop_prune.apply(nn.Sequential(RawReader(4, 4), RawReader(4, 4)), 0.5)

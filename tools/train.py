@@ -179,9 +179,13 @@ def evaluate(model: nn.Module, accelerator: Accelerator, data: Data, source: Sou
 
 def sparse_numbers(run: Run) -> dict[str, float | None]:
     """Return the rate, the sparsity and R_s: of static masks the density, of a dense model 1."""
-    summary = itop_prune.summarize(run.bare, run.regrow.explored if run.regrow else None)
-    explored = summary.exploration_rate if run.regrow else summary.density
-    return {"rate": run.regrow.rate if run.regrow else None, "sparsity": summary.sparsity, "exploration_rate": explored}
+    masks = itop_prune.find_masks(run.bare).values()
+    weights, active = sum(itop.mask.numel() for itop in masks), sum(itop.active for itop in masks)
+    return {
+        "rate": run.regrow.rate if run.regrow else None,
+        "sparsity": (weights - active) / max(1, weights),
+        "exploration_rate": run.regrow.exploration_rate() if run.regrow else active / weights if weights else 1.0,
+    }
 
 
 def save(
