@@ -1,6 +1,7 @@
 """Weights in and out: of sparse models that were saved, and to plain dense ones."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -24,9 +25,10 @@ def dense_state_dict(model: nn.Module) -> State:
     Returns:
         New tensors for masked weights, the model's own for all others, in the model's order.
     """
-    state = {plain_name(name): tensor for name, tensor in unwrap(model).state_dict().items()}
+    own = unwrap(model).state_dict()
+    state = {plain_name(name): tensor for name, tensor in own.items()}
     places = {name: (layer, tensor) for name, layer, tensor in walk(model, remove_duplicate=False)}
-    dense: State = {}
+    dense: State = _with_versions({}, own)
     for owner, entries in _owners(state).items():
         if owner in entries:
             dense[owner] = state[owner]
@@ -90,9 +92,18 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
         if name in masked - set(differing) and tensor not in masked_names(layer):
             ITOP.apply(layer, tensor, state[f"{name}_mask"])
     actual = {plain_name(name): name for name in model.state_dict()}
-    model.load_state_dict({actual[name]: tensor for name, tensor in state.items()}, strict=strict)
+    named = {actual[name]: tensor for name, tensor in state.items()}
+    model.load_state_dict(_with_versions(named, source, model.state_dict()), strict=strict)
     leave_out_of_ddp(model)
     return find_masks(model)
+
+
+def _with_versions(state: State, *sources: object) -> State:
+    """Return a state dict with the versions of its layers, which torch keeps beside the tensors; of the first known."""
+    known: Mapping[str, object] = next((s._metadata for s in sources if hasattr(s, "_metadata")), {})
+    versioned = OrderedDict(state)
+    versioned._metadata = {plain_name(name): versions for name, versions in known.items()}  # type: ignore[attr-defined]
+    return versioned
 
 
 def _owners(state: Mapping[str, Tensor]) -> dict[str, list[str]]:

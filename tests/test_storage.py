@@ -422,3 +422,31 @@ def test_a_layer_under_two_names_loads() -> None:
     masks = itop_prune.load(model, saved.state_dict())
     assert list(masks) == ["a.weight", "b.1.weight"]
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), saved.state_dict().values(), strict=True))
+
+
+class Versioned(nn.Linear):
+    """A layer that reads its version when it is loaded, as batch norm and torchvision's MNASNet do."""
+
+    _version = 3
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: object) -> None:
+        if local_metadata.get("version") != 3:
+            raise RuntimeError(f"version is {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_versions_of_layers_go_with_the_weights() -> None:
+    model, plain, dense = (nn.Sequential(nn.Linear(4, 6), Versioned(6, 4)) for _ in range(3))
+    itop_prune.apply(model, 0.5)
+    plain.load_state_dict(itop_prune.dense_state_dict(model))
+    for source in (model.state_dict(), dict(model.state_dict())):  # a file of tensors alone has no versions
+        itop_prune.load(dense, source)
+    assert torch.equal(dense[1].weight, plain[1].weight)
+
+
+def test_versions_are_found_inside_a_compiled_layer() -> None:
+    model, plain = (nn.Sequential(nn.Linear(4, 6), Versioned(6, 4)) for _ in range(2))
+    itop_prune.apply(model, 0.5)
+    model[1] = torch.compile(model[1], backend="eager")
+    plain.load_state_dict(itop_prune.dense_state_dict(model))
+    assert torch.equal(plain[1].weight, model[1].weight)
