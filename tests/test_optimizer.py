@@ -97,14 +97,14 @@ def test_statistics_are_all_tensors_of_the_shape_of_the_weight(build: Callable, 
     masks = masked(model)
     optimizer = build(model.parameters())
     train(model, optimizer, steps=range(1))
-    shapes = [tensor.shape for tensor in statistics(optimizer, masks["0.weight"].parameter)]
+    shapes = [tensor.shape for tensor in statistics(optimizer, masks["0.weight"].parameter).values()]
     assert shapes == [(16, 20)] * count
 
 
 def test_there_are_no_statistics_before_the_first_step() -> None:
     model = mlp()
     masks = masked(model)
-    assert statistics(torch.optim.AdamW(model.parameters()), masks["0.weight"].parameter) == []
+    assert statistics(torch.optim.AdamW(model.parameters()), masks["0.weight"].parameter) == {}
 
 
 def test_statistics_of_a_weight_that_is_not_held_are_not_made_up() -> None:
