@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from itop_prune.sharding import like, local
+
 STANDARDIZED = frozenset({"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"})
 """Convolutions that standardise each filter (Qiao et al., 2019, arXiv 1903.10520), by the name of their class."""
 
@@ -71,9 +73,11 @@ def _weight(name: str, centred: bool) -> property:
     parameter, mask, listening = f"{name}_orig", f"{name}_mask", f"{name}_listening"
 
     def read(layer: nn.Module) -> Tensor:
+        present = getattr(layer, parameter)  # whole in a forward; outside of it FSDP2 keeps a part
+        active = like(getattr(layer, mask), present)
         if getattr(layer, listening):
-            return _DenseBackward.apply(getattr(layer, parameter), getattr(layer, mask), centred)
-        return effective(getattr(layer, parameter), getattr(layer, mask), centred)
+            return _DenseBackward.apply(present, active, centred)
+        return effective(present, active, centred)
 
     def write(layer: nn.Module, value: object) -> None:
         raise RuntimeError(
@@ -189,4 +193,4 @@ def pass_dense_gradient(layer: nn.Module, name: str, on: bool) -> None:
 @torch.no_grad()
 def zero_off_mask(tensor: Tensor, mask: Tensor) -> None:
     """Set `tensor` to 0 in place wherever `mask` is False, NaN too."""
-    tensor.masked_fill_(~mask, 0)
+    local(tensor).masked_fill_(~local(like(mask, tensor)), 0)

@@ -11,6 +11,7 @@ from itop_prune.distributions import Distribution
 from itop_prune.layer import attach, detach, effective, pass_dense_gradient, standardizes, zero_off_mask
 from itop_prune.menu import nearest
 from itop_prune.selection import kernel_shape, obstacle, select, unwrap, walk
+from itop_prune.sharding import is_sharded, like
 
 SCORES = ("random", "magnitude")
 
@@ -25,6 +26,7 @@ class ITOP(prune.BasePruningMethod):
 
     PRUNING_TYPE = "unstructured"
     _heard: Tensor | None = None
+    _heard_in: Tensor | None = None
     _ear: torch.utils.hooks.RemovableHandle | None = None
     _planned: int | None = None
 
@@ -73,6 +75,12 @@ class ITOP(prune.BasePruningMethod):
         return getattr(self._layer, self._tensor_name).detach()
 
     @property
+    def outputs(self) -> int:
+        """How many outputs the weights of the tensor feed."""
+        transposed = getattr(self._layer, "transposed", False)
+        return self.mask.shape[1] * int(self._layer.groups) if transposed else self.mask.shape[0]  # type: ignore[arg-type]
+
+    @property
     def active(self) -> int:
         """How many weights are active; on the meta device how many would be."""
         return self._planned or 0 if self.mask.is_meta else int(self.mask.sum())
@@ -98,7 +106,16 @@ class ITOP(prune.BasePruningMethod):
         """Do nothing: the layer's property is always current."""
 
     def remove(self, module: nn.Module) -> None:
-        """Bake the mask in: a plain parameter again; called by `prune.remove`, which then takes the hook away."""
+        """Bake the mask in: a plain parameter again; called by `prune.remove`, which then takes the hook away.
+
+        Raises:
+            RuntimeError: FSDP2 has sharded the parameter, and knows it by its name.
+        """
+        if is_sharded(self.parameter):
+            raise RuntimeError(
+                f"{self._tensor_name} of {type(module).__name__} is sharded by FSDP2, which keeps its name; load "
+                "itop_prune.dense_state_dict(model) into a plain model instead"
+            )
         self.take_gradient()
         detach(module, self._tensor_name)
 
@@ -122,15 +139,30 @@ class ITOP(prune.BasePruningMethod):
             self._heard = gradient.to(torch.float32, copy=True) if heard is None else heard + gradient
             return gradient * self.mask
 
+        @torch.utils.hooks.unserializable_hook
+        def hear_part(parameter: Tensor) -> None:
+            """FSDP2 puts the mean over ranks into `.grad`, no hook between, and adds micro-batches up there."""
+            gradient = parameter.grad
+            if gradient is None:
+                return
+            if self._heard is None or gradient is not self._heard_in:
+                self._heard, self._heard_in = gradient.to(torch.float32, copy=True), gradient
+            else:
+                self._heard = torch.where(like(self.mask, gradient), gradient, self._heard + gradient)
+            zero_off_mask(gradient, self.mask)
+
         pass_dense_gradient(self._layer, self._tensor_name, on=True)
-        self._ear = self.parameter.register_hook(hear)
+        if is_sharded(self.parameter):
+            self._ear = self.parameter.register_post_accumulate_grad_hook(hear_part)
+        else:
+            self._ear = self.parameter.register_hook(hear)
 
     def take_gradient(self) -> Tensor | None:
         """Return the dense gradient collected since `listen`, float32, or None; and stop listening."""
         if self._ear is not None:
             self._ear.remove()
             pass_dense_gradient(self._layer, self._tensor_name, on=False)
-        heard, self._heard, self._ear = self._heard, None, None
+        heard, self._heard, self._heard_in, self._ear = self._heard, None, None, None
         return heard
 
     def __getstate__(self) -> dict[str, object]:
@@ -201,7 +233,10 @@ def apply(
         itop._planned = counts[name] if itop.mask.is_meta else None
     leave_out_of_ddp(model)
     if scores != "random":
-        ranks.check_equal({name: itop.mask for name, itop in applied.items()})
+        ranks.check_equal(
+            {f"mask of {name}": itop.mask for name, itop in applied.items()},
+            "call apply with one seed on all ranks, and where scores depend on the weights, on the same weights",
+        )
     return applied
 
 

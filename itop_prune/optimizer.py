@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from itop_prune.mask import ITOP
+from itop_prune.sharding import local
 
 
 def statistics(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -25,12 +26,18 @@ def check_holds(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
             "from model.parameters() of the masked model, and the MaskScheduler after accelerator.prepare; or pass "
             "only the masks that this optimizer holds"
         )
+    for name, itop in masks.items():
+        if itop.parameter.shape != itop.mask.shape:
+            raise ValueError(
+                f"{name} has the shape {tuple(itop.parameter.shape)}, its mask {tuple(itop.mask.shape)}: FSDP1 and "
+                "ZeRO-3 flatten parameters, which masks can't follow; FSDP2 (fully_shard) does not"
+            )
 
 
 def has_any_gradient(optimizer: Optimizer) -> bool:
     """Return whether any gradient, of a bias or norm too, is not 0: after `zero_grad` none is."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return any(bool(parameter.grad.any()) for parameter in parameters if parameter.grad is not None)
+    return any(bool(local(parameter.grad).any()) for parameter in parameters if parameter.grad is not None)
 
 
 def check_statistics(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:

@@ -1,11 +1,13 @@
 """What all ranks of a data-parallel training must agree on before masks move. Without torch.distributed: one rank."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
+
+from itop_prune.sharding import is_sharded, local, whole
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class State:
     """Whether any masked weight has a gradient that is not 0, on any rank."""
     has_gradient: dict[str, bool]
     """On any rank, by name."""
+    silent: list[str]
+    """Names of those whose gradient is 0 everywhere, on all ranks."""
     active: dict[str, int]
     """Weights, by name."""
 
@@ -41,51 +45,62 @@ def examine(
     gradients = sparse if dense is None else dense
     device = next(iter(masks.values())).device
 
-    def largest(tensors: Iterable[Tensor | None]) -> Tensor:
-        norms = [torch.linalg.vector_norm(t, math.inf).double().to(device) for t in tensors if t is not None]
-        return torch.stack([torch.zeros((), dtype=torch.float64, device=device), *norms]).amax()
+    def largest(tensors: Mapping[str, Tensor | None]) -> Tensor:
+        parts = [None if tensor is None else local(tensor) for tensor in tensors.values()]
+        norms = [0.0 if p is None or not p.numel() else torch.linalg.vector_norm(p, math.inf) for p in parts]
+        return torch.stack([torch.as_tensor(norm, dtype=torch.float64).to(device) for norm in norms])
 
-    stepped = largest(sparse.values())
-    seen = torch.stack([stepped, largest(parameters.values()), largest(gradients.values())])
+    stepped, heard = largest(sparse), largest(gradients)
+    finite = torch.stack([stepped, largest(parameters), heard]).isfinite().all()
     present = torch.tensor([gradients[name] is not None for name in masks], device=device)
     active = torch.stack([mask.count_nonzero().to(device) for mask in masks.values()])
-    report = torch.cat([~seen.isfinite().all().view(1), (stepped != 0).view(1), present, active])
+    report = torch.cat([~finite.view(1), (stepped != 0).any().view(1), heard != 0, present, active])
     if world_size() > 1:
         distributed.all_reduce(report, distributed.ReduceOp.MAX)
     bad, any_gradient, *rest = report.tolist()
-    has_gradient = dict(zip(masks, map(bool, rest[: len(masks)]), strict=True))
-    return State(not bad, bool(any_gradient), has_gradient, dict(zip(masks, rest[len(masks) :], strict=True)))
+    by_layer = [
+        dict(zip(masks, rest[start : start + len(masks)], strict=True)) for start in range(0, len(rest), len(masks))
+    ]
+    heard_of, has_gradient, counts = by_layer
+    silent = [name for name in masks if has_gradient[name] and not heard_of[name]]
+    return State(not bad, bool(any_gradient), {n: bool(has) for n, has in has_gradient.items()}, silent, counts)
 
 
-def check_equal(masks: Mapping[str, Tensor]) -> None:
-    """Compare a checksum of every mask over the ranks.
+def check_equal(tensors: Mapping[str, Tensor], advice: str) -> None:
+    """Compare a checksum of every tensor over the ranks.
 
     Raises:
-        RuntimeError: Masks differ, with their names.
+        RuntimeError: Some differ, with their names and the advice.
     """
     if world_size() == 1:
         return
-    lowest = torch.stack([_checksum(mask) for mask in masks.values()])
+    lowest = torch.stack([_checksum(tensor) for tensor in tensors.values()])
     if distributed.get_backend() == "nccl":  # which can't exchange what is not on a GPU
         lowest = lowest.cuda()
     highest = lowest.clone()
     distributed.all_reduce(lowest, distributed.ReduceOp.MIN)
     distributed.all_reduce(highest, distributed.ReduceOp.MAX)
     equal = (lowest == highest).tolist()
-    if differing := [name for name, same in zip(masks, equal, strict=True) if not same]:
+    if differing := [name for name, same in zip(tensors, equal, strict=True) if not same]:
         raise RuntimeError(
-            f"ranks hold different masks of {', '.join(differing[:5])}; call apply with one seed on all ranks, and "
-            "where scores depend on the weights, on the same weights"
+            f"ranks hold different {', '.join(differing[:5])}{' and others' if differing[5:] else ''}; {advice}"
         )
 
 
-def _checksum(mask: Tensor) -> Tensor:
-    """Return a number that depends on which positions are active; integers wrap around on purpose."""
-    return (mask.flatten().nonzero() * 6364136223846793005 + 1442695040888963407).pow(3).sum()
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    """Return a number that depends on every bit and its place; integers wrap around on purpose."""
+    bits = tensor.detach().flatten().view(BITS[tensor.element_size()]).long()
+    places = torch.arange(len(bits), device=bits.device) * 6364136223846793005 + 1442695040888963407
+    return ((bits + 1) * places).sum()
 
 
 def mean(gradient: Tensor | None, mask: Tensor) -> Tensor:
     """Return the mean of a gradient over the ranks; one that is None here, and not elsewhere, counts as zeros."""
+    if is_sharded(gradient):  # FSDP2 has taken the mean
+        return whole(gradient)
     if gradient is None:
         gradient = torch.zeros_like(mask, dtype=torch.float32)
     if world_size() > 1:

@@ -17,6 +17,7 @@ from itop_prune.mask import ITOP
 from itop_prune.menu import choose
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
 from itop_prune.schedules import SCHEDULES, Schedule
+from itop_prune.sharding import is_sharded, whole
 
 ORDER = (
     "The order is loss.backward(), optimizer.step(), step() of the MaskScheduler, and only then optimizer.zero_grad()"
@@ -47,11 +48,13 @@ class MaskScheduler:
         prune: "magnitude", "gradient", "random" or a function of some of `itop_prune.criteria.OFFERED`.
         grow: The same menu. A criterion that asks for `grad` gets the dense gradient of the update step.
         seed: Of random criteria and ties.
+        check_ranks: Whether a checksum of masks and weights is compared over the ranks at every update, and a run that
+            has diverged is stopped. Masks are compared once, here, in any case.
 
     Raises:
         ValueError: A value is out of range, a name unknown, the optimizer does not hold a masked parameter, or it
             keeps its statistics where they can't be reached.
-        RuntimeError: Ranks hold different masks.
+        RuntimeError: Ranks hold different masks; in `step()`, with `check_ranks`, different masks or weights.
 
     Under torch.distributed all ranks must train the same model: the dense gradient is averaged over them.
 
@@ -77,6 +80,7 @@ class MaskScheduler:
         prune: str | Criterion = "magnitude",
         grow: str | Criterion = "random",
         seed: int = 0,
+        check_ranks: bool = False,
     ) -> None:
         _check_numbers(total_steps, every, stop, rate, min_rate)
         self._schedule = choose(schedule, SCHEDULES, "schedule")
@@ -91,11 +95,14 @@ class MaskScheduler:
         self._needs_gradient = "grad" in (*self._prune_needs, *self._grow_needs)
         check_holds(optimizer, masks)
         check_statistics(optimizer, masks)
-        ranks.check_equal({name: itop.mask for name, itop in masks.items()})
+        ranks.check_equal(
+            {f"mask of {name}": itop.mask for name, itop in masks.items()},
+            "call apply with one seed on all ranks, and where scores depend on the weights, on the same weights",
+        )
 
         self._masks, self._optimizer = dict(masks), optimizer
         self._total_steps, self._every, self._stop, self._seed = total_steps, every, stop, seed
-        self._first_rate, self._last_rate = rate, min_rate
+        self._first_rate, self._last_rate, self._check_ranks = rate, min_rate, check_ranks
         self._step, self._due = 0, False
         self.updates = self.skipped = 0
         self._explored = {name: itop.mask.clone() for name, itop in masks.items()}
@@ -218,6 +225,10 @@ class MaskScheduler:
             self._warn("zero", f"every gradient is 0 at step {self._step}: were they cleared before? {ORDER}")
         if not any(state.has_gradient.values()):  # nobody listened: the backward pass was before the MaskScheduler
             return False
+        if self._check_ranks:
+            held = {f"mask of {name}": mask for name, mask in tensors.items()}
+            held |= {name: parameter for name, parameter in parameters.items() if not is_sharded(parameter)}
+            ranks.check_equal(held, f"the run has diverged by step {self._step}: go back to a checkpoint before it")
         if self.updates == 0:
             check_statistics(self._optimizer, masks)
         for name in sorted(self._without_gradient):
@@ -227,7 +238,19 @@ class MaskScheduler:
                 "took its place (reset_classifier, set_input_size), mask that one by apply(model, ..., include=[...]), "
                 "then build optimizer and MaskScheduler anew with find_masks(model)",
             )
+        for name in state.silent if self._needs_gradient and state.any_gradient else ():
+            self._warn(
+                f"silent {name}",
+                f"the dense gradient of {name} is 0 everywhere at step {self._step}, so growth there is by chance: is "
+                "a layer before or after it so sparse that nothing passes?",
+            )
         for name, itop in masks.items():
+            if state.active[name] < itop.outputs:
+                self._warn(
+                    f"few {name}",
+                    f"{name} has {state.active[name]} active weights for {itop.outputs} outputs, so some have none: "
+                    "lower the sparsity, or take a method that gives small layers more (ERK)",
+                )
             gradient = gradients.pop(name)
             if state.has_gradient[name] and state.active[name] < itop.mask.numel():
                 self._move(name, itop, state.active[name], gradient)
@@ -240,7 +263,7 @@ class MaskScheduler:
         parameter, mask = itop.parameter, itop.mask
         explored = self._explored[name] = self._explored[name].to(mask.device)  # the model may have been moved
         offered: dict[str, Any] = {
-            "weight": itop.weight.float(),
+            "weight": whole(itop.weight).float(),
             "mask": mask,
             "grad": ranks.mean(gradient, mask) if self._needs_gradient else None,
             "explored": explored,

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from itop_prune.layer import derives, masked_names
+from itop_prune.sharding import is_sharded
 
 WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight",),
@@ -89,6 +90,8 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
         parameter = layer._parameters[tensor]
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             return "its shape is not known yet: run the model once first"
+        if is_sharded(parameter):
+            return "each rank holds a part of it: call itop_prune.apply before fully_shard or accelerator.prepare"
         if torch.is_inference_mode_enabled() or (parameter is not None and parameter.is_inference()):
             return "tensors made in inference mode can't be trained: build and mask outside of torch.inference_mode"
         if "_parameters" in getattr(getattr(type(layer).forward, "__code__", None), "co_names", ()):

@@ -12,6 +12,7 @@ from itop_prune.layer import masked_names
 from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
 from itop_prune.menu import nearest
 from itop_prune.selection import plain_name, unwrap, walk
+from itop_prune.sharding import whole
 
 State = dict[str, Tensor]
 
@@ -23,7 +24,8 @@ def dense_state_dict(model: nn.Module) -> State:
         model: Masked by `itop_prune.apply`; wrapped (DDP, torch.compile, AveragedModel) or not.
 
     Returns:
-        New tensors for masked weights, the model's own for all others, in the model's order.
+        New tensors for masked weights, the model's own for all others, in the model's order. Of a model that FSDP2
+        shards, all of them whole, on every rank: all must ask.
     """
     own = unwrap(model).state_dict()
     state = {plain_name(name): tensor for name, tensor in own.items()}
@@ -31,10 +33,10 @@ def dense_state_dict(model: nn.Module) -> State:
     dense: State = _with_versions({}, own)
     for owner, entries in _owners(state).items():
         if owner in entries:
-            dense[owner] = state[owner]
+            dense[owner] = whole(state[owner])
         else:
             effective = getattr(*places[owner]) if owner in places else state[f"{owner}_orig"]  # or torch's own mask
-            dense[owner] = effective.detach().masked_fill(~state[f"{owner}_mask"].bool(), 0)
+            dense[owner] = whole(effective.detach()).masked_fill(~state[f"{owner}_mask"].bool(), 0)
     return dense
 
 

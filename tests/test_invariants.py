@@ -144,6 +144,7 @@ def test_an_update_never_changes_the_number_of_active_weights_of_a_layer(grow: s
     assert len(counts_over(run)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:the dense gradient of")
 @pytest.mark.parametrize("grow", GROWTH)
 def test_counts_are_exact_where_every_weight_and_gradient_ties_at_zero(grow: str) -> None:
     run = sparse(optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0), grow=grow, every=1)
@@ -168,6 +169,7 @@ def test_counts_are_exact_where_few_distinct_weights_tie(grow: str) -> None:
     assert len(counts_over(run)) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.* has 1 active weights for")
 def test_counts_are_exact_with_one_active_weight_in_a_layer() -> None:
     run = sparse(sparsity=1 - 3 / 560, method="uniform", every=1, grow="random", prune="random")
     assert counts_over(run) == {(1, 1, 1)}

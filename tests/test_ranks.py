@@ -1,4 +1,4 @@
-"""Two processes under DistributedDataParallel hold the same numbers, bit for bit, and grow from the mean gradient."""
+"""Two and four processes under DistributedDataParallel hold the same numbers, bit for bit, and grow from the mean."""
 
 import contextlib
 import datetime
@@ -20,7 +20,6 @@ pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no gloo"
 )
 
-RANKS = 2
 STEPS = 8
 EVERY = 2
 
@@ -28,12 +27,12 @@ EVERY = 2
 # --- what runs in each process: module-level functions, for a spawned process imports them by name ------------------
 
 
-def work(rank: int, folder: str) -> None:
+def work(rank: int, ranks: int, folder: str) -> None:
     """Do every task of the table, one after another: starting the processes takes longer than all of them."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # the warnings of this package are tested in one process
     file, patience = f"file://{folder}/init", datetime.timedelta(minutes=2)
-    distributed.init_process_group("gloo", init_method=file, rank=rank, world_size=RANKS, timeout=patience)
+    distributed.init_process_group("gloo", init_method=file, rank=rank, world_size=ranks, timeout=patience)
     try:
         results = {name: task(rank, **arguments) for name, (task, arguments) in TASKS.items()}
         torch.save(results, f"{folder}/rank{rank}")
@@ -112,6 +111,29 @@ def masks_by_magnitude_of_other_weights(rank: int) -> dict[str, Any]:
     return {"refused": "", "numbers": numbers(masks, model, optimizer, regrow)}
 
 
+def diverge(rank: int, check_ranks: bool) -> dict[str, Any]:
+    """A weight that is changed on one rank, between two updates."""
+    model = mlp()
+    masks = itop_prune.apply(model, 0.7)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=9, every=1, check_ranks=check_ranks)
+    steps = 0
+    try:
+        for step in range(4):
+            x, y = data(step, rank, 0, (20,))
+            F.cross_entropy(wrapped(x), y).backward()
+            optimizer.step()
+            regrow.step()
+            optimizer.zero_grad()
+            steps += 1
+            if step == 1 and rank == 1:
+                model[2].weight_orig.data.mul_(1.0 + 1e-6)
+    except RuntimeError as stopped:
+        return {"steps": steps, "stopped": str(stopped)}
+    return {"steps": steps, "stopped": ""}
+
+
 TRAININGS: dict[str, dict[str, Any]] = {
     "random growth": {"build": "convnet", "grow": "random"},
     "gradient growth": {"build": "convnet", "grow": "gradient"},
@@ -122,11 +144,13 @@ TRAININGS: dict[str, dict[str, Any]] = {
 NANS: dict[str, dict[str, Any]] = {
     f"{grow} growth, NaN on rank {rank}": {"build": "mlp", "grow": grow, "spoiled": {3: rank}}
     for grow in ("random", "gradient")
-    for rank in range(RANKS)
+    for rank in range(2)
 }
 TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     **{name: (train_on_a_rank, arguments) for name, arguments in (TRAININGS | NANS).items()},
     "a mask changed": (change_a_mask_on_one_rank, {}),
+    "diverged": (diverge, {"check_ranks": True}),
+    "diverged, not looked at": (diverge, {"check_ranks": False}),
     "magnitude": (masks_by_magnitude_of_other_weights, {}),
 }
 
@@ -134,12 +158,12 @@ TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 # --- what is expected of them ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """By rank and task, what the two processes gave."""
+@pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """By rank and task, what the processes gave."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"rank{rank}") for rank in range(RANKS)]
+    multiprocessing.spawn(work, (request.param, str(folder)), nprocs=request.param)
+    return [torch.load(folder / f"rank{rank}") for rank in range(request.param)]
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
@@ -154,35 +178,38 @@ def off_batch_norm(names: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_ranks_hold_the_same_weights_masks_optimizer_state_and_explored(name: str, results: list) -> None:
-    first, second = (result[name] for result in results)
-    assert first["moved"] == second["moved"] == [step % EVERY == EVERY - 1 for step in range(STEPS)]
-    for one, other in zip(first["history"], second["history"], strict=True):
-        assert off_batch_norm(differing(one, other)) == []
+    first, *others = (result[name] for result in results)
+    for other in others:
+        assert first["moved"] == other["moved"] == [step % EVERY == EVERY - 1 for step in range(STEPS)]
+        for one, another in zip(first["history"], other["history"], strict=True):
+            assert off_batch_norm(differing(one, another)) == []
     assert any(word.startswith("mask of ") for word in differing(first["history"][0], first["history"][-1]))
 
 
-@pytest.mark.parametrize("name", ["gradient growth, no accumulation", "gradient growth, accumulation"])
-def test_growth_by_gradient_uses_the_mean_over_ranks(name: str, results: list) -> None:
+@pytest.mark.parametrize("name", [name for name, arguments in TRAININGS.items() if arguments["build"] == "mlp"])
+def test_ranks_with_a_part_of_the_batch_each_are_one_rank_with_all_of_it(name: str, results: list) -> None:
     micro_batches = TRAININGS[name].get("micro_batches", 1)
     model = mlp(seed=0)  # DDP starts from the weights of rank 0
     masks = itop_prune.apply(model, 0.7)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY, grow="gradient")
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY, grow=TRAININGS[name]["grow"])
     for step in range(STEPS):
         for micro in range(micro_batches):
-            parts = [data(step, rank, micro, (20,)) for rank in range(RANKS)]
+            parts = [data(step, rank, micro, (20,)) for rank in range(len(results))]
             x, y = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
             (F.cross_entropy(model(x), y) / micro_batches).backward()
         optimizer.step()
         regrow.step()
         optimizer.zero_grad()
         for key, itop in masks.items():
-            assert torch.equal(itop.mask, results[0][name]["history"][step][f"mask of {key}"])
+            found = results[0][name]["history"][step]
+            assert torch.equal(itop.mask, found[f"mask of {key}"])
+            torch.testing.assert_close(itop.parameter.detach(), found[f"{key}_orig"], atol=1e-4, rtol=1e-3)
     assert regrow.updates == STEPS // EVERY
 
 
 def test_ddp_does_not_send_the_masks_with_a_forward(results: list) -> None:
-    first, second = (result["a mask changed"] for result in results)
+    first, second = (result["a mask changed"] for result in results[:2])
     assert torch.equal(first["sent"], second["sent"])  # other buffers are sent
     assert all(torch.equal(mask, ~second["masks"][name]) for name, mask in first["masks"].items())
 
@@ -198,11 +225,24 @@ def test_a_nan_on_one_rank_lets_no_rank_move(name: str, results: list) -> None:
 
 @pytest.mark.parametrize("name", NANS)
 def test_ranks_hold_the_same_numbers_after_a_nan_on_one_of_them(name: str, results: list) -> None:
-    for one, other in zip(*(result[name]["history"] for result in results), strict=True):
-        assert differing(one, other) == []
+    for one, *others in zip(*(result[name]["history"] for result in results), strict=True):
+        assert all(differing(one, other) == [] for other in others)
 
 
 def test_masks_by_magnitude_of_weights_that_differ_between_ranks_are_made_equal_or_refused(results: list) -> None:
-    first, second = (result["magnitude"] for result in results)
-    assert bool(first["refused"]) == bool(second["refused"])
-    assert first["refused"] or differing(first["numbers"], second["numbers"]) == []
+    first, *others = (result["magnitude"] for result in results)
+    for other in others:
+        assert bool(first["refused"]) == bool(other["refused"])
+        assert first["refused"] or differing(first["numbers"], other["numbers"]) == []
+
+
+def test_a_run_that_diverged_is_stopped_at_the_next_update_on_all_ranks_with_the_name_of_the_layer(
+    results: list,
+) -> None:
+    for result in results:
+        assert result["diverged"]["steps"] == 2
+        assert "ranks hold different 2.weight; the run has diverged by step 3" in result["diverged"]["stopped"]
+
+
+def test_divergence_is_looked_for_on_request_alone(results: list) -> None:
+    assert [result["diverged, not looked at"] for result in results] == [{"steps": 4, "stopped": ""}] * len(results)

@@ -1010,3 +1010,62 @@ def test_a_criterion_may_have_parameters_of_its_own() -> None:
         regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=2, every=1, grow=grow)
         train(model, optimizer, regrow, steps=range(2))
         assert regrow.updates == 2
+
+
+class Blocked(nn.Module):
+    """Its first layer's gradient is 0: what follows multiplies by 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(20, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x) * 0.0 + x[:, :16])
+
+
+def test_a_layer_whose_dense_gradient_is_zero_everywhere_is_warned_of_once_by_name() -> None:
+    torch.manual_seed(0)
+    run = Run(Blocked(), grow="gradient")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.train(range(8))
+    assert len(caught) == 1
+    assert "the dense gradient of body.weight is 0 everywhere at step 2" in str(caught[0].message)
+
+
+def test_random_growth_asks_no_layer_for_its_dense_gradient() -> None:
+    torch.manual_seed(0)
+    run = Run(Blocked())
+    run.train(range(4))
+    assert run.regrow.updates == 2
+
+
+@pytest.mark.parametrize(
+    ("layer", "outputs"), [(nn.Linear(20, 16), 16), (nn.ConvTranspose2d(20, 8, 1, groups=2), 8)], ids=str
+)
+def test_a_layer_with_fewer_active_weights_than_outputs_is_warned_of_once_by_name(
+    layer: nn.Module, outputs: int
+) -> None:
+    model = nn.Sequential(layer)
+    masks = itop_prune.apply(model, 1.0 - 5.2 / layer.weight.numel())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=1)
+    x = torch.randn(3, 20) if isinstance(layer, nn.Linear) else torch.randn(3, 20, 2, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(x).square().sum().backward()
+            regrow.step()
+    assert [str(warning.message).split(",")[0] for warning in caught] == [
+        f"0.weight has 5 active weights for {outputs} outputs"
+    ]
+
+
+def test_a_parameter_that_something_flattened_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    masks = itop_prune.apply(model, 0.5)
+    model[0].weight_orig.data = model[0].weight_orig.data.flatten()
+    with pytest.raises(
+        ValueError, match=r"0.weight has the shape \(12,\), its mask \(3, 4\): FSDP1 and ZeRO-3 flatten"
+    ):
+        itop_prune.MaskScheduler(masks, torch.optim.SGD(model.parameters()), total_steps=4, every=1)

@@ -1,0 +1,244 @@
+"""FSDP2 on two processes: the numbers of one process with the whole model, masks equal, parts written in place."""
+
+import datetime
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+
+import itop_prune
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no gloo"
+)
+
+RANKS, STEPS, EVERY = 2, 6, 2
+WHOLE = StateDictOptions(full_state_dict=True)
+
+
+def model(seed: int = 0) -> nn.Sequential:
+    """Rows that do not divide by two, so that the ranks hold parts of different sizes."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(20, 17), nn.ReLU(), nn.Linear(17, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+def standardized(seed: int = 0) -> nn.Sequential:
+    from timm.layers import StdConv2d
+
+    torch.manual_seed(seed)
+    return nn.Sequential(StdConv2d(5, 7, 3), nn.ReLU(), nn.Flatten(), nn.Linear(112, 3))
+
+
+BUILDS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
+    "mlp": (model, (20,)),
+    "standardized": (standardized, (5, 4, 4)),
+}
+
+
+def data(step: int, micro: int, part: int | None, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The whole batch of a micro-batch, or a rank's half of it."""
+    generator = torch.Generator().manual_seed(100 * step + micro)
+    x, y = torch.randn(8, *shape, generator=generator), torch.randint(3, (8,), generator=generator)
+    return (x, y) if part is None else (x.chunk(RANKS)[part], y.chunk(RANKS)[part])
+
+
+def shard(network: nn.Sequential) -> nn.Sequential:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for layer in network[:-1]:
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(network, mesh=mesh)
+
+
+def train(
+    part: int | None, build: str, grow: str, optimizer_of: str = "AdamW", micro_batches: int = 1
+) -> dict[str, Any]:
+    """Train on a rank's half of the data, or with `part` None on all of it without ranks; return whole tensors."""
+    make, shape = BUILDS[build]
+    network = make()
+    masks = itop_prune.apply(network, 0.6, method="uniform")
+    if part is not None:
+        shard(network)
+    optimizer = getattr(torch.optim, optimizer_of)(network.parameters(), lr=0.01)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY, grow=grow, check_ranks=True)
+    history = []
+    for step in range(STEPS):
+        for micro in range(micro_batches):
+            x, y = data(step, micro, part, shape)
+            (F.cross_entropy(network(x), y) / micro_batches).backward()
+        norm = nn.utils.clip_grad_norm_(network.parameters(), 0.5)
+        optimizer.step()
+        moved = regrow.step()
+        optimizer.zero_grad()
+        history.append({"norm": whole(norm), "moved": torch.tensor(moved), **numbers(masks, optimizer, regrow)})
+    return {"history": history, "dense": {k: v.clone() for k, v in itop_prune.dense_state_dict(network).items()}}
+
+
+def whole(tensor: Any) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def numbers(masks: dict[str, itop_prune.ITOP], optimizer: Any, regrow: itop_prune.MaskScheduler) -> dict[str, Tensor]:
+    found = {f"mask of {name}": itop.mask.clone() for name, itop in masks.items()}
+    found |= {f"explored of {name}": explored.clone() for name, explored in regrow.explored.items()}
+    for name, itop in masks.items():
+        found[name] = whole(itop.parameter)
+        found |= {f"{k} of {name}": whole(v) for k, v in optimizer.state[itop.parameter].items() if torch.is_tensor(v)}
+    return found
+
+
+def save_and_load(part: int) -> dict[str, Any]:
+    """A whole state dict out of a sharded model, into another one with other weights and masks."""
+    one, other = model(), model(seed=1)
+    masks = itop_prune.apply(one, 0.6)
+    itop_prune.apply(other, 0.6, seed=1)
+    for network in (one, other):
+        shard(network)
+    state = get_model_state_dict(one, options=WHOLE)
+    set_model_state_dict(other, state, options=WHOLE)
+    x = data(0, 0, None, (20,))[0]
+    return {
+        "outputs": [network(x).detach() for network in (one, other)],
+        "masks": [{n: i.mask.clone() for n, i in itop_prune.find_masks(net).items()} for net in (one, other)],
+        "names": list(state),
+        "weight": whole(one[0].weight),
+        "expected": whole(masks["0.weight"].parameter) * masks["0.weight"].mask,
+    }
+
+
+def refusals(part: int) -> dict[str, str]:
+    """What is refused, and the words."""
+    told, dense, masked = {}, shard(model()), model()
+    itop_prune.apply(masked, 0.6)
+    shard(masked)
+    for name, call in {
+        "apply": lambda: itop_prune.apply(dense, 0.6),
+        "remove": lambda: itop_prune.remove(masked),
+    }.items():
+        try:
+            call()
+        except (ValueError, RuntimeError) as refused:
+            told[name] = str(refused)
+    return told
+
+
+def memory(part: int) -> dict[str, int]:
+    """Bytes that a rank holds: of parameters, masks and explored."""
+    network = model()
+    masks = itop_prune.apply(network, 0.6)
+    shard(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY)
+    local = [itop.parameter.to_local() for itop in masks.values()]
+    return {
+        "weights": sum(itop.mask.numel() for itop in masks.values()),
+        "parameters": sum(tensor.numel() * tensor.element_size() for tensor in local),
+        "masks": sum(itop.mask.numel() * itop.mask.element_size() for itop in masks.values()),
+        "explored": sum(tensor.numel() * tensor.element_size() for tensor in regrow.explored.values()),
+    }
+
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "random growth": {"build": "mlp", "grow": "random"},
+    "gradient growth": {"build": "mlp", "grow": "gradient"},
+    "gradient growth, SGD": {"build": "mlp", "grow": "gradient", "optimizer_of": "SGD"},
+    "gradient growth, accumulation": {"build": "mlp", "grow": "gradient", "micro_batches": 2},
+    "gradient growth, standardized": {"build": "standardized", "grow": "gradient"},
+}
+TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    **{name: (train, arguments) for name, arguments in TRAININGS.items()},
+    "save and load": (save_and_load, {}),
+    "refusals": (refusals, {}),
+    "memory": (memory, {}),
+}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    file, patience = f"file://{folder}/init", datetime.timedelta(minutes=2)
+    distributed.init_process_group("gloo", init_method=file, rank=rank, world_size=RANKS, timeout=patience)
+    try:
+        torch.save({name: task(rank, **arguments) for name, (task, arguments) in TASKS.items()}, f"{folder}/rank{rank}")
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder: Path = tmp_path_factory.mktemp("fsdp")
+    multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"rank{rank}") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_ranks_hold_the_same_masks_and_see_the_same_whole_numbers(name: str, results: list) -> None:
+    for one, other in zip(*(result[name]["history"] for result in results), strict=True):
+        assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_sharded_run_is_the_whole_one(name: str, results: list) -> None:
+    expected = train(None, **TRAININGS[name])
+    assert [bool(numbers["moved"]) for numbers in expected["history"]] == [False, True] * (STEPS // 2)
+    for found, whole_run in zip(results[0][name]["history"], expected["history"], strict=True):
+        assert found.keys() == whole_run.keys()
+        for key, tensor in found.items():
+            if tensor.dtype == torch.bool:
+                assert torch.equal(tensor, whole_run[key]), key
+            else:
+                torch.testing.assert_close(tensor, whole_run[key], atol=1e-5, rtol=1e-4)
+    for key, tensor in results[0][name]["dense"].items():
+        torch.testing.assert_close(tensor, expected["dense"][key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_parts_are_zero_off_the_mask_statistics_too(name: str, results: list) -> None:
+    last = results[0][name]["history"][-1]
+    names = [key.removeprefix("mask of ") for key in last if key.startswith("mask of ")]
+    assert names
+    for key, tensor in last.items():
+        owner = key.rpartition(" of ")[2]
+        if owner in names and tensor.is_floating_point() and tensor.ndim:
+            assert not tensor[~last[f"mask of {owner}"]].any(), key
+
+
+def test_masks_move_in_a_sharded_run(results: list) -> None:
+    history = results[0]["gradient growth"]["history"]
+    assert not torch.equal(history[0]["mask of 0.weight"], history[-1]["mask of 0.weight"])
+    assert history[0]["mask of 0.weight"].sum() == history[-1]["mask of 0.weight"].sum()
+
+
+def test_a_whole_state_dict_goes_from_one_sharded_model_to_another(results: list) -> None:
+    for result in results:
+        found = result["save and load"]
+        assert torch.equal(*found["outputs"])
+        one, other = found["masks"]
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert {"0.weight_orig", "0.weight_mask", "0.bias"} <= set(found["names"])
+
+
+def test_the_weight_of_a_sharded_layer_is_current_outside_of_a_forward(results: list) -> None:
+    for result in results:
+        assert torch.equal(result["save and load"]["weight"], result["save and load"]["expected"])
+
+
+def test_what_can_not_be_done_to_a_sharded_model_says_so(results: list) -> None:
+    for result in results:
+        assert "call itop_prune.apply before fully_shard" in result["refusals"]["apply"]
+        assert "dense_state_dict" in result["refusals"]["remove"]
+
+
+def test_masks_and_explored_take_a_byte_each_per_weight_on_every_rank(results: list) -> None:
+    for result in results:
+        found = result["memory"]
+        assert found["masks"] == found["explored"] == found["weights"]
+    assert sum(result["memory"]["parameters"] for result in results) == 4 * results[0]["memory"]["weights"]
