@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from itop_prune.sharding import like, local
 
-STANDARDIZED = frozenset({"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"})
-"""Convolutions that standardise each filter (Qiao et al., 2019, arXiv 1903.10520), by the name of their class."""
+STANDARDIZED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
+"""Convolutions that standardise each filter (Qiao et al., 2019, arXiv 1903.10520), by the name of their class.
+
+Add the name of your own before `apply`."""
 
 
 def standardizes(kind: type) -> bool:
@@ -44,9 +46,10 @@ def effective(weight: Tensor, mask: Tensor, centred: bool) -> Tensor:
 
 
 def _centre(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Subtract from each filter its mean over active positions."""
-    inner = tuple(range(1, tensor.ndim))
-    return tensor - (tensor * mask).sum(inner, keepdim=True) / mask.sum(inner, keepdim=True).clamp(min=1)
+    """Subtract from each filter its mean over active positions; the mean is never of less than float32."""
+    inner = tuple(range(1, mask.ndim))
+    total = (tensor * mask).sum(inner, keepdim=True, dtype=torch.float32)
+    return (tensor - total / mask.sum(inner, keepdim=True).clamp(min=1)).type_as(tensor)
 
 
 class _DenseBackward(torch.autograd.Function):
@@ -103,11 +106,12 @@ class MaskedLayer:
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in self.masked_names:
             weight, parameter, mask = (prefix + name + ending for ending in ("", "_orig", "_mask"))
+            if mask in state_dict:  # torch's own pruning keeps float masks
+                state_dict[mask] = state_dict[mask].bool()
+                self.__dict__.pop(f"{name}_planned", None)
             if weight in state_dict:  # of a dense model: the present mask stays
                 state_dict[parameter] = state_dict.pop(weight)
                 state_dict.setdefault(mask, getattr(self, name + "_mask"))
-            if mask in state_dict:  # torch's own pruning keeps float masks
-                state_dict[mask] = state_dict[mask].bool()
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         for name in self.masked_names:
             zero_off_mask(getattr(self, name + "_orig"), getattr(self, name + "_mask"))
@@ -126,8 +130,9 @@ def _subclass(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
     body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
     if issubclass(base, nn.RNNBase):  # it reads its tensors from a list of its own
         body["_flat_weights"] = property(_tensors_in_order, lambda layer, tensors: None)
+        body |= {"_weights_have_changed": lambda layer: False, "flatten_parameters": lambda layer: None}
     for name in names:
-        body |= {name: _weight(name, standardizes(base)), f"{name}_listening": False}
+        body |= {name: _weight(name, standardizes(base)), f"{name}_listening": False, f"{name}_planned": None}
     return type(base.__name__, (MaskedLayer, base), body)
 
 

@@ -28,7 +28,6 @@ class ITOP(prune.BasePruningMethod):
     _heard: Tensor | None = None
     _heard_in: Tensor | None = None
     _ear: torch.utils.hooks.RemovableHandle | None = None
-    _planned: int | None = None
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self._layer = layer
@@ -82,20 +81,24 @@ class ITOP(prune.BasePruningMethod):
 
     @property
     def active(self) -> int:
-        """How many weights are active; on the meta device how many would be."""
-        return self._planned or 0 if self.mask.is_meta else int(self.mask.sum())
+        """How many weights are active; of a mask made on the meta device how many would be."""
+        return int(self.mask.sum()) if self._planned is None else self._planned
+
+    @property
+    def _planned(self) -> int | None:
+        """The count of a mask that was made on the meta device, until its positions are loaded."""
+        return getattr(self._layer, f"{self._tensor_name}_planned")
 
     def check_drawn(self) -> None:
         """Refuse a mask that was made on the meta device, where it has a count and no positions.
 
         Raises:
-            ValueError: It is there still, or was moved from there without its positions having been loaded.
+            RuntimeError: It has none yet.
         """
-        if self.mask.is_meta or self._planned not in (None, self.active):
-            where = "is" if self.mask.is_meta else "was made"
-            raise ValueError(
-                f"the mask of {self!r} {where} on the meta device: it has a count and no positions; build the model on "
-                "a real device, then call itop_prune.apply"
+        if self._planned is not None:
+            raise RuntimeError(
+                f"{self!r} was made on the meta device: it has a count and no positions; build the model on a real "
+                "device and call itop_prune.apply there, or load the weights and masks of a sparse model"
             )
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
@@ -103,7 +106,9 @@ class ITOP(prune.BasePruningMethod):
         return default_mask.bool() & self.mask
 
     def __call__(self, module: nn.Module, inputs: object) -> None:
-        """Do nothing: the layer's property is always current."""
+        """Do nothing: the layer's property is always current. Masks without positions are not computed with."""
+        if self._planned is not None and not self.mask.is_meta:
+            self.check_drawn()
 
     def remove(self, module: nn.Module) -> None:
         """Bake the mask in: a plain parameter again; called by `prune.remove`, which then takes the hook away.
@@ -118,6 +123,16 @@ class ITOP(prune.BasePruningMethod):
             )
         self.take_gradient()
         detach(module, self._tensor_name)
+
+    def keep(self, stayed: Tensor) -> None:
+        """Set the parameter to 0 wherever `stayed` is False.
+
+        Filters that the layer standardises are centred over it as well, so that a weight of 0 that grows into them
+        is 0 in use.
+        """
+        if standardizes(type(self._layer)):
+            self.parameter.copy_(effective(self.parameter, like(stayed, self.parameter), centred=True))
+        zero_off_mask(self.parameter, stayed)
 
     def zero_off_mask(self) -> None:
         """Set the parameter to 0 wherever the mask is False: for a copy that averages weights of before an update."""
@@ -166,7 +181,7 @@ class ITOP(prune.BasePruningMethod):
         return heard
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_layer": self._layer, "_tensor_name": self._tensor_name, "_planned": self._planned}
+        return {"_layer": self._layer, "_tensor_name": self._tensor_name}
 
     def __repr__(self) -> str:
         layer, mask = type(self._layer).__name__, self.mask
@@ -229,8 +244,9 @@ def apply(
         weights = _initial_scores(scores, name, parameters[name], standardizes(type(layer)), generator)
         masks[name] = weights if weights.is_meta else topology.best(weights, counts[name], generator)
     applied = {name: ITOP.apply(layer, tensor, masks.pop(name)) for name, (layer, tensor) in selected.items()}
-    for name, itop in applied.items():
-        itop._planned = counts[name] if itop.mask.is_meta else None
+    for name, (layer, tensor) in selected.items():
+        if applied[name].mask.is_meta:
+            setattr(layer, f"{tensor}_planned", counts[name])
     leave_out_of_ddp(model)
     if scores != "random":
         ranks.check_equal(

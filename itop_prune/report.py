@@ -53,7 +53,7 @@ class Summary:
 
     @property
     def density(self) -> float:
-        """Active over all weights of the rows; 1 for a dense model."""
+        """Active over all weights of the rows; 1 where there are none."""
         return self.active / self.weights if self.rows else 1.0
 
     @property
@@ -93,8 +93,9 @@ class Summary:
 def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None) -> Summary:
     """Return how many weights of every masked layer are active, and how many were explored.
 
-    A weight without a mask is counted by its zeros, and listed where part of it is zero: what is left when masked
-    branches were fused (timm's `reparameterize_model`), or masks removed.
+    Weights without a mask are counted by their zeros: all of them where nothing is masked, otherwise those with 1 % of
+    zeros or more, which is what fusing masked branches leaves (timm's `reparameterize_model`). One that is 0 everywhere
+    is one that has not been trained yet, and is left out.
 
     Args:
         model: Masked by `itop_prune.apply`; wrapped (DDP, torch.compile, AveragedModel) or not.
@@ -117,6 +118,6 @@ def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None) ->
             rows.append(Row(name, tuple(itop.mask.shape), itop.mask.numel(), itop.active, seen))
         elif (weight := layer._parameters.get(tensor)) is not None and not weight.is_meta:
             count = int(weight.count_nonzero())
-            if 0 < count < weight.numel():
+            if 0 < count <= (0.99 if masks else 1.0) * weight.numel():
                 rows.append(Row(name, tuple(weight.shape), weight.numel(), count, None, masked=False))
     return Summary(tuple(rows), sum(math.prod(p.shape) for p in unwrap(model).parameters()))

@@ -276,7 +276,8 @@ class MaskScheduler:
         count = math.ceil(self.rate * active)
         moved = topology.prune_and_regrow(mask, prune, grow, count, count, offered["generator"])
         stayed = mask & moved
-        for tensor in (parameter, *statistics(self._optimizer, parameter).values()):
+        itop.keep(stayed)
+        for tensor in statistics(self._optimizer, parameter).values():
             zero_off_mask(tensor, stayed)
         explored |= mask | moved
         mask.copy_(moved)

@@ -1,5 +1,6 @@
 """What can be masked: the weights of a model by name, patterns that select among them, and what stands in the way."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
@@ -18,6 +19,7 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 """The weight matrices of convolutions and linear maps, by the class of the layer."""
 
+NOTHING_LEFT = "There is no other weight: without these nothing is left to mask"
 MIXED_KERNELS = frozenset({"CondConv2d"})
 """Convolutions that mix kernels of several experts, a kernel a row of their weight; by the name of their class."""
 
@@ -35,7 +37,7 @@ def walk(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str,
 def _weights(layer: nn.Module) -> tuple[str, ...]:
     if isinstance(layer, nn.RNNBase):
         return tuple(name for name in layer._flat_weights_names if name.startswith("weight_"))
-    if derives(type(layer), MIXED_KERNELS):
+    if _mixes_kernels(layer):
         return ("weight",)
     return next((names for kind, names in WEIGHTS.items() if isinstance(layer, kind)), ())
 
@@ -64,22 +66,22 @@ def select(model: nn.Module, include: str | Iterable[str], exclude: str | Iterab
             reasons[name] = reason
     if reasons:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
-        rest = (
-            f"To leave them dense: exclude={sorted(reasons)}"
-            if len(reasons) < len(selected)
-            else "Nothing is left to mask"
-        )
-        raise ValueError(f"can't mask\n{lines}\n{rest}")
+        leave_out = f"To leave them dense: exclude={sorted(reasons)}"
+        raise ValueError(f"can't mask\n{lines}\n{leave_out if reasons.keys() < found.keys() else NOTHING_LEFT}")
     return selected
 
 
 def kernel_shape(layer: nn.Module, tensor: str) -> tuple[int, ...]:
     """Return the shape of a weight, (out, in, ...); of several experts' kernels it is (experts * out, in, ...)."""
     shape = tuple(layer.get_parameter(tensor).shape)
-    if not derives(type(layer), MIXED_KERNELS):
+    if not _mixes_kernels(layer):
         return shape
     out, *rest = layer.weight_shape  # type: ignore[misc]
     return (shape[0] * out, *rest)
+
+
+def _mixes_kernels(layer: nn.Module) -> bool:
+    return derives(type(layer), MIXED_KERNELS) and hasattr(layer, "weight_shape")
 
 
 def obstacle(layer: nn.Module, tensor: str) -> str:
@@ -94,8 +96,8 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
             return "each rank holds a part of it: call itop_prune.apply before fully_shard or accelerator.prepare"
         if torch.is_inference_mode_enabled() or (parameter is not None and parameter.is_inference()):
             return "tensors made in inference mode can't be trained: build and mask outside of torch.inference_mode"
-        if "_parameters" in getattr(getattr(type(layer).forward, "__code__", None), "co_names", ()):
-            return f"forward of {type(layer).__name__} reads _parameters, where a masked weight has another name"
+        if parameter is not None and (where := _held_again(layer, tensor)):
+            return f"{type(layer).__name__} reads it {where} as well, where no mask is seen"
         return ""
     if f"{tensor}_mask" in layer._buffers:
         return "torch's own pruning masks it: call torch.nn.utils.prune.remove first"
@@ -132,21 +134,33 @@ def _matching(patterns: str | Iterable[str], names: Iterable[str], what: str) ->
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return the names under which each parameter is held, by its identity: registered, or in a plain attribute."""
+    """Return the names under which each parameter is held, by its identity."""
     owners: dict[int, list[str]] = {}
     for prefix, module in unwrap(model).named_modules():
         for tensor, parameter in module._parameters.items():
             owners.setdefault(id(parameter), []).append(plain_name(prefix, tensor))
-        for attribute, value in vars(module).items():
-            if attribute == "_parameters" or (attribute == "_flat_weights" and isinstance(module, nn.RNNBase)):
-                continue
-            held = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-            )
-            for parameter in held:
-                if isinstance(parameter, nn.Parameter):
-                    owners.setdefault(id(parameter), []).append(plain_name(prefix, attribute))
     return owners
+
+
+def _held_again(layer: nn.Module, tensor: str) -> str:
+    """Return where a layer has its parameter besides its name: an attribute that holds it, or code that asks for it."""
+    parameter = layer._parameters[tensor]
+    for attribute, value in vars(layer).items():
+        lists_it = attribute == "_flat_weights" and isinstance(layer, nn.RNNBase)  # which the masked layer replaces
+        if attribute != "_parameters" and not lists_it and _contains(value, parameter):
+            return f"from its {attribute}"
+    for kind in type(layer).__mro__:
+        for name, function in () if kind.__module__.startswith("torch.") else vars(kind).items():
+            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+            if code and "_parameters" in code.co_names and tensor in code.co_consts:
+                return f"as _parameters[{tensor!r}] in its {name}"
+    return ""
+
+
+def _contains(value: object, parameter: object) -> bool:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return any(_contains(item, parameter) for item in value)
+    return _contains(list(value.values()), parameter) if isinstance(value, dict) else value is parameter
 
 
 def _tie(name: str, owners: Sequence[str]) -> str:

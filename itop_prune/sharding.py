@@ -10,7 +10,7 @@ from torch import Tensor
 
 def is_sharded(tensor: Any) -> bool:
     """Return whether a rank holds only a part of the tensor; told by what it can do, for the import takes long."""
-    return hasattr(tensor, "full_tensor")
+    return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Any) -> Tensor:

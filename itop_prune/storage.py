@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from itop_prune.layer import masked_names
 from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
 from itop_prune.menu import nearest
-from itop_prune.selection import plain_name, unwrap, walk
+from itop_prune.selection import obstacle, plain_name, unwrap, walk
 from itop_prune.sharding import whole
 
 State = dict[str, Tensor]
@@ -30,7 +30,8 @@ def dense_state_dict(model: nn.Module) -> State:
     own = unwrap(model).state_dict()
     state = {plain_name(name): tensor for name, tensor in own.items()}
     places = {name: (layer, tensor) for name, layer, tensor in walk(model, remove_duplicate=False)}
-    dense: State = _with_versions({}, own)
+    dense: State = OrderedDict()
+    dense._metadata = {plain_name(name): versions for name, versions in own._metadata.items()}  # type: ignore[attr-defined]
     for owner, entries in _owners(state).items():
         if owner in entries:
             dense[owner] = whole(state[owner])
@@ -60,10 +61,14 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     """
     state = source if isinstance(source, Mapping) else read_state(source)
     state = {plain_name(name): tensor for name, tensor in state.items()}
+    versions = {plain_name(name): layer for name, layer in getattr(source, "_metadata", {}).items()}
     model = unwrap(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the meta device; call model.to_empty(device=...) first")
     own = dense_state_dict(model)
     while state and not own.keys() & _owners(state).keys() and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        versions = {name.removeprefix("module").removeprefix("."): layer for name, layer in versions.items()}
     owners = _owners(state)
     given = {name: _shapes(state[entry] for entry in entries) for name, entries in owners.items()}
     masked = {owner for owner, entries in owners.items() if owner not in entries}
@@ -90,22 +95,23 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
             f"masked in the model and dense in the source: {', '.join(only_here)}; load into a dense model"
         )
     state = {entry: state[entry] for name, entries in owners.items() if name not in differing for entry in entries}
-    for name, layer, tensor in list(walk(model)):
-        if name in masked - set(differing) and tensor not in masked_names(layer):
-            ITOP.apply(layer, tensor, state[f"{name}_mask"])
-    actual = {plain_name(name): name for name in model.state_dict()}
-    named = {actual[name]: tensor for name, tensor in state.items()}
-    model.load_state_dict(_with_versions(named, source, model.state_dict()), strict=strict)
+    to_mask = [
+        (name, layer, tensor)
+        for name, layer, tensor in walk(model)
+        if name in masked - set(differing) and tensor not in masked_names(layer)
+    ]
+    if reasons := [f"  {name}: {why}" for name, layer, tensor in to_mask if (why := obstacle(layer, tensor))]:
+        raise ValueError("can't mask\n" + "\n".join(reasons))
+    for name, layer, tensor in to_mask:
+        ITOP.apply(layer, tensor, state[f"{name}_mask"])
+    present = model.state_dict()
+    actual = {plain_name(name): name for name in present}
+    named = OrderedDict((actual[name], tensor) for name, tensor in state.items())
+    # How torch keeps the versions of layers beside the tensors; those that the source does not tell are the model's.
+    named._metadata = {name: versions.get(plain_name(name), own) for name, own in present._metadata.items()}  # type: ignore[attr-defined]
+    model.load_state_dict(named, strict=strict)
     leave_out_of_ddp(model)
     return find_masks(model)
-
-
-def _with_versions(state: State, *sources: object) -> State:
-    """Return a state dict with the versions of its layers, which torch keeps beside the tensors; of the first known."""
-    known: Mapping[str, object] = next((s._metadata for s in sources if hasattr(s, "_metadata")), {})
-    versioned = OrderedDict(state)
-    versioned._metadata = {plain_name(name): versions for name, versions in known.items()}  # type: ignore[attr-defined]
-    return versioned
 
 
 def _owners(state: Mapping[str, Tensor]) -> dict[str, list[str]]:

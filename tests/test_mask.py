@@ -455,27 +455,39 @@ def test_on_the_meta_device_there_are_the_counts_of_a_real_model(scores: str) ->
 def test_masks_of_the_meta_device_are_not_trained() -> None:
     model = mlp().to("meta")
     masks = itop_prune.apply(model, 0.7)
+    assert model(torch.empty(3, 20, device="meta")).shape == (3, 4)  # a look ahead works
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"is on the meta device.*build the model on a real device"):
+    with pytest.raises(RuntimeError, match=r"was made on the meta device.*build the model on a real device"):
         itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=5)
 
 
-def test_masks_moved_from_the_meta_device_without_positions_are_not_trained() -> None:
+def test_masks_moved_from_the_meta_device_without_positions_do_not_even_compute() -> None:
     model = mlp().to("meta")
     masks = itop_prune.apply(model, 0.7)
     model.to_empty(device="cpu")
-    for itop in masks.values():
-        itop.mask.zero_()  # what memory holds
+    model.load_state_dict(mlp().state_dict())  # dense weights bring no positions
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="was made on the meta device"):
-        itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=5)
+    for use in (
+        lambda: itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=5),
+        lambda: model(torch.ones(3, 20)),
+        lambda: copy.deepcopy(model)(torch.ones(3, 20)),
+    ):
+        with pytest.raises(RuntimeError, match="was made on the meta device"):
+            use()
 
 
-def test_a_model_of_the_meta_device_that_got_its_positions_from_a_file_is_trained() -> None:
+@pytest.mark.parametrize("how", ["assign", "to_empty", "load"])
+def test_a_model_of_the_meta_device_that_got_its_positions_from_a_state_dict_is_trained(how: str) -> None:
     model, saved = mlp().to("meta"), mlp()
-    itop_prune.apply(saved, 0.7)
+    itop_prune.apply(saved, 0.8)
     masks = itop_prune.apply(model, 0.7)
-    model.load_state_dict(saved.state_dict(), assign=True)
+    if how != "assign":
+        model.to_empty(device="cpu")
+    if how == "load":
+        itop_prune.load(model, saved.state_dict())
+    else:
+        model.load_state_dict(saved.state_dict(), assign=how == "assign")
+    assert itop_prune.summarize(model).active == 112
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=5)
     train(model, optimizer, regrow)

@@ -134,9 +134,9 @@ def test_cells_are_the_table_for_whoever_draws_it() -> None:
 
 def test_a_model_without_masks() -> None:
     summary = summarize(mlp())
-    assert summary.rows == ()
-    assert (summary.weights, summary.active, summary.sparsity, summary.exploration_rate) == (0, 0, 0.0, None)
-    assert str(summary).splitlines()[-1] == "sparsity 0.0000; 592 other parameters are dense"
+    assert [(row.active, row.masked) for row in summary.rows] == [(320, False), (192, False), (48, False)]
+    assert (summary.weights, summary.active, summary.sparsity, summary.exploration_rate) == (560, 560, 0.0, None)
+    assert str(summary).splitlines()[-1] == "sparsity 0.0000; 32 other parameters are dense"
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])
@@ -177,3 +177,12 @@ def test_exploration_is_of_masked_weights_alone() -> None:
     assert summary.exploration_rate == 0.5
     assert summary.rows[1].exploration_rate is None
     assert [line.split()[-1] for line in str(summary).splitlines()[:4]] == ["R_s", "0.5000", "0.7500", "0.5000"]
+
+
+def test_a_zero_by_chance_in_a_dense_weight_is_no_sparsity() -> None:
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 20))
+    itop_prune.apply(model, 0.5, include="0")
+    with torch.no_grad():
+        model[1].weight[0, :3] = 0.0  # below 1 %
+    assert [row.name for row in summarize(model).rows] == ["0.weight"]
+    assert summarize(model).sparsity == 0.5

@@ -1,16 +1,15 @@
 """The folder of a run: named by what it is, never written over, its metrics whole; and the wish to stop."""
 
+import dataclasses
 import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
 
 from itop_prune.recipe import Recipe
@@ -201,23 +200,6 @@ def test_a_cut_leaves_no_other_file(metrics: Metrics) -> None:
 # Stopping
 
 
-class Ranks:
-    """An accelerator of several processes, of which another one has or has not been asked to stop."""
-
-    num_processes = 2
-    device = torch.device("cpu")
-
-    def __init__(self, others: int) -> None:
-        self.others, self.asked = others, 0
-
-    def reduce(self, value: torch.Tensor) -> torch.Tensor:
-        self.asked += 1
-        return value + self.others
-
-
-ONE = cast(Accelerator, SimpleNamespace(num_processes=1))
-
-
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
     before = [(number, signal.getsignal(number)) for number in StopRequest.SIGNALS]
@@ -228,21 +210,21 @@ def _handlers() -> Iterator[None]:
 
 def test_without_a_signal_nothing_stops() -> None:
     with StopRequest() as stop:
-        assert not stop.at(1, ONE)
+        assert not stop.wanted()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_becomes_a_wish_to_stop_after_the_step(number: signal.Signals) -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), number)
-        assert stop.at(3, ONE)
-        assert stop.at(4, ONE)
+        assert stop.wanted()
+        assert stop.wanted()
 
 
 def test_a_second_ctrl_c_interrupts() -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.at(3, ONE)
+        assert stop.wanted()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -266,20 +248,23 @@ def test_the_handlers_of_before_come_back(fails: bool, received: bool) -> None:
     assert [signal.getsignal(number) for number in StopRequest.SIGNALS] == before
 
 
-def test_one_rank_asked_to_stop_stops_all() -> None:
-    with StopRequest() as stop:
-        assert stop.at(StopRequest.EVERY, cast(Accelerator, Ranks(others=1)))
+@pytest.mark.parametrize(("this", "other"), [(False, False), (False, True), (True, False), (True, True)])
+def test_one_rank_asked_to_stop_stops_all(monkeypatch: pytest.MonkeyPatch, this: bool, other: bool) -> None:
+    def all_reduce(tensor: torch.Tensor, operation: object, group: object) -> None:
+        assert group == "between hosts"
+        tensor.clamp_(min=int(other))
+
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: "between hosts")
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with StopRequest(ranks=2) as stop:
+        if this:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wanted() == (this or other)
 
 
-def test_this_rank_asked_to_stop_waits_for_the_step_at_which_all_ask() -> None:
-    ranks = Ranks(others=0)
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        answers = [stop.at(step, cast(Accelerator, ranks)) for step in range(1, StopRequest.EVERY + 1)]
-    assert answers == [False] * (StopRequest.EVERY - 1) + [True]
-    assert ranks.asked == 1
-
-
-def test_ranks_that_nobody_asked_go_on() -> None:
-    with StopRequest() as stop:
-        assert not stop.at(StopRequest.EVERY, cast(Accelerator, Ranks(others=0)))
+@pytest.mark.parametrize(
+    "change", [{"data": {**RECIPE.data, "batch_size": 4}}, {"accelerator": {"gradient_accumulation_steps": 2}}]
+)
+def test_the_images_of_a_step_may_be_spread_otherwise(tmp_path: Path, change: dict[str, Any]) -> None:
+    start(tmp_path / "run", RECIPE)
+    check_same_recipe(tmp_path / "run", dataclasses.replace(RECIPE, **change))

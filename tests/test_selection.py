@@ -254,40 +254,87 @@ def test_plain_name_takes_out_exactly_what_compile_puts_in(parts: list[str]) -> 
     assert plain_name(".".join(parts), "weight") == ".".join([*expected, "weight"])
 
 
-class Keeper(nn.Module):
-    """A layer that keeps its weight a second time where a mask can't be seen."""
+class Keeper(nn.Linear):
+    """A layer that keeps its weight a second time, where a mask is not seen."""
 
     def __init__(self, keep: Callable[[nn.Parameter], object]) -> None:
-        super().__init__()
-        self.head, self.body = nn.Linear(4, 2), nn.Linear(4, 4)
-        self.kept = keep(self.body.weight)
+        super().__init__(4, 4)
+        self.kept = keep(self.weight)
 
 
-@pytest.mark.parametrize(
-    "keep", [lambda p: [p], lambda p: (None, p), lambda p: {"w": p}], ids=["list", "tuple", "dict"]
-)
-def test_a_weight_kept_in_a_plain_attribute_as_well_is_refused(keep: Callable[[nn.Parameter], object]) -> None:
-    model = Keeper(keep)
-    with pytest.raises(ValueError, match=r"(?s)body.weight: it is tied to kept.*exclude=\['body.weight'\]") as error:
+KEPT = {
+    "list": lambda p: [p],
+    "tuple": lambda p: (None, p),
+    "dict": lambda p: {"w": p},
+    "set": lambda p: {p},
+    "nested": lambda p: {"a": [(p,)]},
+}
+
+
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+def test_a_weight_that_its_layer_keeps_in_another_attribute_is_refused(keep: Callable[[nn.Parameter], object]) -> None:
+    model = nn.Sequential(nn.Linear(4, 2), Keeper(keep))
+    with pytest.raises(
+        ValueError, match=r"(?s)1.weight: Keeper reads it from its kept .*exclude=\['1.weight'\]"
+    ) as error:
         itop_prune.apply(model, 0.5)
-    assert "head.weight:" not in str(error.value)
-    assert list(itop_prune.apply(model, 0.5, exclude="body.weight")) == ["head.weight"]
+    assert "0.weight:" not in str(error.value)
+    assert list(itop_prune.apply(model, 0.5, exclude="1.weight")) == ["0.weight"]
+
+
+def test_lists_of_parameters_elsewhere_are_no_obstacle() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.slow = list(model[0].parameters())
+    assert list(itop_prune.apply(model, 0.5)) == ["0.weight", "1.weight"]
+
+
+def functional(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, self._parameters["weight"], self.bias)
 
 
 class RawReader(nn.Linear):
+    forward = functional
+
+
+class RawReaderElsewhere(nn.Linear):
+    read = functional
+
+    @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self._parameters["weight"], self.bias)
+        return self.read(x)
 
 
-def test_a_layer_that_reads_its_parameters_by_their_name_is_refused_with_the_pattern_that_leaves_it_out() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), RawReader(4, 4))
-    with pytest.raises(
-        ValueError, match=r"(?s)1.weight: forward of RawReader reads _parameters.*exclude=\['1.weight'\]"
-    ):
+class BiasReader(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self._parameters["bias"])
+
+
+@pytest.mark.parametrize("kind", [RawReader, RawReaderElsewhere])
+def test_a_layer_that_reads_its_parameters_by_their_name_is_refused_with_the_pattern_that_leaves_it_out(
+    kind: type[nn.Linear],
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), kind(4, 4))
+    told = rf"(?s)1.weight: {kind.__name__} reads it as _parameters\['weight'\] in its .*exclude=\['1.weight'\]"
+    with pytest.raises(ValueError, match=told):
         itop_prune.apply(model, 0.5)
     assert list(itop_prune.apply(model, 0.5, exclude="1.weight")) == ["0.weight"]
 
 
-def test_a_model_whose_layers_are_all_refused_says_that_nothing_is_left() -> None:
-    with pytest.raises(ValueError, match=r"0.weight: forward of RawReader.*\n.*1.weight: .*\nNothing is left to mask"):
-        itop_prune.apply(nn.Sequential(RawReader(4, 4), RawReader(4, 4)), 0.5)
+def test_a_layer_that_reads_its_bias_by_its_name_is_masked() -> None:
+    assert list(itop_prune.apply(BiasReader(4, 4), 0.5)) == ["weight"]
+
+
+def test_a_model_whose_weights_are_all_refused_says_that_nothing_is_left() -> None:
+    model = nn.Sequential(RawReader(4, 4), RawReader(4, 4))
+    with pytest.raises(ValueError, match=r"0.weight: RawReader.*\n.*1.weight: .*\n.* nothing is left to mask"):
+        itop_prune.apply(model, 0.5)
+    model.append(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"To leave them dense: exclude=\['0.weight'\]"):
+        itop_prune.apply(model, 0.5, include="0")
+
+
+def test_a_class_that_happens_to_be_called_like_timms_is_masked_as_what_it_is() -> None:
+    class CondConv2d(nn.Conv2d):
+        pass
+
+    assert itop_prune.apply(CondConv2d(2, 3, 3), 0.5)["weight"].mask.shape == (3, 2, 3, 3)

@@ -450,3 +450,31 @@ def test_versions_are_found_inside_a_compiled_layer() -> None:
     model[1] = torch.compile(model[1], backend="eager")
     plain.load_state_dict(itop_prune.dense_state_dict(model))
     assert torch.equal(plain[1].weight, model[1].weight)
+
+
+def test_a_model_on_the_meta_device_is_not_loaded_into() -> None:
+    saved = mlp()
+    itop_prune.apply(saved, 0.5)
+    with pytest.raises(ValueError, match=r"meta device; call model\.to_empty"):
+        itop_prune.load(mlp().to("meta"), saved.state_dict())
+
+
+def test_a_model_of_which_a_part_can_not_be_masked_is_left_as_it_was() -> None:
+    saved, model = mlp(), mlp()
+    itop_prune.apply(saved, 0.5)
+    model[2].kept = [model[2].weight]
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"2.weight: Linear reads it from its kept"):
+        itop_prune.load(model, saved.state_dict())
+    assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("where", ["source", "model"])
+def test_versions_are_found_behind_prefixes(where: str) -> None:
+    model, dense = (nn.Sequential(nn.Linear(4, 6), Versioned(6, 4)) for _ in range(2))
+    itop_prune.apply(model, 0.5)
+    state = nn.DataParallel(model).state_dict() if where == "source" else model.state_dict()
+    if where == "model":
+        dense[1] = torch.compile(dense[1], backend="eager")
+    itop_prune.load(dense, state)
+    assert torch.equal(dense[1].weight, model[1].weight)

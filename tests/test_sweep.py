@@ -1,6 +1,5 @@
 """The checks of architectures: a spread of families passes them, what is wrong is found, and a sweep can be stopped."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import itop_prune
-from itop_prune import layer
+from itop_prune import layer, topology
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:timm.*", "ignore::DeprecationWarning:torch.*")
 
@@ -125,6 +124,11 @@ def test_a_kernel_that_is_dense_in_use_is_found(monkeypatch: pytest.MonkeyPatch)
     assert any(text.endswith("the kernel in use is not 0 where the mask is") for text in found.wrong)
 
 
+def test_masks_that_do_not_move_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "prune_and_regrow", lambda mask, *others: mask.clone())
+    assert check(Small, monkeypatch).wrong == ["no mask moved"]
+
+
 def test_a_mask_that_loses_weights_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     step = itop_prune.MaskScheduler.step
 
@@ -209,8 +213,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     names = timm.list_models("test_vit*")
     command = ["--names", "test_vit*", "--real", "--out", str(tmp_path / "table.md")]
     monkeypatch.setattr(sweep, "look_at", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        sweep.main(command)
+    assert sweep.main(command) == 130
     assert not (tmp_path / "table.md").exists()
     with (tmp_path / "table.jsonl").open("a") as file:
         file.write(torn)
@@ -222,11 +225,16 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     ] == names
 
 
-def test_a_stopped_sweep_of_other_arguments_or_versions_is_made_anew(tmp_path: Path, looked_at: list[str]) -> None:
-    names = timm.list_models("test_vit*")
-    (tmp_path / "table.jsonl").write_text(json.dumps({"setup": {"versions": "timm 0.1"}, "names": names}) + "\n")
-    assert sweep.main(["--names", "test_vit*", "--out", str(tmp_path / "table.md")]) == 0
-    assert looked_at == names
+@pytest.mark.parametrize("head", ['{"setup": {"versions": "timm 0.1"}, "names": []}', '{"setup": {"ver', ""])
+def test_what_another_sweep_has_done_is_not_thrown_away(
+    tmp_path: Path, looked_at: list[str], capsys: pytest.CaptureFixture[str], head: str
+) -> None:
+    (tmp_path / "table.jsonl").write_text(head + "\n")
+    with pytest.raises(SystemExit):
+        sweep.main(["--names", "test_vit*", "--out", str(tmp_path / "table.md")])
+    assert "table.jsonl is of a sweep with other arguments or versions; remove it" in capsys.readouterr().err
+    assert (tmp_path / "table.jsonl").read_text() == head + "\n"
+    assert looked_at == []
 
 
 def test_the_smallest_model_of_every_module_is_trained(

@@ -92,7 +92,7 @@ def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per
     epochs = recipe.epochs * recipe.multiplier
     regrow = None
     if recipe.regrow:
-        settings = {"seed": recipe.seed, **recipe.regrow}
+        settings = {"seed": recipe.seed, "check_ranks": True, **recipe.regrow}
         regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=epochs * steps_per_epoch, **settings)
     return Run(
         model=cast(nn.Module, torch.compile(model)) if recipe.compile else model,

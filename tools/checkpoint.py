@@ -1,9 +1,12 @@
 """Checkpoints of a run: each a folder that appears whole or not at all, the last few and the best kept.
 
 `model.safetensors` (weights and masks, and what `itop_prune.load` reads), `ema.safetensors` where there is an average,
-and `state.pt` with everything else, in tensors and plain Python values, read with `weights_only=True`.
+`state.pt` with everything else, in tensors and plain Python values, read with `weights_only=True`, and `checksums.json`
+with the SHA-256 of each.
 """
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+CHECKSUMS = "checksums.json"
 
 
 class CheckpointError(Exception):
@@ -39,6 +44,8 @@ class Checkpoints:
             for name, model in models.items():
                 save_model(model, unfinished / f"{name}.safetensors")
             torch.save(state, unfinished / "state.pt")
+            sums = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
+            (unfinished / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
             replace_folder(unfinished, target)
             if best:
                 shutil.copytree(target, unfinished, copy_function=os.link)
@@ -59,6 +66,45 @@ class Checkpoints:
     def last(self) -> Path | None:
         """Return the newest, or None."""
         return next(reversed(self.all()), None)
+
+    def last_whole(self) -> tuple[Path | None, list[str]]:
+        """Return the newest that is as it was written, and what is wrong with newer ones; None if there are none.
+
+        Raises:
+            CheckpointError: There are some, and all are damaged.
+        """
+        problems: list[str] = []
+        for folder in reversed(self.all()):
+            problem = damage(folder)
+            if not problem:
+                return folder, problems
+            problems.append(problem)
+        if problems:
+            raise CheckpointError(f"no checkpoint is whole: {'; '.join(problems)}; start a new run with --out FOLDER")
+        return None, []
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damage(folder: Path) -> str:
+    """Return what is wrong with a checkpoint, by the checksums that were written with it, or ""."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        files = {name: folder / name for name in sums if Path(name).name == name}
+        if not files.keys() >= {"model.safetensors", "state.pt"}:
+            return f"{folder / CHECKSUMS} names no model and state"
+        return next((f"{path} is damaged" for name, path in files.items() if checksum(path) != sums[name]), "")
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (OSError, ValueError, TypeError) as error:
+        return f"{folder / CHECKSUMS} can't be read: {error}"
 
 
 def save_model(model: nn.Module, path: Path) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 
 from itop_prune.recipe import Recipe
+
+SPREAD = ("gradient_accumulation_steps", "cpu")
 
 
 class RunError(Exception):
@@ -60,6 +61,11 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         before = None
     if not isinstance(before, dict):
         raise RunError(f"{path} is damaged; start a new run with --out FOLDER")
+    for recipe_of in (before, now):  # how a step's images are spread may change: `restore` compares what it comes to
+        recipe_of["data"] = {key: value for key, value in recipe_of["data"].items() if key != "batch_size"}
+        recipe_of["accelerator"] = {
+            key: value for key, value in (recipe_of.get("accelerator") or {}).items() if key not in SPREAD
+        }
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if differing:
         lines = [f"  {key}: was {before.get(key)}, is {now.get(key)}" for key in differing]
@@ -103,11 +109,11 @@ class StopRequest:
     """Turns SIGINT (Ctrl-C) and SIGTERM into a question that is asked between steps; a second one kills."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
-    EVERY = 10
-    """Steps between questions to the other ranks: they must stop at the same step."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = 1) -> None:
         self._received = False
+        # Ranks agree over gloo, whatever they train on: a byte between hosts at every step, and no device waits for it.
+        self._group: Any = torch.distributed.new_group(backend="gloo") if ranks > 1 else None
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
@@ -121,10 +127,10 @@ class StopRequest:
         self._received = True
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    def at(self, step: int, accelerator: Accelerator) -> bool:
+    def wanted(self) -> bool:
         """Return whether to stop after this step, the same on all ranks."""
-        if accelerator.num_processes == 1:
+        if self._group is None:
             return self._received
-        if step % self.EVERY:
-            return False
-        return bool(accelerator.reduce(torch.tensor(int(self._received), device=accelerator.device)))
+        received = torch.tensor(int(self._received))
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(received)

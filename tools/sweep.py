@@ -64,13 +64,16 @@ def main(argv: list[str] | None = None) -> int:
     if not (options.all or options.names or options.real):
         parser.error("give --all, --names GLOB or --real")
     console = Console()
-    kind = "real" if options.real else "counts"
-    table = options.out or Path(f"runs/sweep-{kind}.md")
+    which = "all" if options.all else "".join(c if c.isalnum() else "_" for c in options.names or "smallest")
+    table = options.out or Path(f"runs/sweep-{which}-{'trained' if options.real else 'counted'}.md")
     table.parent.mkdir(parents=True, exist_ok=True)
     progress_file = table.with_suffix(".jsonl")
 
     setup = {"real": options.real, "all": options.all, "names": options.names, "versions": versions()}
-    lines, names = resume(progress_file, setup)
+    try:
+        lines, names = resume(progress_file, setup)
+    except ValueError as error:
+        parser.error(str(error))
     if lines:
         console.print(f"going on after {len(lines)} models that {progress_file} holds")
     if not names:
@@ -85,7 +88,11 @@ def main(argv: list[str] | None = None) -> int:
         task = progress.add_task("", total=len(names), completed=len(lines))
         for name in names[len(lines) :]:
             progress.update(task, description=name)
-            lines.append(look_at(name, options.real))
+            try:
+                lines.append(look_at(name, options.real))
+            except KeyboardInterrupt:
+                progress.print(f"stopped after {len(lines)} models; the same command goes on", markup=False)
+                return 130
             with progress_file.open("a") as file:
                 file.write(json.dumps(asdict(lines[-1])) + "\n")
             if lines[-1].result == "failed":
@@ -127,13 +134,17 @@ def look_at(name: str, real: bool) -> Line:
 
 
 def resume(path: Path, setup: dict[str, object]) -> tuple[list[Line], list[str]]:
-    """Return what a stopped sweep with the same arguments and versions has done, and all names of it."""
+    """Return what a stopped sweep with the same arguments and versions has done, and all names of it.
+
+    Raises:
+        ValueError: There is something else.
+    """
     if not path.exists():
         return [], []
-    first, *rest = path.read_text().splitlines() or ["{}"]
-    head = json.loads(first)
+    first, *rest = path.read_text().splitlines() or [""]
+    head = json.loads(first) if first.endswith("}") else {}
     if head.get("setup") != setup:
-        return [], []
+        raise ValueError(f"{path} is of a sweep with other arguments or versions; remove it, or give --out FILE")
     lines = [Line(**json.loads(line)) for line in rest if line.endswith("}")]  # the last may be torn
     path.write_text("\n".join([first, *(json.dumps(asdict(line)) for line in lines)]) + "\n")
     return lines, head["names"]

@@ -74,18 +74,21 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
     checkpointing = {"every": 1, "keep": 2, **(recipe.checkpoint or {})}
     metrics, checkpoints = Metrics(folder), Checkpoints(folder / "checkpoints", checkpointing["keep"])
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    images_per_step, notes = micro_batches * data.batch_size * ranks, []
     if resume:
         check_same_recipe(folder, recipe)
-        restore(run, accelerator, checkpoints, loss_sum)
+        notes = restore(run, accelerator, checkpoints, loss_sum, images_per_step)
     elif is_main:
         start(folder, recipe)
     accelerator.wait_for_everyone()
     display = Display(str(folder), run.epochs, run.epochs * run.steps_per_epoch, progress.step, speaks=is_main)
+    for note in notes:
+        display.say(note)
     for past in metrics.cut(progress.step) if is_main and resume else ():
         display.remember(past)
     bad_losses = torch.zeros((), dtype=torch.int64, device=accelerator.device)
 
-    with display, StopRequest() as stop:
+    with display, StopRequest(ranks) as stop:
         for epoch in range(progress.epoch, run.epochs):
             first = progress.step - epoch * run.steps_per_epoch
             batches = data.epoch(epoch, start=first * micro_batches, rank=rank, ranks=ranks)
@@ -122,14 +125,14 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                     mean = float(loss_sum) / ((step + 1) * micro_batches * data.batch_size)
                     shown = {"epoch": epoch + 1, "train_loss": mean, "lr": lr, **sparse_numbers(run)}
                     display.step(progress.step, shown)
-                if stop.at(progress.step, accelerator):
+                if stop.wanted():
                     progress.seconds += time.perf_counter() - began
-                    saved = save(run, accelerator, checkpoints, loss_sum)
+                    saved = save(run, accelerator, checkpoints, loss_sum, images_per_step)
                     display.say(f"stopped at step {progress.step}; the same command with --resume goes on from {saved}")
                     return 130
 
             seconds = time.perf_counter() - began
-            images = run.steps_per_epoch * micro_batches * data.batch_size * ranks
+            images = run.steps_per_epoch * images_per_step
             progress.epoch, progress.seconds = epoch + 1, progress.seconds + seconds
             line: dict[str, Any] = {"epoch": progress.epoch, "step": progress.step}
             line |= {"train_loss": float(accelerator.reduce(loss_sum)) / images, "lr": lr, **sparse_numbers(run)}
@@ -146,7 +149,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                 metrics.append(line)
             display.epoch(line)
             if best or progress.epoch % checkpointing["every"] == 0 or progress.epoch == run.epochs:
-                save(run, accelerator, checkpoints, loss_sum, best)
+                save(run, accelerator, checkpoints, loss_sum, images_per_step, best)
         tested = evaluate(run.averaged, accelerator, data, data.test, "test")
 
     if is_main:
@@ -189,37 +192,52 @@ def sparse_numbers(run: Run) -> dict[str, float | None]:
 
 
 def save(
-    run: Run, accelerator: Accelerator, checkpoints: Checkpoints, loss_sum: Tensor, best: bool = False
+    run: Run, accelerator: Accelerator, checkpoints: Checkpoints, loss_sum: Tensor, images: int, best: bool = False
 ) -> Path | None:
     """Write a checkpoint of all that `restore` puts back; return its folder on the main process."""
     run.progress.loss_sums = accelerator.gather(loss_sum.view(1)).tolist()
-    saved = None
+    saved = failed = None
     if accelerator.is_main_process:
         state = {
             "progress": asdict(run.progress),
+            "images_per_step": images,
             "optimizer": run.optimizer.state_dict(),
             "regrow": run.regrow.state_dict() if run.regrow else None,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         }
-        saved = checkpoints.save(run.progress.step, run.models, state, best)
-    accelerator.wait_for_everyone()
+        try:
+            saved = checkpoints.save(run.progress.step, run.models, state, best)
+        except CheckpointError as error:
+            failed = error
+    if accelerator.reduce(torch.tensor(int(failed is not None), device=accelerator.device)):
+        raise failed or CheckpointError("the main process could not write a checkpoint")
     return saved
 
 
-def restore(run: Run, accelerator: Accelerator, checkpoints: Checkpoints, loss_sum: Tensor) -> None:
-    """Go back to the last checkpoint, or to the beginning if the run stopped before its first."""
-    folder = checkpoints.last()
+def restore(run: Run, accelerator: Accelerator, checkpoints: Checkpoints, loss_sum: Tensor, images: int) -> list[str]:
+    """Go back to the last whole checkpoint, or to the beginning if there is none; return what to tell about it."""
+    folder, notes = checkpoints.last_whole()
     if folder is None:
-        return
+        return notes
     state = load(folder, run.models)
+    if state["images_per_step"] != images:
+        raise RunError(
+            f"{folder} trained on {state['images_per_step']} images a step, this would on {images}: data.batch_size x "
+            "processes x accelerator.gradient_accumulation_steps; change them so that the product is the same"
+        )
     run.optimizer.load_state_dict(state["optimizer"])
     if run.regrow:
         run.regrow.load_state_dict(state["regrow"])
-    if accelerator.scaler:
+    if accelerator.scaler and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     for name, value in state["progress"].items():
         setattr(run.progress, name, value)
-    loss_sum += run.progress.loss_sums[accelerator.process_index]
+    sums = run.progress.loss_sums
+    if len(sums) == accelerator.num_processes:
+        loss_sum += sums[accelerator.process_index]
+    elif accelerator.is_main_process:
+        loss_sum += sum(sums)
+    return [f"{note}: going on from {folder}, the one before" for note in notes]
 
 
 def stop_if_bad(streak: Tensor, allowed: int, step: int, checkpoints: Checkpoints) -> None:
