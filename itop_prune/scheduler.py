@@ -242,7 +242,7 @@ class MaskScheduler:
             self._warn(
                 f"silent {name}",
                 f"the dense gradient of {name} is 0 everywhere at step {self._step}, so growth there is by chance: is "
-                "a layer before or after it so sparse that nothing passes?",
+                "a layer near it so sparse that nothing passes, or a scale behind it still 0?",
             )
         for name, itop in masks.items():
             if state.active[name] < itop.outputs:

@@ -1,6 +1,7 @@
 """Weights in and out: of sparse models that were saved, and to plain dense ones."""
 
 import json
+import pickle
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -147,7 +148,10 @@ def read_state(path: str | Path) -> Mapping[str, Tensor]:
         from safetensors.torch import load_file  # an optional dependency, needed for this format alone
 
         return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} can't be read without running code from it, which is not done: {error}") from None
     for key in ("state_dict", "model"):  # what timm and others wrap a state dict into
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

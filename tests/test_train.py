@@ -1,5 +1,6 @@
 """The recipe runner from the outside: runs, resumes, refuses, evaluates."""
 
+import itertools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import runs
 import torch
 import train
+from PIL import Image
 from safetensors.torch import load_file
 
 import itop_prune
@@ -112,7 +114,8 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path):
 def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_never_stopped(tmp_path, monkeypatch, overrides, stop_at):
     run(tmp_path, *overrides, out="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(runs.StopRequest, "at", lambda self, step, accelerator: step == stop_at)
+        steps = itertools.count(1)
+        patch.setattr(runs.StopRequest, "wanted", lambda self: next(steps) == stop_at)
         stopped = run(tmp_path, *overrides, out="stopped")
     finished_before = "accelerator={gradient_accumulation_steps: 2}" in overrides and stop_at > 38
     assert stopped == (0 if finished_before else 130)
@@ -305,6 +308,7 @@ def test_two_processes_train_like_one_and_write_one_run(tmp_path):
     assert one[0]["exploration_rate"] == pytest.approx(two[0]["exploration_rate"], rel=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:the dense gradient of")  # timm's ResNets begin with scales of 0
 @pytest.mark.skipif("ITOP_DATA" not in os.environ, reason="needs real images: set ITOP_DATA to a folder of data")
 def test_the_resnet50_recipe_runs_on_photos(tmp_path):
     photos = Path(os.environ["ITOP_DATA"]) / "imagenet-sample"
@@ -347,3 +351,30 @@ def test_what_a_factory_refuses_is_one_clear_error(tmp_path, capsys, override, r
     assert run(tmp_path, override) == 1
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_over_a_folder_with_workers_stopped_in_an_epoch_and_resumed_is_the_one_that_never_stopped(
+    tmp_path, monkeypatch
+):
+    generator = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "photos" / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    overrides = (
+        "data={name: folder, train: ., test: ., batch_size: 4, image_size: 8, workers: 2}",
+        f"data.root={tmp_path / 'photos'}",
+        "model={model_name: test_resnet, num_classes: 2}",
+        "augment={scale: [0.5, 1.0], hflip: 0.5}",
+        "regrow={every: 2, grow: gradient}",
+        "epochs=2",
+    )
+    assert run(tmp_path, *overrides, out="whole") == 0
+    with monkeypatch.context() as patch:
+        steps = itertools.count(1)
+        patch.setattr(runs.StopRequest, "wanted", lambda self: next(steps) == 8)  # of 6 in an epoch
+        assert run(tmp_path, *overrides, out="stopped") == 130
+    assert run(tmp_path, *overrides, "--resume", out="stopped") == 0
+    assert metrics(tmp_path, "stopped", timeless=True) == metrics(tmp_path, "whole", timeless=True)
+    resumed, whole = weights(tmp_path, "stopped"), weights(tmp_path, "whole")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)

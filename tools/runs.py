@@ -40,7 +40,9 @@ def start(folder: Path, recipe: Recipe) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder} exists; continue that run with --resume, or write elsewhere with --out FOLDER")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
+        unfinished = folder.with_name(f"{folder.name}.unfinished")  # beside: an empty folder may be started in again
+        unfinished.write_text(recipe.as_yaml(), encoding="utf-8")
+        unfinished.replace(folder / "recipe.yaml")
     except OSError as error:
         raise RunError(f"{folder} can't be written: {error}; write elsewhere with --out FOLDER") from None
 
