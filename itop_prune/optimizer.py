@@ -24,7 +24,7 @@ def check_holds(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
         raise ValueError(
             f"the optimizer does not hold {', '.join(missing[:5])}{' and others' if missing[5:] else ''}; build it "
             "from model.parameters() of the masked model, and the MaskScheduler after accelerator.prepare; or pass "
-            "only the masks that this optimizer holds"
+            "only the masks that this optimizer holds; after a forward of an FSDP2 model call model.reshard() first"
         )
     for name, itop in masks.items():
         if itop.parameter.shape != itop.mask.shape:

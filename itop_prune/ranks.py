@@ -74,7 +74,7 @@ def check_equal(tensors: Mapping[str, Tensor], advice: str) -> None:
     """
     if world_size() == 1:
         return
-    lowest = torch.stack([_checksum(tensor) for tensor in tensors.values()])
+    lowest = torch.stack([checksum(tensor) for tensor in tensors.values()])
     if distributed.get_backend() == "nccl":  # which can't exchange what is not on a GPU
         lowest = lowest.cuda()
     highest = lowest.clone()
@@ -88,13 +88,19 @@ def check_equal(tensors: Mapping[str, Tensor], advice: str) -> None:
 
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHUNK = 1 << 22
 
 
-def _checksum(tensor: Tensor) -> Tensor:
+def checksum(tensor: Tensor) -> Tensor:
     """Return a number that depends on every bit and its place; integers wrap around on purpose."""
-    bits = tensor.detach().flatten().view(BITS[tensor.element_size()]).long()
-    places = torch.arange(len(bits), device=bits.device) * 6364136223846793005 + 1442695040888963407
-    return ((bits + 1) * places).sum()
+    bits = tensor.detach().flatten().view(BITS[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), CHUNK):
+        part = bits[start : start + CHUNK].long()
+        place = torch.arange(start, start + len(part), device=bits.device) * 6364136223846793005 + 1442695040888963407
+        place = (place ^ (place >> 29)) * 7046029254386353131  # or the sum would depend on the sum of places alone
+        total += ((part + 1) * (place ^ (place >> 32))).sum()
+    return total
 
 
 def mean(gradient: Tensor | None, mask: Tensor) -> Tensor:

@@ -150,8 +150,11 @@ def read_state(path: str | Path) -> Mapping[str, Tensor]:
         return load_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} can't be read without running code from it, which is not done: {error}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, or is damaged; no code from a file is run: save "
+            "model.state_dict()"
+        ) from None
     for key in ("state_dict", "model"):  # what timm and others wrap a state dict into
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

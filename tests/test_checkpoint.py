@@ -11,7 +11,7 @@ import checkpoint
 import pytest
 import torch
 import toys
-from checkpoint import CheckpointError, Checkpoints, load, save_model
+from checkpoint import CheckpointError, Checkpoints, damage, load, save_model
 from safetensors import SafetensorError
 from torch import nn
 
@@ -84,7 +84,7 @@ def flat(value: Any) -> list[Any]:
 
 def test_every_model_of_a_run_has_a_file_of_its_own(checkpoints: Checkpoints) -> None:
     folder = checkpoints.save(7, {"model": sparse(0), "ema": sparse(1)}, STATE)
-    assert names(folder) == ["ema.safetensors", "model.safetensors", "state.pt"]
+    assert names(folder) == ["checksums.json", "ema.safetensors", "model.safetensors", "state.pt"]
     models = {"model": sparse(2), "ema": sparse(3)}
     load(folder, models)
     assert same(models["model"], sparse(0))
@@ -338,3 +338,46 @@ def test_a_checkpoint_that_was_removed_gives_way_to_the_one_before(checkpoints: 
     before = checkpoints.save(5, {"model": sparse()}, {"step": 5})
     shutil.rmtree(checkpoints.save(6, {"model": sparse()}, {"step": 6}))
     assert checkpoints.last() == before
+
+
+def test_the_best_is_in_place_before_the_checkpoint_that_knows_of_it(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed: list[str] = []
+    replace = checkpoint.replace_folder
+
+    def replace_folder(source: Path, target: Path) -> None:
+        placed.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint, "replace_folder", replace_folder)
+    checkpoints.save(5, {"model": sparse()}, {}, best=True)
+    assert placed == ["best", "step-000000005"]
+    assert damage(checkpoints.folder / "best") == damage(checkpoints.folder / "step-000000005") == ""
+
+
+def test_a_disk_without_second_names_for_files_gets_a_copy(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    checkpoints.save(5, {"model": sparse()}, {}, best=True)
+    assert damage(checkpoints.folder / "best") == ""
+
+
+def test_a_folder_that_is_removed_never_keeps_its_name_in_part(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        checkpoints.save(step, {"model": sparse()}, {})
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)  # killed before anything is gone
+    checkpoint.remove_folder(checkpoints.all()[0])
+    assert [damage(folder) for folder in checkpoints.all()] == [""]
+
+
+def test_the_last_before_a_step_is_found(checkpoints: Checkpoints) -> None:
+    folders = [checkpoints.save(step, {"model": sparse()}, {}) for step in (3, 8)]
+    found = [checkpoints.last_before(step) for step in (2, 3, 7, 8, 99)]
+    assert found == [None, folders[0], folders[0], folders[1], folders[1]]

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toys import convnet, mlp
 
 import itop_prune
+from itop_prune import ranks
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no gloo"
@@ -246,3 +247,24 @@ def test_a_run_that_diverged_is_stopped_at_the_next_update_on_all_ranks_with_the
 
 def test_divergence_is_looked_for_on_request_alone(results: list) -> None:
     assert [result["diverged, not looked at"] for result in results] == [{"steps": 4, "stopped": ""}] * len(results)
+
+
+def test_a_checksum_tells_masks_with_as_many_active_weights_apart() -> None:
+    def checksum(positions: list[int], length: int = 512) -> int:
+        mask = torch.zeros(length, dtype=torch.bool)
+        mask[positions] = True
+        return int(ranks.checksum(mask))
+
+    assert checksum([0, 3]) != checksum([1, 2])
+    assert checksum([10, 500]) != checksum([11, 499])
+    generator = torch.Generator().manual_seed(0)
+    drawn = {tuple(sorted(torch.randperm(64, generator=generator)[:8].tolist())) for _ in range(2000)}
+    assert len({checksum(list(positions), 64) for positions in drawn}) == len(drawn)
+
+
+def test_a_checksum_tells_neighbouring_floats_apart_and_does_not_depend_on_the_layout() -> None:
+    tensor = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    bits = tensor.clone().view(torch.int32)
+    bits.view(-1)[:3] += torch.tensor([1, -2, 1], dtype=torch.int32)
+    assert ranks.checksum(bits.view(torch.float32)) != ranks.checksum(tensor)
+    assert ranks.checksum(tensor.contiguous(memory_format=torch.channels_last)) == ranks.checksum(tensor)

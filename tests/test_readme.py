@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,17 @@ def test_the_commands_of_the_runner_parse_and_their_recipes_are_sound(arguments,
     monkeypatch.chdir(ROOT)
     args = train.parse(arguments)
     train.read(args.recipe, args.overrides, data=train.open_data, augment=train.augmentation_of)
+
+
+def other_tools() -> list[list[str]]:
+    return [part for part in commands() if part[0] == "python" and part[1] != "tools/train.py"]
+
+
+@pytest.mark.parametrize("command", other_tools(), ids=" ".join)
+def test_the_flags_of_the_other_tools_are_in_their_help(command):
+    done = subprocess.run([sys.executable, command[1], "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [flag for flag in command[2:] if flag.startswith("--") and flag not in done.stdout] == []
 
 
 def test_every_file_and_recipe_that_is_named_exists():

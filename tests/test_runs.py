@@ -127,7 +127,7 @@ def test_where_no_run_is_nothing_can_be_resumed(tmp_path: Path, exists: bool) ->
         check_same_recipe(folder, RECIPE)
 
 
-@pytest.mark.parametrize("text", ["", "model: {", "- 1\n"], ids=repr)
+@pytest.mark.parametrize("text", ["", "model: {", "- 1\n", "data: 3\n", "data: [1]\n", "accelerator: x\n"], ids=repr)
 def test_a_damaged_recipe_of_a_run_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(RunError, match=str(tmp_path)):
@@ -229,6 +229,14 @@ def test_a_second_ctrl_c_interrupts() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_second_sigterm_does_not_kill_what_is_being_written() -> None:
+    """A launcher and who stops it may both send one."""
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wanted()
+
+
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("received", [False, True])
 def test_the_handlers_of_before_come_back(fails: bool, received: bool) -> None:
@@ -263,8 +271,23 @@ def test_one_rank_asked_to_stop_stops_all(monkeypatch: pytest.MonkeyPatch, this:
 
 
 @pytest.mark.parametrize(
-    "change", [{"data": {**RECIPE.data, "batch_size": 4}}, {"accelerator": {"gradient_accumulation_steps": 2}}]
+    "change",
+    [
+        {"data": {**RECIPE.data, "batch_size": 4}},
+        {"data": {**RECIPE.data, "root": "elsewhere", "workers": 3}},
+        {"accelerator": {"gradient_accumulation_steps": 2}},
+        {"checkpoint": {"keep": 7}},
+        {"stop_after_bad_losses": 5},
+    ],
 )
-def test_the_images_of_a_step_may_be_spread_otherwise(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_what_does_not_change_the_numbers_may_be_another(tmp_path: Path, change: dict[str, Any]) -> None:
     start(tmp_path / "run", RECIPE)
     check_same_recipe(tmp_path / "run", dataclasses.replace(RECIPE, **change))
+
+
+@pytest.mark.parametrize("text", ["model: {}\n", "data: null\n", "epochs: 3\n"], ids=repr)
+def test_a_recipe_that_was_cut_off_is_another_one(tmp_path: Path, text: str) -> None:
+    start(tmp_path / "run", RECIPE)
+    (tmp_path / "run" / "recipe.yaml").write_text(text)
+    with pytest.raises(RunError, match="began with another recipe"):
+        check_same_recipe(tmp_path / "run", RECIPE)

@@ -149,10 +149,11 @@ def trained(name: str, sparsity: float = 0.5, **keywords: Any) -> Finding:
     before, first = ({key: itop.active for key, itop in masks.items()}, [itop.mask.clone() for itop in masks.values()])
     layers = dict(twin.named_modules(remove_duplicate=False))
     standardized = {key for key in masks if "Std" in type(layers.get(key.rpartition(".")[0])).__name__}
-    grown: list[Tensor] = []
+    to_grow: list[str] = []  # names, in the order in which growth asks
+    dense: dict[str, Tensor] = {}
 
     def by_gradient(grad: Tensor) -> Tensor:
-        grown.append(grad.clone())
+        found.difference = max(found.difference, difference(grad, dense[to_grow.pop(0)]))
         return grad.abs()
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -171,7 +172,6 @@ def trained(name: str, sparsity: float = 0.5, **keywords: Any) -> Finding:
             loss.backward()  # type: ignore[union-attr]
         for ours, theirs in zip(*outputs, strict=True):
             found.difference = max(found.difference, difference(ours, theirs))
-        dense = {}
         for parameter, (key, other) in zip(model.parameters(), twin.named_parameters(), strict=True):
             expected = other.grad
             if key in masks and expected is not None:
@@ -183,6 +183,7 @@ def trained(name: str, sparsity: float = 0.5, **keywords: Any) -> Finding:
                 found.wrong.append(f"{key}: only one of model and twin has a gradient")
         if unread := [key for key, itop in masks.items() if itop.parameter.grad is None]:
             found.wrong.append(f"no gradient: {', '.join(unread)}")
+        to_grow[:] = [key for key in masks if key in dense and before[key] < masks[key].mask.numel()]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a deep model on two small images has gradients of 1e8
         optimizer.step()
         with warnings.catch_warnings():
@@ -190,10 +191,9 @@ def trained(name: str, sparsity: float = 0.5, **keywords: Any) -> Finding:
             moved = regrow.step()
         if moved != (step == 0):
             found.wrong.append(f"step {step}: an update {'was made' if moved else 'was not made'}")
-        if moved:
-            listened = [key for key in masks if key in dense and before[key] < masks[key].mask.numel()]
-            for key, seen in zip(listened, grown, strict=True):
-                found.difference = max(found.difference, difference(seen, dense[key]))
+        if moved and to_grow:
+            found.wrong.append(f"not grown: {', '.join(to_grow)}")
+        dense.clear()
         for one in (model, twin):
             one.zero_grad()
     if all(torch.equal(itop.mask, mask) for itop, mask in zip(masks.values(), first, strict=True)):
@@ -208,8 +208,8 @@ def trained(name: str, sparsity: float = 0.5, **keywords: Any) -> Finding:
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
     """Return the largest difference relative to the largest number; NaN counts as infinite."""
-    ours, theirs = ours.detach().double(), theirs.detach().double()
-    share = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+    largest = torch.linalg.vector_norm(theirs.detach(), torch.inf).clamp(min=1e-12)
+    share = float(torch.linalg.vector_norm((ours - theirs).detach(), torch.inf) / largest)
     return share if share == share else float("inf")
 
 
@@ -286,7 +286,7 @@ def _looks_like_a_matrix(model: nn.Module, key: str) -> bool:
 
 
 def _with_images(name: str, given: dict[str, Any]) -> tuple[nn.Module, Tensor]:
-    """Return a model and two images (or clips) of the smallest size that it takes, found on the meta device."""
+    """Return a model and two images (or a clip) of the smallest size that it takes, found on the meta device."""
     problems = []
     for keywords, shape in _attempts(name, given):
         try:
@@ -296,7 +296,7 @@ def _with_images(name: str, given: dict[str, Any]) -> tuple[nn.Module, Tensor]:
         except Exception as error:  # whatever a model raises for arguments or a size that it can't take
             problems.append(f"{keywords} {shape}: {error}")
         else:
-            return create(name, **keywords), torch.randn(2, *shape)
+            return create(name, **keywords), torch.randn(2 if len(shape) == 3 else 1, *shape)
     raise RuntimeError("no size of image fits\n" + "\n".join(problems))
 
 

@@ -73,7 +73,7 @@ def build_model(recipe: Recipe, data: Data | None, device: torch.device) -> nn.M
     try:
         model = timm.create_model(**recipe.model)
         if recipe.init:
-            timm.models.load_checkpoint(model, recipe.init)
+            timm.models.load_checkpoint(model, recipe.init, weights_only=True)
     except Exception as error:  # a model's own, or a hub's, or a checkpoint's of another model
         raise RunError(f"the model can't be built: {error}") from None
     model.to(device, memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)

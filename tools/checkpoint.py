@@ -38,6 +38,7 @@ class Checkpoints:
             CheckpointError: Writing failed, on a full disk for one; the checkpoints before it stay whole.
         """
         target, unfinished = self.folder / f"step-{step:09d}", self.folder / ".unfinished"
+        copy = self.folder / ".unfinished-best"
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -46,17 +47,19 @@ class Checkpoints:
             torch.save(state, unfinished / "state.pt")
             sums = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
             (unfinished / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+            if best:  # first: a run that is killed in between goes on from before, and comes by here again
+                shutil.rmtree(copy, ignore_errors=True)
+                shutil.copytree(unfinished, copy, copy_function=link)
+                replace_folder(copy, self.folder / "best")
             replace_folder(unfinished, target)
-            if best:
-                shutil.copytree(target, unfinished, copy_function=os.link)
-                replace_folder(unfinished, self.folder / "best")
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for folder in (unfinished, copy):
+                shutil.rmtree(folder, ignore_errors=True)
             last = self.last()
             kept = f"{last} is whole" if last else "there is none before it"
             raise CheckpointError(f"{target} could not be written: {error}; {kept}") from None
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
+            remove_folder(old)
         return target
 
     def all(self) -> list[Path]:
@@ -66,6 +69,10 @@ class Checkpoints:
     def last(self) -> Path | None:
         """Return the newest, or None."""
         return next(reversed(self.all()), None)
+
+    def last_before(self, step: int) -> Path | None:
+        """Return the newest of this step or an earlier one, or None."""
+        return next((folder for folder in reversed(self.all()) if int(folder.name.removeprefix("step-")) <= step), None)
 
     def last_whole(self) -> tuple[Path | None, list[str]]:
         """Return the newest that is as it was written, and what is wrong with newer ones; None if there are none.
@@ -115,7 +122,9 @@ def save_model(model: nn.Module, path: Path) -> None:
         shared = tensor.data_ptr() in seen  # a module under two names: safetensors refuses shared memory
         tensors[name] = tensor.clone() if shared else tensor.contiguous()
         seen.add(tensor.data_ptr())
-    save_file(tensors, path)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    save_file(tensors, unfinished)
+    unfinished.replace(path)
 
 
 def replace_folder(source: Path, target: Path) -> None:
@@ -124,8 +133,25 @@ def replace_folder(source: Path, target: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    shutil.rmtree(target, ignore_errors=True)
+    remove_folder(target)
     source.rename(target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder if it is there, so that a part of it never has its name."""
+    if folder.exists():
+        removed = folder.with_name(f".removed-{folder.name}")
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the disk knows no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def load(folder: Path, models: dict[str, nn.Module]) -> dict[str, Any]:

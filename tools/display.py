@@ -110,7 +110,7 @@ class Display:
 
     def table(self, summary: Summary) -> None:
         """Print the table of layers."""
-        if not summary.rows:
+        if not any(row.masked for row in summary.rows):
             self.say("no masked layers: a dense model")
         elif not self.console.is_terminal:
             self.say(str(summary))

@@ -12,7 +12,12 @@ import yaml
 
 from itop_prune.recipe import Recipe
 
-SPREAD = ("gradient_accumulation_steps", "cpu")
+FREE = {
+    "data": ("batch_size", "eval_batch_size", "root", "workers", "download"),
+    "accelerator": ("gradient_accumulation_steps", "cpu", "log_with"),
+}
+"""What a resumed run may change: where and how things are read. How many images a step has is compared by itself."""
+FREE_SECTIONS = ("checkpoint", "stop_after_bad_losses")
 
 
 class RunError(Exception):
@@ -61,19 +66,26 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         before = None
-    if not isinstance(before, dict):
+    if not isinstance(before, dict) or not all(isinstance(before.get(key) or {}, dict) for key in FREE):
         raise RunError(f"{path} is damaged; start a new run with --out FOLDER")
-    for recipe_of in (before, now):  # how a step's images are spread may change: `restore` compares what it comes to
-        recipe_of["data"] = {key: value for key, value in recipe_of["data"].items() if key != "batch_size"}
-        recipe_of["accelerator"] = {
-            key: value for key, value in (recipe_of.get("accelerator") or {}).items() if key not in SPREAD
-        }
-    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    bound = [
+        {key: _bound(key, value) for key, value in part.items() if key not in FREE_SECTIONS} for part in (before, now)
+    ]
+    differing = [key for key in {**bound[0], **bound[1]} if bound[0].get(key) != bound[1].get(key)]
     if differing:
         lines = [f"  {key}: was {before.get(key)}, is {now.get(key)}" for key in differing]
         raise RunError(
             f"{folder} began with another recipe; give the same, or --out for a new run\n" + "\n".join(lines)
         )
+
+
+def _bound(key: str, value: Any) -> Any:
+    """Return what a resumed run must keep of a section; nothing of an empty one."""
+    if key in FREE_SECTIONS:
+        return None
+    if key not in FREE:
+        return value
+    return {name: setting for name, setting in (value or {}).items() if name not in FREE[key]} or None
 
 
 class Metrics:
@@ -108,7 +120,7 @@ class Metrics:
 
 
 class StopRequest:
-    """Turns SIGINT (Ctrl-C) and SIGTERM into a question that is asked between steps; a second one kills."""
+    """Turns SIGINT (Ctrl-C) and SIGTERM into a question that is asked between steps; a second Ctrl-C interrupts."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -127,7 +139,8 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        if number == signal.SIGINT:  # SIGTERM may come twice, from a launcher and from who stops it
+            signal.signal(number, signal.default_int_handler)
 
     def wanted(self) -> bool:
         """Return whether to stop after this step, the same on all ranks."""

@@ -21,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
 from build import Run, build, build_model
 from checkpoint import CheckpointError, Checkpoints, load, save_model
 from data import Data, augmentation_of, open_data
 from display import Display
 from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
+from safetensors import SafetensorError
 from source import DataError, Source, seed_everything
 from torch import Tensor, nn
 
 import itop_prune
+from itop_prune.ranks import check_equal
 from itop_prune.recipe import Recipe, RecipeError, read
 from itop_prune.storage import read_state
 
@@ -61,9 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = build(recipe, accelerator, data, steps_per_epoch(data, accelerator))
         folder = args.out or run_folder(args.recipe, args.overrides, recipe.seed)
         return train(run, recipe, accelerator, data, folder, args.resume)
-    except (RecipeError, DataError, RunError, CheckpointError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+    except (RecipeError, DataError, RunError, CheckpointError, OSError, SafetensorError) as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, RecipeError):  # that one all ranks see alike
+            print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr)
         return 1
 
 
@@ -80,7 +84,9 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
         notes = restore(run, accelerator, checkpoints, loss_sum, images_per_step)
     elif is_main:
         start(folder, recipe)
-    accelerator.wait_for_everyone()
+    for name, model in run.models.items():
+        tensors = {f"{key} of the {name}": tensor for key, tensor in model.state_dict().items()}
+        check_equal(tensors, "before the first step; is the run folder on a disk that all see?")
     display = Display(str(folder), run.epochs, run.epochs * run.steps_per_epoch, progress.step, speaks=is_main)
     for note in notes:
         display.say(note)
@@ -120,7 +126,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                         itop.zero_off_mask()  # the average remembers pruned weights, and they may grow again
                 if recipe.stop_after_bad_losses:
                     bad_losses = torch.where(loss.detach().isfinite(), 0, bad_losses + 1)
-                    stop_if_bad(bad_losses, recipe.stop_after_bad_losses, progress.step, checkpoints)
+                    stop_if_bad(bad_losses, recipe.stop_after_bad_losses, progress.step, checkpoints, accelerator)
                 if display.is_due():
                     mean = float(loss_sum) / ((step + 1) * micro_batches * data.batch_size)
                     shown = {"epoch": epoch + 1, "train_loss": mean, "lr": lr, **sparse_numbers(run)}
@@ -216,7 +222,15 @@ def save(
 
 def restore(run: Run, accelerator: Accelerator, checkpoints: Checkpoints, loss_sum: Tensor, images: int) -> list[str]:
     """Go back to the last whole checkpoint, or to the beginning if there is none; return what to tell about it."""
-    folder, notes = checkpoints.last_whole()
+    found: list[Any] = [None, []]
+    if accelerator.is_main_process:  # one decides for all: a disk may show itself differently to another
+        try:
+            found = list(checkpoints.last_whole())
+        except CheckpointError as error:
+            found = [error, []]
+    folder, notes = broadcast_object_list(found)
+    if isinstance(folder, CheckpointError):
+        raise folder
     if folder is None:
         return notes
     state = load(folder, run.models)
@@ -240,19 +254,26 @@ def restore(run: Run, accelerator: Accelerator, checkpoints: Checkpoints, loss_s
     return [f"{note}: going on from {folder}, the one before" for note in notes]
 
 
-def stop_if_bad(streak: Tensor, allowed: int, step: int, checkpoints: Checkpoints) -> None:
-    """Stop after too many losses in a row that are not finite; looked at as rarely as that allows."""
-    if step % allowed == 0 and int(streak) >= allowed:
-        good = checkpoints.last() or "none"
-        raise RunError(f"the loss was not finite for {int(streak)} steps, at step {step}; last good checkpoint: {good}")
+def stop_if_bad(streak: Tensor, allowed: int, step: int, checkpoints: Checkpoints, accelerator: Accelerator) -> None:
+    """Stop after too many losses in a row that are not finite, on any rank; looked at as rarely as that allows."""
+    if step % allowed == 0 and (longest := int(accelerator.gather(streak.view(1)).max())) >= allowed:
+        good = checkpoints.last_before(step - longest) or "none"
+        raise RunError(f"the loss was not finite for {longest} steps, at step {step}; last good checkpoint: {good}")
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Make the recipe's Accelerator; without `cpu` it would leave ranks on a CPU to train each by itself."""
     try:
-        return Accelerator(**{"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})})
+        accelerator = Accelerator(**{"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})})
     except ValueError as error:
         raise RunError(f"accelerator: {error}") from None
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise RunError(
+            f"accelerator: {kind.value} shards the model, and this runner writes checkpoints of whole ones; launch it "
+            "without, data-parallel, or train in a loop of your own: the library works with fully_shard"
+        )
+    return accelerator
 
 
 def open_for(recipe: Recipe, accelerator: Accelerator) -> Data:
