@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,10 +25,12 @@ QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 
 @contextlib.contextmanager
 def tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # older torch says that there is a newer way
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        yield
+        torch.set_float32_matmul_precision(before)
 
 
 def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:

@@ -53,6 +53,8 @@ SPREAD: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_a_family_trains_as_its_dense_twin(name: str) -> None:
+    if name not in architectures.names():
+        pytest.skip(f"timm {timm.__version__} does not have {name}")
     found = architectures.trained(name, **SPREAD[name])
     assert found.wrong == []
     assert found.refused == ""
