@@ -37,9 +37,22 @@ def standardized(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(StdConv2d(5, 7, 3), nn.ReLU(), nn.Flatten(), nn.Linear(112, 3))
 
 
+class Narrow(nn.Sequential):
+    """A layer with one row, of which the second rank holds nothing."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Linear(20, 17), nn.ReLU(), nn.Linear(17, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = super().forward(x)
+        return torch.cat([score, -score, 0.5 * score], 1)
+
+
 BUILDS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
     "mlp": (model, (20,)),
     "standardized": (standardized, (5, 4, 4)),
+    "narrow": (Narrow, (20,)),
 }
 
 
@@ -52,7 +65,7 @@ def data(step: int, micro: int, part: int | None, shape: tuple[int, ...]) -> tup
 
 def shard(network: nn.Sequential) -> nn.Sequential:
     mesh = init_device_mesh("cpu", (RANKS,))
-    for layer in network[:-1]:
+    for layer in list(network)[:-1]:
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             fully_shard(layer, mesh=mesh)
     return fully_shard(network, mesh=mesh)
@@ -152,6 +165,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "gradient growth, SGD": {"build": "mlp", "grow": "gradient", "optimizer_of": "SGD"},
     "gradient growth, accumulation": {"build": "mlp", "grow": "gradient", "micro_batches": 2},
     "gradient growth, standardized": {"build": "standardized", "grow": "gradient"},
+    "gradient growth, a rank without rows": {"build": "narrow", "grow": "gradient"},
 }
 TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     **{name: (train, arguments) for name, arguments in TRAININGS.items()},
