@@ -79,7 +79,7 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
-TWO = ("epochs=4", "data.batch_size=16")
+TWO = ("epochs=4", "data.batch_size=8", "accelerator={gradient_accumulation_steps: 2}")
 
 
 @pytest.fixture(scope="module")
