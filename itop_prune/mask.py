@@ -107,7 +107,7 @@ class ITOP(prune.BasePruningMethod):
 
     def __call__(self, module: nn.Module, inputs: object) -> None:
         """Do nothing: the layer's property is always current. Masks without positions are not computed with."""
-        if self._planned is not None and not self.mask.is_meta:
+        if not self.mask.is_meta:
             self.check_drawn()
 
     def remove(self, module: nn.Module) -> None:
@@ -249,10 +249,7 @@ def apply(
             setattr(layer, f"{tensor}_planned", counts[name])
     leave_out_of_ddp(model)
     if scores != "random":
-        ranks.check_equal(
-            {f"mask of {name}": itop.mask for name, itop in applied.items()},
-            "call apply with one seed on all ranks, and where scores depend on the weights, on the same weights",
-        )
+        ranks.check_equal_masks({name: itop.mask for name, itop in applied.items()})
     return applied
 
 

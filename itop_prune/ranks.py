@@ -57,13 +57,27 @@ def examine(
     report = torch.cat([~finite.view(1), (stepped != 0).any().view(1), heard != 0, present, active])
     if world_size() > 1:
         distributed.all_reduce(report, distributed.ReduceOp.MAX)
-    bad, any_gradient, *rest = report.tolist()
-    by_layer = [
-        dict(zip(masks, rest[start : start + len(masks)], strict=True)) for start in range(0, len(rest), len(masks))
-    ]
-    heard_of, has_gradient, counts = by_layer
-    silent = [name for name in masks if has_gradient[name] and not heard_of[name]]
-    return State(not bad, bool(any_gradient), {n: bool(has) for n, has in has_gradient.items()}, silent, counts)
+    bad, any_gradient, *by_layer = report.tolist()
+    spoke, has, counts = (by_layer[start : start + len(masks)] for start in range(0, len(by_layer), len(masks)))
+    return State(
+        finite=not bad,
+        any_gradient=bool(any_gradient),
+        has_gradient={name: bool(gradient) for name, gradient in zip(masks, has, strict=True)},
+        silent=[name for name, told, gradient in zip(masks, spoke, has, strict=True) if gradient and not told],
+        active=dict(zip(masks, counts, strict=True)),
+    )
+
+
+def check_equal_masks(masks: Mapping[str, Tensor]) -> None:
+    """Compare the masks over the ranks before they are trained.
+
+    Raises:
+        RuntimeError: Some differ, with their names and what to do.
+    """
+    check_equal(
+        {f"mask of {name}": mask for name, mask in masks.items()},
+        "call apply with one seed on all ranks, and where scores depend on the weights, on the same weights",
+    )
 
 
 def check_equal(tensors: Mapping[str, Tensor], advice: str) -> None:

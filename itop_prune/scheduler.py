@@ -95,10 +95,7 @@ class MaskScheduler:
         self._needs_gradient = "grad" in (*self._prune_needs, *self._grow_needs)
         check_holds(optimizer, masks)
         check_statistics(optimizer, masks)
-        ranks.check_equal(
-            {f"mask of {name}": itop.mask for name, itop in masks.items()},
-            "call apply with one seed on all ranks, and where scores depend on the weights, on the same weights",
-        )
+        ranks.check_equal_masks({name: itop.mask for name, itop in masks.items()})
 
         self._masks, self._optimizer = dict(masks), optimizer
         self._total_steps, self._every, self._stop, self._seed = total_steps, every, stop, seed

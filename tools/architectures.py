@@ -50,6 +50,15 @@ class Finding:
     refused: str = ""
     """Why `apply` refused the model, or why the check can't be made."""
 
+    def cover(self, masks: dict[str, itop_prune.ITOP], model: nn.Module) -> None:
+        """Take down how much of a model is masked."""
+        self.masked = len(masks)
+        self.covered = sum(itop.mask.numel() for itop in masks.values()) / size_of(model)
+
+    def compare(self, ours: Tensor, theirs: Tensor) -> None:
+        """Take down how far two tensors are apart, if it is further than any before."""
+        self.difference = max(self.difference, difference(ours, theirs))
+
 
 def names() -> list[str]:
     """Return every model there is: timm's, and torchvision's with a prefix."""
@@ -62,7 +71,7 @@ def smallest() -> dict[str, str]:
     sizes: dict[str, tuple[int, str]] = {}
     for name in names():
         module = module_of(name)
-        size = sum(parameter.numel() for parameter in on_meta(name).parameters())
+        size = size_of(on_meta(name))
         sizes[module] = min(sizes.get(module, (size, name)), (size, name))
     return {module: name for module, (_, name) in sorted(sizes.items())}
 
@@ -72,6 +81,11 @@ def module_of(name: str) -> str:
     if name.startswith(TORCHVISION):
         return TORCHVISION + _builder(name).__module__.removeprefix("torchvision.models.")
     return timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+def size_of(model: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def create(name: str, **keywords: Any) -> nn.Module:
@@ -105,8 +119,9 @@ def counts(name: str, sparsity: float = 0.9) -> Finding:
         masks = itop_prune.apply(model, sparsity)
     except ValueError as error:
         return Finding(refused=str(error))
+    found = Finding()
+    found.cover(masks, model)
     weights = sum(itop.mask.numel() for itop in masks.values())
-    found = Finding(masked=len(masks), covered=weights / sum(parameter.numel() for parameter in before.values()))
     if sum(itop.active for itop in masks.values()) != round((1.0 - sparsity) * weights):
         found.wrong.append("the number of active weights is not the budget's")
     if not all(1 <= itop.active <= itop.mask.numel() for itop in masks.values()):
@@ -143,9 +158,7 @@ def trained(name: str, sparsity: float = 0.5, **keywords: Any) -> Finding:
     twin = copy.deepcopy(model)
     found = Finding(size=x.shape[-1])
     masks = itop_prune.apply(model, sparsity, method="uniform")
-    found.masked = len(masks)
-    weights = sum(itop.mask.numel() for itop in masks.values())
-    found.covered = weights / sum(parameter.numel() for parameter in model.parameters())
+    found.cover(masks, model)
     before, first = ({key: itop.active for key, itop in masks.items()}, [itop.mask.clone() for itop in masks.values()])
     layers = dict(twin.named_modules(remove_duplicate=False))
     standardized = {key for key in masks if "Std" in type(layers.get(key.rpartition(".")[0])).__name__}
@@ -153,7 +166,7 @@ def trained(name: str, sparsity: float = 0.5, **keywords: Any) -> Finding:
     dense: dict[str, Tensor] = {}
 
     def by_gradient(grad: Tensor) -> Tensor:
-        found.difference = max(found.difference, difference(grad, dense[to_grow.pop(0)]))
+        found.compare(grad, dense[to_grow.pop(0)])
         return grad.abs()
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -171,14 +184,14 @@ def trained(name: str, sparsity: float = 0.5, **keywords: Any) -> Finding:
             loss = sum(nn.functional.log_softmax(output.flatten(1), 1)[:, 0].mean() for output in outputs[-1])
             loss.backward()  # type: ignore[union-attr]
         for ours, theirs in zip(*outputs, strict=True):
-            found.difference = max(found.difference, difference(ours, theirs))
+            found.compare(ours, theirs)
         for parameter, (key, other) in zip(model.parameters(), twin.named_parameters(), strict=True):
             expected = other.grad
             if key in masks and expected is not None:
                 dense[key] = _centred(expected, masks[key].mask) if key in standardized else expected
                 expected = dense[key] * masks[key].mask
             if parameter.grad is not None and expected is not None:
-                found.difference = max(found.difference, difference(parameter.grad, expected))
+                found.compare(parameter.grad, expected)
             elif parameter.grad is not None or expected is not None:
                 found.wrong.append(f"{key}: only one of model and twin has a gradient")
         if unread := [key for key, itop in masks.items() if itop.parameter.grad is None]:
@@ -226,7 +239,7 @@ def _check_removal(model: nn.Module, twin: nn.Module, x: Tensor, found: Finding)
         found.wrong.append("remove does not give the classes back")
     with torch.no_grad():
         for ours, theirs in zip(_numbers(model.eval()(x)), _numbers(twin.eval()(x)), strict=True):
-            found.difference = max(found.difference, difference(ours, theirs))
+            found.compare(ours, theirs)
 
 
 class _Kernels(TorchFunctionMode):
@@ -306,7 +319,7 @@ def _attempts(name: str, given: dict[str, Any]) -> Iterator[tuple[dict[str, Any]
         clip = (16,) if ".video." in _builder(name).__module__ else ()
         yield from (({}, (3, *clip, size, size)) for size in SIZES)
         return
-    large = not given and sum(parameter.numel() for parameter in on_meta(name).parameters()) > 50_000_000
+    large = not given and size_of(on_meta(name)) > 50_000_000
     for more in ({"depth": 4}, {}) if large else (given,):
         for size in (*SIZES, timm.get_pretrained_cfg(name).input_size[-1]):
             yield more, (3, size, size)

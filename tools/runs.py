@@ -68,10 +68,7 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         before = None
     if not isinstance(before, dict) or not all(isinstance(before.get(key) or {}, dict) for key in FREE):
         raise RunError(f"{path} is damaged; start a new run with --out FOLDER")
-    bound = [
-        {key: _bound(key, value) for key, value in part.items() if key not in FREE_SECTIONS} for part in (before, now)
-    ]
-    differing = [key for key in {**bound[0], **bound[1]} if bound[0].get(key) != bound[1].get(key)]
+    differing = [key for key in {**before, **now} if _bound(key, before.get(key)) != _bound(key, now.get(key))]
     if differing:
         lines = [f"  {key}: was {before.get(key)}, is {now.get(key)}" for key in differing]
         raise RunError(

@@ -77,9 +77,7 @@ def survive(folder: Path, kills: int, moments: random.Random, console: Console) 
                 if status is None:
                     done += 1
                     progress.update(task, completed=done)
-                    if problems := [
-                        damage(whole) for whole in Checkpoints(run / "checkpoints", 2).all() if damage(whole)
-                    ]:
+                    if problems := list(filter(None, map(damage, Checkpoints(run / "checkpoints", 2).all()))):
                         raise Lost(f"after kill {done}: {'; '.join(problems)}")
             if status != 0:
                 raise Lost(f"{run.name} did not go on after kill {done}: exit status {status}")
