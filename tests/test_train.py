@@ -15,6 +15,7 @@ import runs
 import torch
 import train
 from accelerate import Accelerator, DistributedType
+from build import build_model
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -78,7 +79,7 @@ def test_a_run_writes_its_recipe_its_metrics_and_weights_that_load(tmp_path):
     assert first.keys() == second.keys() == AFTER_TRAINING | {"images_per_second", "seconds", "val_loss", "val_top1"}
     assert test.keys() == {"epoch", "step", "test_loss", "test_top1"}
     assert "seed: 0" in (tmp_path / "run" / "recipe.yaml").read_text()
-    model = train.build_model(read(), None, torch.device("cpu"))
+    model = build_model(read(), None, torch.device("cpu"))
     assert len(itop_prune.load(model, tmp_path / "run")) == 3
 
 

@@ -11,9 +11,9 @@ import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
-from data import Data
+from data import Data, open_data
 from runs import RunError
 from source import seed_everything
 from torch import nn
@@ -65,6 +65,35 @@ class Run:
     def averaged(self) -> nn.Module:
         """What is evaluated: the average if there is one."""
         return self.ema.module if self.ema else self.bare
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Make the recipe's Accelerator; without `cpu` it would leave ranks on a CPU to train each by itself."""
+    try:
+        accelerator = Accelerator(**{"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})})
+    except ValueError as error:
+        raise RunError(f"accelerator: {error}") from None
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise RunError(
+            f"accelerator: {kind.value} shards the model, and this runner writes checkpoints of whole ones; launch it "
+            "without, data-parallel, or train in a loop of your own: the library works with fully_shard"
+        )
+    return accelerator
+
+
+def open_for(recipe: Recipe, accelerator: Accelerator) -> Data:
+    """Open the recipe's data; one process of a machine first, since it may download."""
+    with accelerator.local_main_process_first():
+        return open_data(**recipe.data, device=accelerator.device, seed=recipe.seed, augment=recipe.augment)
+
+
+def steps_per_epoch(data: Data, accelerator: Accelerator) -> int:
+    """Return how many whole optimizer steps an epoch has."""
+    steps = data.batches_per_epoch(accelerator.num_processes) // accelerator.gradient_accumulation_steps
+    if not steps:
+        raise RunError(f"{len(data.train)} training images do not make one step; lower data.batch_size")
+    return steps
 
 
 def build_model(recipe: Recipe, data: Data | None, device: torch.device) -> nn.Module:

@@ -16,26 +16,25 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import broadcast_object_list
-from build import Run, build, build_model
-from checkpoint import CheckpointError, Checkpoints, load, save_model
+from accelerate import Accelerator
+from build import Run, build, make_accelerator, open_for, steps_per_epoch
+from checkpoint import CheckpointError, Checkpoints, save_model
 from data import Data, augmentation_of, open_data
 from display import Display
+from evaluation import evaluate, evaluate_only
+from plan import dry_run
 from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
 from safetensors import SafetensorError
-from source import DataError, Source, seed_everything
-from torch import Tensor, nn
+from source import DataError, seed_everything
+from state import restore, save, stop_if_bad
 
 import itop_prune
 from itop_prune.ranks import check_equal
 from itop_prune.recipe import Recipe, RecipeError, read
-from itop_prune.storage import read_state
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -166,26 +165,6 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
     return 0
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, accelerator: Accelerator, data: Data, source: Source, split: str) -> dict[str, float]:
-    """Return loss and top-1 accuracy in percent over a split, every image once over all ranks."""
-    if accelerator.num_processes > 1:  # batch statistics are the first rank's, as in every forward of DDP
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                torch.distributed.broadcast(buffer, 0)
-    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    training = model.training
-    model.eval()
-    for x, y in data.evaluation(source, rank=accelerator.process_index, ranks=accelerator.num_processes):
-        with accelerator.autocast():
-            logits = model(x).float()
-        loss = nn.functional.cross_entropy(logits, y, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=y.device)])
-    model.train(training)
-    loss_sum, correct, images = accelerator.reduce(sums).tolist()
-    return {f"{split}_loss": loss_sum / images, f"{split}_top1": 100.0 * correct / images}
-
-
 def sparse_numbers(run: Run) -> dict[str, float | None]:
     """Return the rate, the sparsity and R_s: of static masks the density, of a dense model 1."""
     masks = itop_prune.find_masks(run.bare).values()
@@ -195,142 +174,6 @@ def sparse_numbers(run: Run) -> dict[str, float | None]:
         "sparsity": (weights - active) / max(1, weights),
         "exploration_rate": run.regrow.exploration_rate() if run.regrow else active / weights if weights else 1.0,
     }
-
-
-def save(
-    run: Run, accelerator: Accelerator, checkpoints: Checkpoints, loss_sum: Tensor, images: int, best: bool = False
-) -> Path | None:
-    """Write a checkpoint of all that `restore` puts back; return its folder on the main process."""
-    run.progress.loss_sums = accelerator.gather(loss_sum.view(1)).tolist()
-    saved = failed = None
-    if accelerator.is_main_process:
-        state = {
-            "progress": asdict(run.progress),
-            "images_per_step": images,
-            "optimizer": run.optimizer.state_dict(),
-            "regrow": run.regrow.state_dict() if run.regrow else None,
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        }
-        try:
-            saved = checkpoints.save(run.progress.step, run.models, state, best)
-        except CheckpointError as error:
-            failed = error
-    if accelerator.reduce(torch.tensor(int(failed is not None), device=accelerator.device)):
-        raise failed or CheckpointError("the main process could not write a checkpoint")
-    return saved
-
-
-def restore(run: Run, accelerator: Accelerator, checkpoints: Checkpoints, loss_sum: Tensor, images: int) -> list[str]:
-    """Go back to the last whole checkpoint, or to the beginning if there is none; return what to tell about it."""
-    found: list[Any] = [None, []]
-    if accelerator.is_main_process:  # one decides for all: a disk may show itself differently to another
-        try:
-            found = list(checkpoints.last_whole())
-        except CheckpointError as error:
-            found = [error, []]
-    folder, notes = broadcast_object_list(found)
-    if isinstance(folder, CheckpointError):
-        raise folder
-    if folder is None:
-        return notes
-    state = load(folder, run.models)
-    if state["images_per_step"] != images:
-        raise RunError(
-            f"{folder} trained on {state['images_per_step']} images a step, this would on {images}: data.batch_size x "
-            "processes x accelerator.gradient_accumulation_steps; change them so that the product is the same"
-        )
-    run.optimizer.load_state_dict(state["optimizer"])
-    if run.regrow:
-        run.regrow.load_state_dict(state["regrow"])
-    if accelerator.scaler and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    for name, value in state["progress"].items():
-        setattr(run.progress, name, value)
-    sums = run.progress.loss_sums
-    if len(sums) == accelerator.num_processes:
-        loss_sum += sums[accelerator.process_index]
-    elif accelerator.is_main_process:
-        loss_sum += sum(sums)
-    return [f"{note}: going on from {folder}, the one before" for note in notes]
-
-
-def stop_if_bad(streak: Tensor, allowed: int, step: int, checkpoints: Checkpoints, accelerator: Accelerator) -> None:
-    """Stop after too many losses in a row that are not finite, on any rank; looked at as rarely as that allows."""
-    if step % allowed == 0 and (longest := int(accelerator.gather(streak.view(1)).max())) >= allowed:
-        good = checkpoints.last_before(step - longest) or "none"
-        raise RunError(f"the loss was not finite for {longest} steps, at step {step}; last good checkpoint: {good}")
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Make the recipe's Accelerator; without `cpu` it would leave ranks on a CPU to train each by itself."""
-    try:
-        accelerator = Accelerator(**{"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})})
-    except ValueError as error:
-        raise RunError(f"accelerator: {error}") from None
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise RunError(
-            f"accelerator: {kind.value} shards the model, and this runner writes checkpoints of whole ones; launch it "
-            "without, data-parallel, or train in a loop of your own: the library works with fully_shard"
-        )
-    return accelerator
-
-
-def open_for(recipe: Recipe, accelerator: Accelerator) -> Data:
-    """Open the recipe's data; one process of a machine first, since it may download."""
-    with accelerator.local_main_process_first():
-        return open_data(**recipe.data, device=accelerator.device, seed=recipe.seed, augment=recipe.augment)
-
-
-def steps_per_epoch(data: Data, accelerator: Accelerator) -> int:
-    """Return how many whole optimizer steps an epoch has."""
-    steps = data.batches_per_epoch(accelerator.num_processes) // accelerator.gradient_accumulation_steps
-    if not steps:
-        raise RunError(f"{len(data.train)} training images do not make one step; lower data.batch_size")
-    return steps
-
-
-def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
-    """Build everything and print the layers and the plan; where the data are missing, say so and do without."""
-    data = missing = None
-    try:
-        data = open_for(recipe, accelerator)
-    except DataError as error:
-        missing = error
-    steps = steps_per_epoch(data, accelerator) if data else 1
-    run = build(recipe, accelerator, data, steps)
-    display = Display(
-        str(recipe.model["model_name"]), run.epochs, run.epochs * steps, speaks=accelerator.is_main_process
-    )
-    display.table(itop_prune.summarize(run.bare))
-    if missing:
-        display.say(f"the number of steps is not known without the data: {missing}")
-        return 0
-    display.say(f"{run.epochs} epochs of {steps} steps, {run.epochs * steps} in all")
-    if run.regrow and not run.regrow.update_steps():
-        display.say("no update of the masks: regrow.every is longer than the run")
-    elif run.regrow:
-        plan = run.regrow.update_steps()
-        shown = [*plan[:3], "...", plan[-1]] if len(plan) > 4 else list(plan)
-        display.say(f"{len(plan)} updates of the masks, after steps {', '.join(map(str, shown))}")
-    return 0
-
-
-def evaluate_only(recipe: Recipe, accelerator: Accelerator, data: Data, path: Path) -> int:
-    """Print loss and accuracy of saved weights on the test set."""
-    model = build_model(recipe, data, accelerator.device)
-    if recipe.ema and (path / "ema.safetensors").exists():
-        path = path / "ema.safetensors"  # of a checkpoint's two models the one that a run tests
-    try:
-        if recipe.masks:
-            itop_prune.load(model, path)
-        else:
-            model.load_state_dict(read_state(path))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RunError(f"{path} can't be evaluated: {error}") from None
-    result = evaluate(model, accelerator, data, data.test, "test")
-    accelerator.print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,35 @@
+"""What a recipe would do: its layers and its plan, without training."""
+
+from accelerate import Accelerator
+from build import build, open_for, steps_per_epoch
+from display import Display
+from source import DataError
+
+import itop_prune
+from itop_prune.recipe import Recipe
+
+
+def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
+    """Build everything and print the layers and the plan; where the data are missing, say so and do without."""
+    data = missing = None
+    try:
+        data = open_for(recipe, accelerator)
+    except DataError as error:
+        missing = error
+    steps = steps_per_epoch(data, accelerator) if data else 1
+    run = build(recipe, accelerator, data, steps)
+    display = Display(
+        str(recipe.model["model_name"]), run.epochs, run.epochs * steps, speaks=accelerator.is_main_process
+    )
+    display.table(itop_prune.summarize(run.bare))
+    if missing:
+        display.say(f"the number of steps is not known without the data: {missing}")
+        return 0
+    display.say(f"{run.epochs} epochs of {steps} steps, {run.epochs * steps} in all")
+    if run.regrow and not run.regrow.update_steps():
+        display.say("no update of the masks: regrow.every is longer than the run")
+    elif run.regrow:
+        plan = run.regrow.update_steps()
+        shown = [*plan[:3], "...", plan[-1]] if len(plan) > 4 else list(plan)
+        display.say(f"{len(plan)} updates of the masks, after steps {', '.join(map(str, shown))}")
+    return 0
