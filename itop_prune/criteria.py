@@ -4,17 +4,19 @@ A criterion is a function whose parameter names say what it needs, each a tensor
 
 | name | what it is |
 |---|---|
-| `weight` | the parameter, float32 |
-| `mask` | bool, True = active |
+| `weight` | the effective weight, float32 |
+| `mask` | bool, True = active; for growth after pruning |
 | `grad` | the dense gradient of this step, float32: sum over micro-batches, mean over ranks, scaled by a GradScaler |
+| `momentum` | its moving average, of which a step keeps 0.9: listened for at every step, 4 bytes per weight |
 | `explored` | bool, True = was active at least once |
 | `generator` | a `torch.Generator` on the mask's device, equal on all ranks |
 
-Asking for `grad` is all it takes to get it: the scheduler reads the signature and listens on the steps that need it.
+Asking for `grad` is all it takes to get it: the scheduler reads the signature and listens on the steps that need it
+(with `gradient_steps=n` it is the sum of the last n). A parameter with a default is the criterion's own.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -23,25 +25,186 @@ from itop_prune.menu import choose
 
 Criterion = Callable[..., Tensor]
 
-OFFERED = ("weight", "mask", "grad", "explored", "generator")
+OFFERED = ("weight", "mask", "grad", "momentum", "explored", "generator")
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """Return |w|: the smallest weights matter least (Zhu & Gupta, 2017, arXiv 1710.01878)."""
+    """Return |w|: the smallest weights matter least (Zhu & Gupta, 2017, arXiv 1710.01878).
+
+    >>> magnitude(torch.tensor([-2.0, 0.5]))
+    tensor([2.0000, 0.5000])
+    """
     return weight.abs()
 
 
+def by_sign(weight: Tensor, mask: Tensor) -> Tensor:
+    """Return each active weight's rank in size among those of its sign, as a share of them; 0 for a weight of 0.
+
+    So an update prunes the same share of the smallest positive weights as of the negative ones nearest to 0.
+
+    Reference: SET, Mocanu et al., 2018, arXiv 1707.04780. The ITOP authors' code takes the same number of each sign,
+    and so misses the count where a sign has fewer.
+
+    >>> weight = torch.tensor([0.1, 0.2, 0.3, 0.4, -5.0, -6.0])
+    >>> by_sign(weight, torch.ones(6, dtype=torch.bool))
+    tensor([0.2500, 0.5000, 0.7500, 1.0000, 0.5000, 1.0000])
+    """
+    scores = torch.zeros_like(weight)
+    for side in (mask & (weight > 0), mask & (weight < 0)):
+        sizes = weight[side].abs()
+        rank = torch.empty_like(sizes)
+        rank[sizes.argsort()] = torch.arange(1, len(sizes) + 1, dtype=sizes.dtype, device=sizes.device)
+        scores[side] = rank / max(1, len(sizes))
+    return scores
+
+
+def taylor(weight: Tensor, grad: Tensor) -> Tensor:
+    """Return (w dL/dw)^2, what the loss would change to first order (Molchanov et al., 2019, arXiv 1906.10771).
+
+    >>> taylor(torch.tensor([2.0, 3.0]), torch.tensor([-1.0, 0.5]))
+    tensor([4.0000, 2.2500])
+    """
+    return (weight * grad).square()
+
+
+def mest(weight: Tensor, grad: Tensor, strength: float = 0.01) -> Tensor:
+    """Return |w| + strength * |dL/dw|: a small weight that is moving stays (MEST: Yuan et al., 2021, arXiv 2110.14032).
+
+    The strength is our choice. For another one: `functools.partial(mest, strength=0.1)`.
+
+    >>> mest(torch.tensor([-2.0, 0.5]), torch.tensor([0.0, -100.0]))
+    tensor([2.0000, 1.5000])
+    """
+    return weight.abs() + strength * grad.abs()
+
+
+def sampled_magnitude(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Return |w| over an exponential draw: who is kept is drawn without replacement, with chances as |w|.
+
+    Reference: soft removal, Zhang et al., CHTs, 2025, arXiv 2501.19107. The draws: Efraimidis & Spirakis, 2006.
+
+    >>> bool((sampled_magnitude(torch.tensor([0.0, 3.0]), torch.Generator()) == 0).tolist() == [True, False])
+    True
+    """
+    return weight.abs() / _exponential(weight, generator)
+
+
 def gradient(grad: Tensor) -> Tensor:
-    """Return |dL/dw|, dense: where the loss would fall fastest (RigL: Evci et al., 2020, arXiv 1911.11134)."""
+    """Return |dL/dw|, dense: where the loss would fall fastest (RigL: Evci et al., 2020, arXiv 1911.11134).
+
+    >>> gradient(torch.tensor([-2.0, 0.5]))
+    tensor([2.0000, 0.5000])
+    """
     return grad.abs()
 
 
+def momentum(momentum: Tensor) -> Tensor:
+    """Return |moving average of dL/dw|: where the loss falls steadily (Dettmers & Zettlemoyer, 2019, arXiv 1907.04840).
+
+    >>> momentum(torch.tensor([-2.0, 0.5]))
+    tensor([2.0000, 0.5000])
+    """
+    return momentum.abs()
+
+
+def sampled_gradient(grad: Tensor, generator: torch.Generator) -> Tensor:
+    """Return |dL/dw| over an exponential draw: who grows is drawn without replacement, with chances as |dL/dw|.
+
+    Reference: soft regrowth, Zhang et al., CHTs, 2025, arXiv 2501.19107; of gradients as in RigL.
+
+    >>> bool((sampled_gradient(torch.tensor([0.0, 3.0]), torch.Generator()) == 0).tolist() == [True, False])
+    True
+    """
+    return grad.abs() / _exponential(grad, generator)
+
+
 def random(mask: Tensor, generator: torch.Generator) -> Tensor:
-    """Return uniform numbers in [0, 1): all have the same chance (SET: Mocanu et al., 2018, arXiv 1707.04780)."""
+    """Return uniform numbers in [0, 1): all have the same chance (SET: Mocanu et al., 2018, arXiv 1707.04780).
+
+    >>> random(torch.ones(2, 3, dtype=torch.bool), torch.Generator()).shape
+    torch.Size([2, 3])
+    """
     return torch.rand(mask.shape, generator=generator, device=mask.device)
 
 
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude, "gradient": gradient, "random": random}
+def unexplored(mask: Tensor, explored: Tensor, generator: torch.Generator) -> Tensor:
+    """Return uniform numbers, those of weights that were never active above all others (in the ITOP authors' code).
+
+    >>> explored = torch.tensor([True, False])
+    >>> bool((unexplored(explored, explored, torch.Generator()) >= 1).tolist() == [False, True])
+    True
+    """
+    return random(mask, generator) + (~explored).float()
+
+
+def mix(first: "str | Criterion", second: "str | Criterion", share: float = 0.5) -> Criterion:
+    """Return the criterion for growth that gives a share of the places to one criterion and the rest to another.
+
+    Places go to the two in turns: `share` of them to the best of the first, the others to the best of the second.
+
+    Args:
+        first: A key of `CRITERIA` or a function.
+        second: The same.
+        share: In (0, 1).
+
+    Raises:
+        ValueError: A name is unknown, or the share is out of range.
+
+    >>> half = mix("magnitude", "gradient")
+    >>> tensors = {"weight": torch.tensor([4.0, 3.0, 2.0, 1.0]), "grad": torch.tensor([0.1, 0.2, 0.3, 0.4])}
+    >>> half(mask=torch.zeros(4, dtype=torch.bool), **tensors).argsort(descending=True, stable=True)
+    tensor([0, 3, 1, 2])
+    """
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"share is {share!r}; allowed is a number in (0, 1)")
+    parts = [(*find(criterion, "grow"), part) for criterion, part in ((first, share), (second, 1.0 - share))]
+
+    def mixed(mask: Tensor, **offered: Tensor) -> Tensor:
+        offered = {"mask": mask, **offered}
+        turns = []
+        for criterion, needs, part in parts:
+            scores = criterion(**{name: offered[name] for name in needs})[~mask]
+            turn = torch.empty(len(scores), device=scores.device)
+            order = scores.argsort(descending=True, stable=True)
+            turn[order] = torch.arange(len(scores), dtype=turn.dtype, device=scores.device) / part
+            turns.append(turn)
+        result = torch.zeros(mask.shape, device=mask.device)
+        result[~mask] = -torch.minimum(*turns)
+        return result
+
+    names = dict.fromkeys(("mask", *(name for _, needs, _ in parts for name in needs)))
+    mixed.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+    )
+    mixed.__name__ = f"mix({describe(parts[0][0])}, {describe(parts[1][0])}, {share})"
+    return mixed
+
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": magnitude,
+    "set": by_sign,
+    "taylor": taylor,
+    "mest": mest,
+    "sampled_magnitude": sampled_magnitude,
+    "gradient": gradient,
+    "momentum": momentum,
+    "sampled_gradient": sampled_gradient,
+    "random": random,
+    "unexplored": unexplored,
+}
+
+
+def needed(function: Callable[..., object], offered: Mapping[str, object], what: str) -> tuple[str, ...]:
+    """Return the names that a function asks for: its parameters without a default, which are its own.
+
+    Raises:
+        ValueError: It asks for something that is not offered.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    needs = tuple(p.name for p in parameters if p.default is p.empty)
+    for name in needs:
+        choose(name, offered, f"parameter of the {what} {describe(function)}")
+    return needs
 
 
 def find(criterion: str | Criterion, role: str) -> tuple[Criterion, tuple[str, ...]]:
@@ -55,13 +218,15 @@ def find(criterion: str | Criterion, role: str) -> tuple[Criterion, tuple[str, .
         ValueError: The name is unknown, or the function asks for something that is not offered.
     """
     function = choose(criterion, CRITERIA, role)
-    parameters = inspect.signature(function).parameters.values()
-    needs = tuple(p.name for p in parameters if p.default is p.empty)  # one with a default is the function's own
-    for name in needs:
-        choose(name, dict.fromkeys(OFFERED), f"parameter of the {role} criterion {describe(function)}")
-    return function, needs
+    return function, needed(function, dict.fromkeys(OFFERED), f"{role} criterion")
 
 
 def describe(function: Callable[..., object]) -> str:
     """Return the name of a function, for a `repr` or a message."""
     return getattr(function, "__name__", repr(function))
+
+
+def _exponential(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return draws from the exponential distribution, above 0."""
+    uniform = torch.rand(like.shape, generator=generator, device=like.device)
+    return -torch.log1p(-uniform).clamp(max=-1e-12)

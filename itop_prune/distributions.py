@@ -1,7 +1,7 @@
 """Distributions: how one budget of active weights is shared out over the layers. Pure Python.
 
-A distribution is a function `(shapes, density) -> densities`: the shape of every masked weight by name and the share of
-all of them that is kept, in (0, 1]; back comes the share kept in each, in [0, 1].
+A distribution is a function `(shapes, density) -> densities`: the shape of every masked weight by name, in model order,
+and the share of all of them that is kept, in (0, 1]; back comes the share kept in each, in [0, 1].
 """
 
 import math
@@ -22,6 +22,21 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
     return dict.fromkeys(shapes, density)
 
 
+def uniform_plus(shapes: Shapes, density: float) -> dict[str, float]:
+    """Return the same density for every layer but the first, which is dense, and the last, at least 0.2.
+
+    Reference: Gale et al., "The State of Sparsity in Deep Neural Networks", 2019, arXiv 1902.09574.
+
+    >>> uniform_plus({"first": (2, 5), "middle": (10, 10), "last": (4, 10)}, 0.2)
+    {'first': 1.0, 'middle': 0.12, 'last': 0.2}
+    """
+    if len(shapes) == 1:
+        return uniform(shapes, density)
+    first, *_, last = shapes
+    densities = with_fixed({first: 1.0}, uniform)(shapes, density)
+    return densities if densities[last] >= 0.2 else with_fixed({first: 1.0, last: 0.2}, uniform)(shapes, density)
+
+
 def er(shapes: Shapes, density: float) -> dict[str, float]:
     """Return densities proportional to (out + in) / (out * in), Erdős-Rényi.
 
@@ -30,35 +45,101 @@ def er(shapes: Shapes, density: float) -> dict[str, float]:
     >>> er({"a": (8, 8), "b": (4, 8)}, 0.5)
     {'a': 0.42857142857142855, 'b': 0.6428571428571428}
     """
-    return _scaled({name: sum(shape[:2]) / math.prod(shape[:2]) for name, shape in shapes.items()}, shapes, density)
+    return _by_shape({name: sum(shape[:2]) / math.prod(shape[:2]) for name, shape in shapes.items()}, shapes, density)
 
 
-def erk(shapes: Shapes, density: float) -> dict[str, float]:
-    """Return densities proportional to sum(shape) / prod(shape), Erdős-Rényi-Kernel.
+def erk(shapes: Shapes, density: float, power: float = 1.0) -> dict[str, float]:
+    """Return densities proportional to (sum(shape) / prod(shape)) ** power, Erdős-Rényi-Kernel; power 0 is uniform.
 
-    Reference: RigL, Evci et al., 2020, arXiv 1911.11134.
+    For another power: `functools.partial(erk, power=0.5)`.
+
+    Reference: RigL, Evci et al., 2020, arXiv 1911.11134; the power: their code.
 
     >>> erk({"conv": (8, 4, 3, 3), "fc": (4, 8)}, 0.5)
     {'conv': 0.4444444444444444, 'fc': 1.0}
     """
-    return _scaled({name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}, shapes, density)
+    return _by_shape(
+        {name: (sum(shape) / math.prod(shape)) ** power for name, shape in shapes.items()}, shapes, density
+    )
 
 
-def _scaled(raw: Mapping[str, float], shapes: Shapes, density: float) -> dict[str, float]:
-    """Return min(1, eps * raw), eps solved for the budget: who would exceed 1 is dense, eps solved again."""
+def erk_plus(shapes: Shapes, density: float) -> dict[str, float]:
+    """Return ERK with a dense last layer, at the same budget.
+
+    Reference: Liu et al., "The Unreasonable Effectiveness of Random Pruning", 2022, arXiv 2202.02643.
+
+    >>> erk_plus({"conv": (8, 4, 3, 3), "fc": (8, 8), "head": (2, 8)}, 0.25)
+    {'conv': 0.13970588235294118, 'fc': 0.5588235294117647, 'head': 1.0}
+    """
+    return with_fixed({list(shapes)[-1]: 1.0}, erk)(shapes, density) if len(shapes) > 1 else erk(shapes, density)
+
+
+def with_fixed(fixed: Mapping[str, float], distribution: Distribution) -> Distribution:
+    """Return a distribution that gives some layers their densities, and shares what is left over the others.
+
+    Args:
+        fixed: Densities in [0, 1] by name; they count in the budget.
+        distribution: Of the others, at the density that keeps the budget.
+
+    Raises:
+        ValueError: In the distribution, where the fixed ones exceed the budget or leave more than the others can hold.
+
+    >>> with_fixed({"head": 1.0}, uniform)({"fc": (5, 8), "head": (1, 8)}, 0.5)
+    {'fc': 0.4, 'head': 1.0}
+    """
+
+    def shared(shapes: Shapes, density: float) -> dict[str, float]:
+        weights = {name: math.prod(shape) for name, shape in shapes.items()}
+        budget, taken = density * sum(weights.values()), sum(share * weights[name] for name, share in fixed.items())
+        others = {name: shape for name, shape in shapes.items() if name not in fixed}
+        room = sum(weights[name] for name in others)
+        left = (budget - taken) / room if room else 0.0
+        if not -1e-9 <= left <= 1.0 + 1e-9 or (not room and abs(budget - taken) > 0.5):
+            raise ValueError(
+                f"the fixed densities keep {taken:,.0f} weights, and the budget is {budget:,.0f} of "
+                f"{sum(weights.values()):,}: the other layers hold {room:,}; fix others, or change the sparsity"
+            )
+        shares = distribution(others, min(1.0, max(0.0, left))) if others else {}
+        return {name: fixed[name] if name in fixed else shares[name] for name in shapes}
+
+    return shared
+
+
+def _by_shape(raw: Mapping[str, float], shapes: Shapes, density: float) -> dict[str, float]:
     weights = {name: math.prod(shape) for name, shape in shapes.items()}
-    dense: set[str] = set()
-    while len(dense) < len(raw):
-        budget = density * sum(weights.values()) - sum(weights[name] for name in dense)
-        eps = budget / sum(raw[name] * weights[name] for name in raw if name not in dense)
-        above = {name for name in raw if name not in dense and eps * raw[name] > 1.0}
+    return scaled(raw, weights, density * sum(weights.values()))
+
+
+def scaled(raw: Mapping[str, float], room: Mapping[str, int], budget: float) -> dict[str, float]:
+    """Return `min(1, eps * raw)`, the share of each layer's room, with eps solved for the budget.
+
+    Args:
+        raw: A number from 0 by name, not all 0.
+        room: How many places a layer has.
+        budget: How many are to be filled, 0 to all of them.
+
+    >>> scaled({"a": 1.0, "b": 3.0}, {"a": 10, "b": 10}, budget=14)
+    {'a': 0.4, 'b': 1.0}
+    """
+    full: set[str] = set()
+    while len(full) < len(raw):
+        left = budget - sum(room[name] for name in full)
+        wanted = sum(raw[name] * room[name] for name in raw if name not in full)
+        eps = left / wanted if wanted else 0.0
+        above = {name for name in raw if name not in full and eps * raw[name] > 1.0}
         if not above:
-            return {name: 1.0 if name in dense else eps * raw[name] for name in raw}
-        dense |= above
+            return {name: 1.0 if name in full else eps * raw[name] for name in raw}
+        full |= above
     return dict.fromkeys(raw, 1.0)
 
 
-DISTRIBUTIONS: dict[str, Distribution] = {"uniform": uniform, "ER": er, "ERK": erk}
+DISTRIBUTIONS: dict[str, Distribution] = {
+    "uniform": uniform,
+    "uniform+": uniform_plus,
+    "ER": er,
+    "ERK": erk,
+    "ERK+": erk_plus,
+}
 
 
 def active_counts(shapes: Shapes, density: float, method: str | Distribution = "ERK") -> dict[str, int]:
@@ -84,12 +165,29 @@ def active_counts(shapes: Shapes, density: float, method: str | Distribution = "
     weights = {name: math.prod(shape) for name, shape in shapes.items()}
     total = round(density * sum(weights.values()))
     _check(densities, weights, density, total)
+    return apportion(
+        {name: densities[name] * weights[name] for name in weights}, total, dict.fromkeys(weights, 1), weights
+    )
 
-    shares = {name: densities[name] * weights[name] for name in weights}
-    counts = {name: min(weights[name], max(1, math.floor(share))) for name, share in shares.items()}
+
+def apportion(
+    shares: Mapping[str, float], total: int, least: Mapping[str, int], most: Mapping[str, int]
+) -> dict[str, int]:
+    """Return whole numbers that sum to exactly `total`, by largest remainder, each within its bounds.
+
+    Args:
+        shares: What each would have if parts could be given; they sum to about `total`.
+        total: From the sum of `least` to the sum of `most`.
+        least: Lower bounds.
+        most: Upper bounds.
+
+    >>> apportion({"a": 2.6, "b": 2.3, "c": 0.1}, 5, {"a": 0, "b": 0, "c": 1}, {"a": 9, "b": 9, "c": 9})
+    {'a': 2, 'b': 2, 'c': 1}
+    """
+    counts = {name: min(most[name], max(least[name], math.floor(share))) for name, share in shares.items()}
     while (left := total - sum(counts.values())) != 0:
         step = 1 if left > 0 else -1
-        able = [name for name in counts if 1 <= counts[name] + step <= weights[name]]
+        able = [name for name in counts if least[name] <= counts[name] + step <= most[name]]
         able.sort(key=lambda name: step * (shares[name] - counts[name]), reverse=True)
         for name in able[: abs(left)]:
             counts[name] += step

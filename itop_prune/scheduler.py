@@ -3,21 +3,26 @@
 import math
 import warnings
 from collections.abc import Mapping
-from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from itop_prune import criteria, ranks, topology
+from itop_prune import budget, criteria, distributions, ranks
 from itop_prune.criteria import Criterion
+from itop_prune.distributions import Distribution
+from itop_prune.gradients import DenseGradients
 from itop_prune.layer import zero_off_mask
 from itop_prune.mask import ITOP
 from itop_prune.menu import choose
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
+from itop_prune.redistribution import Redistribution
 from itop_prune.schedules import SCHEDULES, Schedule
-from itop_prune.sharding import is_sharded, whole
+from itop_prune.sharding import is_sharded
+from itop_prune.survival import Survival
+from itop_prune.update import Layer, Rules, counts, exchange
+from itop_prune.values import check_shares, check_steps
 
 ORDER = (
     "The order is loss.backward(), optimizer.step(), step() of the MaskScheduler, and only then optimizer.zero_grad()"
@@ -32,7 +37,7 @@ class MaskScheduler:
     of theirs.
 
     The rate falls as `min_rate + (rate - min_rate) * schedule(min(1, step / (stop * total_steps)))`, step counted from
-    1.
+    1. With `final_sparsity` the density goes from what it is to that, as `density` says, exact at the last update.
 
     Args:
         masks: What `itop_prune.apply` returned, or a part of it: only what is passed moves.
@@ -42,11 +47,22 @@ class MaskScheduler:
         every: Steps between updates, at least 1 (the paper: 1500 for random growth and 4000 for growth by gradient on
             CIFAR-10). Large enough for new weights to be trained, small enough for many updates.
         stop: The last update, as a share of `total_steps`, in (0, 1].
-        rate: Share of the active weights exchanged at an update, at the beginning; in (0, 1].
+        rate: Share of the active weights exchanged at an update, at the beginning; in (0, 1], or 0 with
+            `final_sparsity`.
         min_rate: The same at the end; in [0, rate].
-        schedule: "cosine", "linear", "constant" or a function of progress in [0, 1].
-        prune: "magnitude", "gradient", "random" or a function of some of `itop_prune.criteria.OFFERED`.
+        schedule: Of the rate: a key of `itop_prune.schedules.SCHEDULES` or a function of progress in [0, 1].
+        prune: A key of `itop_prune.criteria.CRITERIA`, or a function of some of `itop_prune.criteria.OFFERED`.
         grow: The same menu. A criterion that asks for `grad` gets the dense gradient of the update step.
+        redistribute: Which layers get what grows: "none", each what it has pruned; a key of
+            `itop_prune.redistribution.REDISTRIBUTIONS`, or a function of some of its `OFFERED`.
+        scope: "layer", each prunes its own share; or "global", the lowest scores of all layers together leave, and
+            where there is no redistribution each grows in proportion to what it lost.
+        floor: With the scope "global", the least density of a layer, in [0, 1). One weight stays in any case.
+        density: How the density goes to the last one: "cubic", "alternating" or another schedule.
+        final_sparsity: Share of zeros after the last update, in [0, 1), over all masks passed; None: as it is.
+        final_method: How the last active weights are shared out with the scope "layer", as `method` of `apply`.
+        gradient_steps: Over how many steps `grad` is summed up, those before an update; 1 to `every`.
+        survival: Whether to count which of the weights that grew survive the update after; a byte per weight.
         seed: Of random criteria and ties.
         check_ranks: Whether a checksum of masks and weights is compared over the ranks at every update, and a run that
             has diverged is stopped. Masks are compared once, here, in any case.
@@ -65,6 +81,8 @@ class MaskScheduler:
     """Updates done."""
     skipped: int
     """Steps at which an update was due and numbers were not finite."""
+    _first_counts: dict[str, int]
+    _last_counts: dict[str, int]
 
     def __init__(
         self,
@@ -79,32 +97,43 @@ class MaskScheduler:
         schedule: str | Schedule = "cosine",
         prune: str | Criterion = "magnitude",
         grow: str | Criterion = "random",
+        redistribute: str | Redistribution = "none",
+        scope: Literal["layer", "global"] = "layer",
+        floor: float = 0.0,
+        density: str | Schedule = "constant",
+        final_sparsity: float | None = None,
+        final_method: str | Distribution = "ERK",
+        gradient_steps: int = 1,
+        survival: bool = False,
         seed: int = 0,
         check_ranks: bool = False,
     ) -> None:
-        _check_numbers(total_steps, every, stop, rate, min_rate)
-        self._schedule = choose(schedule, SCHEDULES, "schedule")
+        check_steps(total_steps, every, gradient_steps)
+        check_shares(stop, rate, min_rate, final_sparsity, floor, scope)
         if not isinstance(masks, Mapping) or not masks:
             raise ValueError(
                 f"masks is {type(masks).__name__}; allowed is what itop_prune.apply returned, or a part of it"
             )
         for itop in masks.values():
             itop.check_drawn()
-        self._prune, self._prune_needs = criteria.find(prune, "prune")
-        self._grow, self._grow_needs = criteria.find(grow, "grow")
-        self._needs_gradient = "grad" in (*self._prune_needs, *self._grow_needs)
+        self._masks, self._optimizer = dict(masks), optimizer
+        self._total_steps, self._every, self._stop, self._seed = total_steps, every, stop, seed
+        self._first_rate, self._last_rate, self._check_ranks = rate, min_rate, check_ranks
+        self._schedule = choose(schedule, SCHEDULES, "schedule")
+        self._rules = Rules.of(prune, grow, redistribute, scope, floor)
+        self._density = self._path_of_density(density, final_sparsity, final_method)
         check_holds(optimizer, masks)
         check_statistics(optimizer, masks)
         ranks.check_equal_masks({name: itop.mask for name, itop in masks.items()})
 
-        self._masks, self._optimizer = dict(masks), optimizer
-        self._total_steps, self._every, self._stop, self._seed = total_steps, every, stop, seed
-        self._first_rate, self._last_rate, self._check_ranks = rate, min_rate, check_ranks
         self._step, self._due = 0, False
         self.updates = self.skipped = 0
+        self._dense = DenseGradients(self._masks, self._rules.needs, gradient_steps)
         self._explored = {name: itop.mask.clone() for name, itop in masks.items()}
+        self._survival = Survival() if survival else None
         self._without_gradient = set(self._movable())
         self._warned: set[str] = set()
+        self._to_say: list[str] = []
         self._prepare_next_step()
 
     @property
@@ -128,6 +157,17 @@ class MaskScheduler:
         total = sum(explored.numel() for explored in self.explored.values())
         return sum(int(explored.sum()) for explored in self.explored.values()) / total
 
+    def survival_rates(self) -> dict[str, float]:
+        """Return, by layer, what share of the weights grown at the last update but one survived the last.
+
+        Layers where nothing grew are left out. Needs `survival=True`.
+        """
+        return self._survival.rates() if self._survival else {}
+
+    def survival_rate(self) -> float:
+        """Return the same for all layers together; NaN before the second update, and without `survival=True`."""
+        return self._survival.rate() if self._survival else math.nan
+
     def step(self) -> bool:
         """Count one optimizer step, and prune and regrow when it is time.
 
@@ -139,6 +179,7 @@ class MaskScheduler:
 
         Raises:
             RuntimeError: There are no gradients: they were cleared before.
+            ValueError: A criterion or redistribution gave something else than numbers.
         """
         self._step += 1
         self._due = self._due or self._step in self.update_steps()
@@ -147,21 +188,27 @@ class MaskScheduler:
         if (self._due or self._step == 1) and masks and not with_gradient:
             raise RuntimeError(f"no masked parameter has a gradient. {ORDER}")
         self._without_gradient.difference_update(with_gradient)
-        moved = self._due and bool(masks) and self._update(masks)
+        heard = self._dense.collect(masks)
+        moved = self._due and bool(masks) and self._update(masks, heard)
         self._due = self._due and not moved
         self._prepare_next_step()
+        while self._to_say:
+            warnings.warn(self._to_say.pop(0), stacklevel=2)
         return moved
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and what was explored; the masks and weights are in the model's own state dict."""
-        return {
+        state = {
             "step": self._step,
             "updates": self.updates,
             "skipped": self.skipped,
             "due": self._due,
             "without_gradient": sorted(self._without_gradient),
             "explored": {name: explored.clone() for name, explored in self.explored.items()},
+            "first_counts": dict(self._first_counts),
+            "dense": self._dense.state_dict(),
         }
+        return state | ({"survival": self._survival.state_dict()} if self._survival else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; load the model's and the optimizer's state dicts as well.
@@ -178,6 +225,10 @@ class MaskScheduler:
         self._step, self._due = state["step"], state["due"]
         self.updates, self.skipped = state["updates"], state["skipped"]
         self._without_gradient = set(state["without_gradient"])
+        self._first_counts = dict(state["first_counts"])
+        self._dense.load_state_dict(state["dense"])
+        if self._survival and "survival" in state:
+            self._survival.load_state_dict(state["survival"])
         self._prepare_next_step()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -187,39 +238,38 @@ class MaskScheduler:
     def __repr__(self) -> str:
         active = sum(itop.active for itop in self._masks.values())
         total = sum(itop.mask.numel() for itop in self._masks.values())
-        coming = "now" if self._due else next((step for step in self.update_steps() if step > self._step), None)
+        coming = "now" if self._due else self._next_update()
         return (
             f"MaskScheduler({len(self._masks)} masks, {active:,} of {total:,} active, "
-            f"prune={criteria.describe(self._prune)}, grow={criteria.describe(self._grow)}, rate={self.rate:.4f}, "
-            f"step {self._step} of {self._total_steps}, updates={self.updates}, next={coming})"
+            f"prune={criteria.describe(self._rules.prune)}, grow={criteria.describe(self._rules.grow)}, "
+            f"rate={self.rate:.4f}, step {self._step} of {self._total_steps}, updates={self.updates}, next={coming})"
         )
 
     def _movable(self) -> dict[str, ITOP]:
         return {name: itop for name, itop in self._masks.items() if itop.parameter.requires_grad}
 
+    def _next_update(self) -> int | None:
+        plan = self.update_steps()
+        coming = (self._step // self._every + 1) * self._every
+        return coming if coming in plan else None
+
     def _prepare_next_step(self) -> None:
-        """Listen for the dense gradient while the next step is computed, if an update is due after it."""
-        if not self._needs_gradient:
-            return
-        wanted = self._due or self._step + 1 in self.update_steps()
-        for itop in self._movable().values() if wanted else self._masks.values():
-            itop.listen() if wanted else itop.take_gradient()
+        """Listen for the dense gradient while the next step is computed, if an update will ask for it."""
+        coming = self._step + 1 if self._due else self._next_update()
+        self._dense.listen(self._movable(), None if coming is None else coming - self._step)
 
     @torch.no_grad()
-    def _update(self, masks: Mapping[str, ITOP]) -> bool:
-        gradients = {name: itop.take_gradient() for name, itop in masks.items()}
+    def _update(self, masks: Mapping[str, ITOP], heard: Mapping[str, Tensor | None]) -> bool:
         check_holds(self._optimizer, masks)
         tensors = {name: itop.mask for name, itop in masks.items()}
         parameters = {name: itop.parameter for name, itop in masks.items()}
-        state = ranks.examine(parameters, tensors, gradients if self._needs_gradient else None)
+        state = ranks.examine(parameters, tensors, heard if self._dense.wanted else None)
         if not state.finite:
             self.skipped += 1
-            self._warn(
-                "not finite", f"a gradient or masked weight is not finite at step {self._step}: the update waits"
-            )
+            self._say("not finite", f"a gradient or masked weight is not finite at step {self._step}: the update waits")
             return False
         if not state.any_gradient and not has_any_gradient(self._optimizer):
-            self._warn("zero", f"every gradient is 0 at step {self._step}: were they cleared before? {ORDER}")
+            self._say("zero", f"every gradient is 0 at step {self._step}: were they cleared before? {ORDER}")
         if not any(state.has_gradient.values()):  # nobody listened: the backward pass was before the MaskScheduler
             return False
         if self._check_ranks:
@@ -228,84 +278,93 @@ class MaskScheduler:
             ranks.check_equal(held, f"the run has diverged by step {self._step}: go back to a checkpoint before it")
         if self.updates == 0:
             check_statistics(self._optimizer, masks)
+        self._say_what_is_odd(state)
+        layers = {name: self._layer(name, itop) for name, itop in masks.items() if state.has_gradient[name]}
+        active = {name: state.active[name] for name in layers}
+        leaving, entering = counts(self._rules, layers, active, self._targets(active), self.rate)
+        for name, layer in layers.items():
+            if leaving[name] or entering[name]:
+                self._move(layer, exchange(self._rules, layer, leaving[name], entering[name]))
+            self._dense.forget(name)
+        self.updates += 1
+        self._without_gradient = set(masks)
+        return True
+
+    def _layer(self, name: str, itop: ITOP) -> Layer:
+        explored = self._explored[name] = self._explored[name].to(itop.mask.device)  # the model may have been moved
+        return Layer(name, itop, explored, self._dense, (self._seed, self.updates))
+
+    def _targets(self, active: Mapping[str, int]) -> Mapping[str, int]:
+        """Return how many weights shall be active after this update."""
+        if self._density is None:
+            return active
+        progress = min(1.0, self._step / self.update_steps()[-1])
+        weights = {name: self._masks[name].mask.numel() for name in active}
+        first = {name: self._first_counts[name] for name in active}
+        last = {name: self._last_counts[name] for name in active}
+        target = budget.targets(first, last, weights, self._density(progress))
+        return budget.in_total(active, sum(target.values()), weights) if self._rules.shares_layers else target
+
+    def _move(self, layer: Layer, moved: Tensor) -> None:
+        """Write a new mask; zero weight and statistics of whatever was not active before and after."""
+        mask, itop = layer.itop.mask, layer.itop
+        stayed = mask & moved
+        itop.keep(stayed)
+        for tensor in statistics(self._optimizer, itop.parameter).values():
+            zero_off_mask(tensor, stayed)
+        layer.explored.logical_or_(mask | moved)
+        if self._survival:
+            self._survival.note(layer.name, mask, moved)
+        mask.copy_(moved)
+
+    def _path_of_density(
+        self, density: str | Schedule, final_sparsity: float | None, method: str | Distribution
+    ) -> Schedule | None:
+        """Return how the density goes, and remember between which counts."""
+        path = choose(density, SCHEDULES, "density")
+        self._first_counts, self._last_counts = {}, {}
+        if (final_sparsity is None) != (density == "constant"):
+            raise ValueError(
+                f"density is {criteria.describe(path)}, final_sparsity {final_sparsity}; they go together: such as "
+                "density='cubic', final_sparsity=0.9, or neither"
+            )
+        if final_sparsity is None:
+            return None
+        if not self.update_steps():
+            raise ValueError(
+                f"every is {self._every} and the last update could be at step {self._stop * self._total_steps:g}: "
+                "none is made, and final_sparsity never reached; lower every"
+            )
+        shapes = {name: tuple(itop.mask.shape) for name, itop in self._masks.items()}
+        self._first_counts = {name: itop.active for name, itop in self._masks.items()}
+        self._last_counts = distributions.active_counts(shapes, 1.0 - final_sparsity, method)
+        return path
+
+    def _say_what_is_odd(self, state: ranks.State) -> None:
+        """Warn of layers that are not used, hear nothing or are starved, once each by name."""
         for name in sorted(self._without_gradient):
-            self._warn(
+            self._say(
                 name,
                 f"{name} got no gradient since the last update: is its layer still used by the model? Where another "
                 "took its place (reset_classifier, set_input_size), mask that one by apply(model, ..., include=[...]), "
                 "then build optimizer and MaskScheduler anew with find_masks(model)",
             )
-        for name in state.silent if self._needs_gradient and state.any_gradient else ():
-            self._warn(
+        for name in state.silent if self._dense.wanted and state.any_gradient else ():
+            self._say(
                 f"silent {name}",
                 f"the dense gradient of {name} is 0 everywhere at step {self._step}, so growth there is by chance: is "
                 "a layer near it so sparse that nothing passes, or a scale behind it still 0?",
             )
-        for name, itop in masks.items():
-            if state.active[name] < itop.outputs:
-                self._warn(
+        for name, active in state.active.items():
+            if active < self._masks[name].outputs:
+                self._say(
                     f"few {name}",
-                    f"{name} has {state.active[name]} active weights for {itop.outputs} outputs, so some have none: "
+                    f"{name} has {active} active weights for {self._masks[name].outputs} outputs, so some have none: "
                     "lower the sparsity, or take a method that gives small layers more (ERK)",
                 )
-            gradient = gradients.pop(name)
-            if state.has_gradient[name] and state.active[name] < itop.mask.numel():
-                self._move(name, itop, state.active[name], gradient)
-        self.updates += 1
-        self._without_gradient = set(masks)
-        return True
 
-    def _move(self, name: str, itop: ITOP, active: int, gradient: Tensor | None) -> None:
-        """Prune and regrow one layer; zero weight and statistics of whatever was not active before and after."""
-        parameter, mask = itop.parameter, itop.mask
-        explored = self._explored[name] = self._explored[name].to(mask.device)  # the model may have been moved
-        offered: dict[str, Any] = {
-            "weight": whole(itop.weight).float(),
-            "mask": mask,
-            "grad": ranks.mean(gradient, mask) if self._needs_gradient else None,
-            "explored": explored,
-            "generator": topology.seeded(mask.device, self._seed, self.updates, name),
-        }
-        prune, grow = (
-            _score(name, criterion, {need: offered[need] for need in needs}, mask)
-            for criterion, needs in ((self._prune, self._prune_needs), (self._grow, self._grow_needs))
-        )
-        count = math.ceil(self.rate * active)
-        moved = topology.prune_and_regrow(mask, prune, grow, count, count, offered["generator"])
-        stayed = mask & moved
-        itop.keep(stayed)
-        for tensor in statistics(self._optimizer, parameter).values():
-            zero_off_mask(tensor, stayed)
-        explored |= mask | moved
-        mask.copy_(moved)
-
-    def _warn(self, key: str, message: str) -> None:
+    def _say(self, key: str, message: str) -> None:
+        """Warn once of each thing, when the step is over."""
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(message, stacklevel=5)
-
-
-def _score(name: str, criterion: Criterion, arguments: Mapping[str, Any], mask: Tensor) -> Tensor:
-    scores = criterion(**arguments)
-    if not isinstance(scores, Tensor) or scores.shape != mask.shape or scores.device != mask.device:
-        seen = f"{tuple(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else repr(scores)
-        raise ValueError(
-            f"{criteria.describe(criterion)} gave {seen} for {name}; it must give one score per weight, "
-            f"{tuple(mask.shape)} on {mask.device}"
-        )
-    return scores
-
-
-def _check_numbers(total_steps: int, every: int, stop: float, rate: float, min_rate: float) -> None:
-    for name, steps in {"total_steps": total_steps, "every": every}.items():
-        if not isinstance(steps, Integral) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"{name} is {steps!r}; allowed are whole numbers from 1: it counts optimizer steps")
-    for name, share in {"stop": stop, "rate": rate}.items():
-        if not _is_number(share) or not 0.0 < share <= 1.0:
-            raise ValueError(f"{name} is {share!r}; allowed is a number in (0, 1]")
-    if not _is_number(min_rate) or not 0.0 <= min_rate <= rate:
-        raise ValueError(f"min_rate is {min_rate!r}; allowed is a number in [0, rate], and rate is {rate}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+            self._to_say.append(message)

@@ -1,4 +1,8 @@
-"""Schedules: progress in [0, 1] -> factor in [0, 1]. They say how the rate falls from its first value to its last."""
+"""Schedules: progress in [0, 1] -> factor in [0, 1]. They say how a number falls from its first value to its last.
+
+The rate is `min_rate + (rate - min_rate) * factor`, progress counted in steps up to `stop`. The density is
+`last + (first - last) * factor`, progress counted up to the last update, where it is the last one exactly.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,7 +11,11 @@ Schedule = Callable[[float], float]
 
 
 def constant(progress: float) -> float:
-    """Return 1: the rate never falls (SET)."""
+    """Return 1: it never falls (SET).
+
+    >>> constant(0.5)
+    1.0
+    """
     return 1.0
 
 
@@ -29,4 +37,42 @@ def cosine(progress: float) -> float:
     return (1.0 + math.cos(math.pi * progress)) / 2.0
 
 
-SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine}
+def exponential(progress: float, last: float = 0.01) -> float:
+    """Return last ** progress: the same share is lost in equal times, down to `last`.
+
+    >>> [round(exponential(p), 3) for p in (0.0, 0.5, 1.0)]
+    [1.0, 0.1, 0.01]
+    """
+    return last**progress
+
+
+def cubic(progress: float) -> float:
+    """Return (1 - progress) ** 3: fast while much is left, then slower (GMP: Zhu & Gupta, 2017, arXiv 1710.01878).
+
+    >>> cubic(0.5)
+    0.125
+    """
+    return (1.0 - progress) ** 3
+
+
+def alternating(progress: float, cycles: int = 4) -> float:
+    """Return 1 and 0 in turns, each as long, 0 last (AC/DC: Peste et al., 2021, arXiv 2106.12379).
+
+    The paper's first dense and last sparse phase are longer than the others; here all are the same. For another number:
+    `functools.partial(alternating, cycles=8)`.
+
+    >>> [alternating(p, cycles=2) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    [1.0, 0.0, 1.0, 0.0, 0.0]
+    """
+    phase = min(2 * cycles - 1, math.floor(2 * cycles * progress + 1e-9))
+    return float(phase % 2 == 0)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "exponential": exponential,
+    "cubic": cubic,
+    "alternating": alternating,
+}

@@ -32,6 +32,7 @@ from accelerate import Accelerator
 from itop_prune.arguments import argument_problems
 from itop_prune.mask import apply, remove
 from itop_prune.menu import nearest
+from itop_prune.saliency import SALIENCY
 from itop_prune.scheduler import MaskScheduler
 
 Section = dict[str, Any]
@@ -100,7 +101,7 @@ def _try(sections: Mapping[str, Section], augment: Callable[..., Any]) -> list[s
     attempt("mixup", timm.data.Mixup)
     attempt("loss", timm.loss.LabelSmoothingCrossEntropy)
     attempt("masks", functools.partial(_try_masks, model), sparsity=0.5)
-    attempt("regrow", functools.partial(MaskScheduler, apply(layer, 0.5), optimizer, total_steps=1), every=1)
+    attempt("regrow", functools.partial(MaskScheduler, apply(layer, 0.5), optimizer, total_steps=10**9), every=1)
     return problems
 
 
@@ -125,6 +126,9 @@ def _make_schedule(optimizer: torch.optim.Optimizer, **arguments: Any) -> None:
 
 
 def _try_masks(model: torch.nn.Module | None, **arguments: Any) -> None:
+    for key in ("method", "scores"):
+        if arguments.get(key) in tuple(SALIENCY):  # they need data, which the runner has
+            del arguments[key]
     if model is None:  # patterns would have nothing to match
         model = torch.nn.Linear(64, 64)
         arguments = {key: value for key, value in arguments.items() if key not in ("include", "exclude")}

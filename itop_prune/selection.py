@@ -54,8 +54,8 @@ def select(model: nn.Module, include: str | Iterable[str], exclude: str | Iterab
     for what, patterns in (("include", include), ("exclude", exclude)):
         if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
             raise ValueError(f"{what} is {patterns!r}; allowed are patterns: text, or a list of text")
-    unwanted = _matching(exclude, found, "exclude")
-    wanted = _matching(include, found, "include") - unwanted
+    unwanted = matching(exclude, found, "exclude")
+    wanted = matching(include, found, "include") - unwanted
     if not wanted:
         raise ValueError(f"include={include!r} without exclude={exclude!r} leaves nothing of: {_shorten(found)}")
     selected = {name: place for name, place in found.items() if name in wanted}
@@ -123,7 +123,12 @@ def plain_name(*parts: str) -> str:
     return ".".join(part for part in ".".join(parts).split(".") if part not in ("", "_orig_mod"))
 
 
-def _matching(patterns: str | Iterable[str], names: Iterable[str], what: str) -> set[str]:
+def matching(patterns: str | Iterable[str], names: Iterable[str], what: str) -> set[str]:
+    """Return the names that one of the patterns matches, as they are or without the tensor's.
+
+    Raises:
+        ValueError: A pattern matches nothing.
+    """
     matched: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         hits = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)}

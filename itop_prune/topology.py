@@ -1,6 +1,7 @@
 """The algorithm: which weights leave a mask and which enter it. Pure tensors in, a new bool mask out."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -75,14 +76,75 @@ def prune_and_regrow(
     >>> prune_and_regrow(mask, weight.abs(), gradient.abs(), n_prune=1, n_grow=1).int()
     tensor([1, 0, 1, 0, 1, 0], dtype=torch.int32)
     """
+    kept = prune(mask, prune_scores, n_prune, generator)
+    return grow(kept, grow_scores, n_grow, generator)
+
+
+def prune(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return the mask without its `count` active positions of the smallest scores; see `prune_and_regrow`.
+
+    >>> prune(torch.tensor([True, True, False]), torch.tensor([2.0, 1.0, 0.0]), 1)
+    tensor([ True, False, False])
+    """
     active = int(mask.sum())
-    if not 0 <= n_prune <= active:
-        raise ValueError(f"n_prune is {n_prune}; the mask has {active} active positions: allowed are 0 to {active}")
-    if not 0 <= n_grow <= mask.numel() - active + n_prune:
-        inactive = mask.numel() - active + n_prune
-        raise ValueError(f"n_grow is {n_grow}; after pruning {inactive} positions are inactive: allowed are 0 to that")
-    kept = mask & ~_best_within(mask, -_as_numbers(prune_scores), n_prune, generator)
-    return kept | _best_within(~kept, _as_numbers(grow_scores), n_grow, generator)
+    if not 0 <= count <= active:
+        raise ValueError(f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}")
+    return mask & ~_best_within(mask, -_as_numbers(scores), count, generator)
+
+
+def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return the mask with its `count` inactive positions of the largest scores; see `prune_and_regrow`.
+
+    >>> grow(torch.tensor([True, False, False]), torch.tensor([3.0, 1.0, 2.0]), 1)
+    tensor([ True, False,  True])
+    """
+    inactive = mask.numel() - int(mask.sum())
+    if not 0 <= count <= inactive:
+        raise ValueError(f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to that")
+    return mask | _best_within(~mask, _as_numbers(scores), count, generator)
+
+
+def shares_of_best(scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None) -> dict[str, float]:
+    """Return how many of the `count` largest scores of all layers together lie in each layer.
+
+    Args:
+        scores: One number per position, by layer; of any shapes, on any devices.
+        count: How many positions to choose, 0 to all.
+        most: Upper bounds by layer; what a full layer may not have goes to the next best of the others.
+
+    Returns:
+        Numbers that sum to `count`. They are whole, unless positions tie for the last places: then each layer has its
+        share of those.
+
+    Raises:
+        ValueError: Scores are NaN.
+
+    >>> shares_of_best({"a": torch.tensor([5.0, 4.0, 1.0]), "b": torch.tensor([3.0, 0.0])}, 3)
+    {'a': 2.0, 'b': 1.0}
+    """
+    full: dict[str, int] = {}
+    most = most or {name: tensor.numel() for name, tensor in scores.items()}
+    while True:
+        left = count - sum(full.values())
+        open_ones = {name: tensor for name, tensor in scores.items() if name not in full}
+        shares = _shares_of_best(open_ones, left) if left else dict.fromkeys(open_ones, 0.0)
+        above = {name: most[name] for name, share in shares.items() if share > most[name]}
+        if not above:
+            return {name: float(full[name]) if name in full else shares[name] for name in scores}
+        full |= above
+
+
+def _shares_of_best(scores: Mapping[str, Tensor], count: int) -> dict[str, float]:
+    flat = torch.cat([tensor.detach().flatten().float().cpu() for tensor in scores.values()])
+    threshold = flat.topk(count, sorted=False).values.amin()
+    if threshold.isnan():
+        names = [name for name, tensor in scores.items() if tensor.isnan().any()]
+        raise ValueError(f"scores of {', '.join(names)} hold NaN, which has no rank; scores must be numbers")
+    parts = flat.split([tensor.numel() for tensor in scores.values()])
+    above = {name: int((part > threshold).sum()) for name, part in zip(scores, parts, strict=True)}
+    tied = {name: int((part == threshold).sum()) for name, part in zip(scores, parts, strict=True)}
+    share = (count - sum(above.values())) / sum(tied.values())
+    return {name: above[name] + share * tied[name] for name in scores}
 
 
 def _best_within(allowed: Tensor, scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

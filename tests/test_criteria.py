@@ -43,14 +43,16 @@ def test_find_reads_what_a_criterion_needs(name: str, needs: tuple[str, ...]) ->
 
 
 def test_find_takes_a_function_of_all_that_is_offered() -> None:
-    def everything(weight: Tensor, mask: Tensor, grad: Tensor, explored: Tensor, generator: torch.Generator) -> Tensor:
+    def everything(
+        weight: Tensor, mask: Tensor, grad: Tensor, momentum: Tensor, explored: Tensor, generator: torch.Generator
+    ) -> Tensor:
         return weight
 
     assert criteria.find(everything, "prune") == (everything, criteria.OFFERED)
 
 
 def test_an_unknown_name_is_answered_with_the_menu_and_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown grow 'gradients'; known are magnitude, gradient, .*'gradient'"):
+    with pytest.raises(ValueError, match=r"unknown grow 'gradients'; known are magnitude, set, .*'gradient'"):
         criteria.find("gradients", "grow")
 
 

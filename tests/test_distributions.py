@@ -2,14 +2,25 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from itop_prune.distributions import DISTRIBUTIONS, active_counts, er, erk, uniform
+from itop_prune.distributions import (
+    DISTRIBUTIONS,
+    active_counts,
+    apportion,
+    er,
+    erk,
+    erk_plus,
+    scaled,
+    uniform,
+    uniform_plus,
+    with_fixed,
+)
 
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "densities_resnet50.json").read_text())
 SHAPES = {name: tuple(shape) for name, shape in REFERENCE["shapes"].items()}
@@ -66,9 +77,88 @@ def test_erk_counts_the_kernel() -> None:
     assert densities["conv"] / densities["fc"] == pytest.approx((18 / 288) / (60 / 800))
 
 
+def test_erk_to_the_power_of_zero_is_uniform_and_to_half_in_between() -> None:
+    """Raw densities of (8, 8) and (2, 8): 1/4 and 5/8; their roots 1/2 and sqrt(5/8)."""
+    shapes = {"a": (8, 8), "b": (2, 8)}
+    assert erk(shapes, 0.2, power=0.0) == pytest.approx({"a": 0.2, "b": 0.2})
+    ratio = {power: (d := erk(shapes, 0.2, power=power))["b"] / d["a"] for power in (0.5, 1.0)}
+    assert ratio == pytest.approx({0.5: math.sqrt(2.5), 1.0: 2.5})
+
+
+def test_uniform_plus_keeps_the_first_layer_dense_and_a_fifth_of_the_last() -> None:
+    """Of 1,000 weights 150: 20 in the first, 0.2 * 80 in the last, and the 114 left are 114/900 of the middle."""
+    shapes = {"first": (2, 10), "middle": (30, 30), "last": (8, 10)}
+    assert uniform_plus(shapes, 0.15) == pytest.approx({"first": 1.0, "middle": 114 / 900, "last": 0.2})
+
+
+def test_uniform_plus_leaves_a_last_layer_that_is_denser_alone() -> None:
+    shapes = {"first": (2, 10), "middle": (30, 30), "last": (8, 10)}
+    assert uniform_plus(shapes, 0.5) == pytest.approx({"first": 1.0, "middle": 480 / 980, "last": 480 / 980})
+
+
+def test_erk_plus_is_erk_of_the_others_beside_a_dense_last_layer() -> None:
+    """Of 1,000 weights 200: 40 in the last; the 160 left are 1/6 of the others."""
+    shapes = {"a": (30, 20), "b": (12, 30), "last": (4, 10)}
+    expected = {**erk({"a": (30, 20), "b": (12, 30)}, 1 / 6), "last": 1.0}
+    assert erk_plus(shapes, 0.2) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", [uniform_plus, erk_plus])
+def test_one_layer_alone_gets_the_budget(method: Callable) -> None:
+    assert method({"only": (10, 10)}, 0.3) == pytest.approx({"only": 0.3})
+
+
+@pytest.mark.parametrize("method", DISTRIBUTIONS)
+def test_fixed_densities_count_in_the_budget_of_every_distribution(method: str) -> None:
+    shapes = {"a": (30, 20), "b": (12, 30), "c": (20, 20), "head": (4, 10)}
+    counts = active_counts(shapes, 0.5, with_fixed({"b": 0.25}, DISTRIBUTIONS[method]))
+    assert counts["b"] == 90
+    assert sum(counts.values()) == 700
+
+
+@pytest.mark.parametrize(
+    ("fixed", "kept"), [({"a": 1.0}, "100"), ({"a": 0.0, "b": 0.0}, "0"), ({"a": 0.5, "b": 0.5}, "100")]
+)
+def test_fixed_densities_that_miss_the_budget_are_refused_with_the_numbers(fixed: dict, kept: str) -> None:
+    with pytest.raises(ValueError, match=rf"the fixed densities keep {kept} weights, and the budget is 20 of 200"):
+        active_counts({"a": (10, 10), "b": (10, 10)}, 0.1, with_fixed(fixed, uniform))
+
+
+def test_all_layers_fixed_at_the_budget_are_no_error() -> None:
+    shapes = {"a": (10, 10), "b": (10, 10)}
+    assert active_counts(shapes, 0.2, with_fixed({"a": 0.3, "b": 0.1}, erk)) == {"a": 30, "b": 10}
+
+
+def test_scaled_fills_what_would_overflow_and_shares_the_rest() -> None:
+    """14 of 20 places at 1 : 3 would be 3.5 and 10.5: b is full, and a gets the 4 left."""
+    assert scaled({"a": 1.0, "b": 3.0}, {"a": 10, "b": 10}, 14) == pytest.approx({"a": 0.4, "b": 1.0})
+
+
+@given(
+    shares=st.lists(st.tuples(st.floats(0, 9), st.integers(0, 3), st.integers(3, 9)), min_size=1, max_size=6),
+    place=st.floats(0, 1),
+)
+def test_apportioned_numbers_sum_to_the_total_within_their_bounds(shares: list, place: float) -> None:
+    least, most = ({str(i): entry[which] for i, entry in enumerate(shares)} for which in (1, 2))
+    low, high = sum(least.values()), sum(most.values())
+    total = low + round(place * (high - low))
+    counts = apportion({str(i): entry[0] for i, entry in enumerate(shares)}, total, least, most)
+    assert sum(counts.values()) == total
+    assert all(least[name] <= counts[name] <= most[name] for name in counts)
+
+
 @pytest.mark.parametrize("method", DISTRIBUTIONS)
 def test_density_one_is_dense_everywhere(method: str) -> None:
     assert active_counts(SMALL, 1.0, method) == {name: math.prod(shape) for name, shape in SMALL.items()}
+
+
+def counts_or_skip(shapes: dict[str, tuple[int, ...]], density: float, method: str) -> dict[str, int]:
+    """Where a dense first or last layer is more than the budget, there are none."""
+    try:
+        return active_counts(shapes, density, method)
+    except ValueError as error:
+        assume("the fixed densities keep" not in str(error))
+        raise
 
 
 @settings(deadline=None, max_examples=200)
@@ -76,7 +166,7 @@ def test_density_one_is_dense_everywhere(method: str) -> None:
 def test_total_is_exact(shapes: dict[str, tuple[int, ...]], density: float, method: str) -> None:
     total = round(density * sum(map(math.prod, shapes.values())))
     assume(total >= len(shapes))
-    assert sum(active_counts(shapes, density, method).values()) == total
+    assert sum(counts_or_skip(shapes, density, method).values()) == total
 
 
 @settings(deadline=None, max_examples=200)
@@ -85,7 +175,7 @@ def test_every_layer_keeps_at_least_one_and_at_most_all(
     shapes: dict[str, tuple[int, ...]], density: float, method: str
 ) -> None:
     assume(round(density * sum(map(math.prod, shapes.values()))) >= len(shapes))
-    counts = active_counts(shapes, density, method)
+    counts = counts_or_skip(shapes, density, method)
     assert all(1 <= counts[name] <= math.prod(shape) for name, shape in shapes.items())
 
 
@@ -94,9 +184,10 @@ def test_every_layer_keeps_at_least_one_and_at_most_all(
 def test_every_layer_is_within_one_of_its_share(
     shapes: dict[str, tuple[int, ...]], density: float, method: str
 ) -> None:
+    assume(round(density * sum(map(math.prod, shapes.values()))) >= len(shapes))
+    counts = counts_or_skip(shapes, density, method)
     shares = {name: share * math.prod(shapes[name]) for name, share in DISTRIBUTIONS[method](shapes, density).items()}
     assume(min(shares.values()) >= 1.0)
-    counts = active_counts(shapes, density, method)
     assert all(abs(counts[name] - share) <= 1.0 + 1e-6 for name, share in shares.items())
 
 
@@ -134,7 +225,7 @@ def test_a_function_of_shapes_and_density_is_a_method() -> None:
 
 
 def test_an_unknown_method_is_answered_with_the_menu() -> None:
-    with pytest.raises(ValueError, match=r"unknown method 'erk'; known are uniform, ER, ERK"):
+    with pytest.raises(ValueError, match=r"unknown method 'erk'; known are uniform, uniform\+, ER, ERK, ERK\+"):
         active_counts(SMALL, 0.5, "erk")
 
 

@@ -883,7 +883,7 @@ def test_a_criterion_that_gives_something_else_is_refused(answer: Callable) -> N
 @pytest.mark.parametrize("role", ["prune", "grow"])
 def test_an_unknown_criterion_is_answered_with_the_menu(role: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"unknown {role} 'magnitud'; known are magnitude, gradient, random \(nearest"
+        ValueError, match=rf"unknown {role} 'magnitud'; known are magnitude, set, .*, random, unexplored \(nearest"
     ):
         Run(**{role: "magnitud"})
 

@@ -1,5 +1,6 @@
 """From a recipe to what trains, in the one right order: model, masks, average, optimizer, ranks, mask scheduler."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,10 +17,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from data import Data, open_data
 from runs import RunError
 from source import seed_everything
-from torch import nn
+from torch import Tensor, nn
 
 import itop_prune
+from itop_prune import saliency
 from itop_prune.recipe import Recipe
+
+SALIENCY_BATCHES = 10
 
 
 @dataclass
@@ -114,7 +118,7 @@ def build_model(recipe: Recipe, data: Data | None, device: torch.device) -> nn.M
 def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per_epoch: int) -> Run:
     """Build everything, on the accelerator's device; a dry run may do without the data."""
     model = bare = build_model(recipe, data, accelerator.device)
-    masks = itop_prune.apply(model, **{"seed": recipe.seed, **recipe.masks}) if recipe.masks else {}
+    masks = place_masks(recipe, accelerator, model, data) if recipe.masks else {}
     ema = timm.utils.ModelEmaV3(model, **recipe.ema) if recipe.ema else None
     plain_optimizer = timm.optim.create_optimizer_v2(model, **recipe.optimizer)
     model, optimizer = accelerator.prepare(model, plain_optimizer)
@@ -122,7 +126,10 @@ def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per
     regrow = None
     if recipe.regrow:
         settings = {"seed": recipe.seed, "check_ranks": True, **recipe.regrow}
-        regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=epochs * steps_per_epoch, **settings)
+        try:
+            regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=epochs * steps_per_epoch, **settings)
+        except ValueError as error:
+            raise RunError(f"regrow: {error}") from None
     return Run(
         model=cast(nn.Module, torch.compile(model)) if recipe.compile else model,
         bare=bare,
@@ -135,6 +142,38 @@ def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per
         epochs=epochs,
         steps_per_epoch=steps_per_epoch,
     )
+
+
+def place_masks(
+    recipe: Recipe, accelerator: Accelerator, model: nn.Module, data: Data | None
+) -> dict[str, itop_prune.ITOP]:
+    """Make the model sparse; scores that look at the loss see the first batches, and are left out without data."""
+    settings = {"seed": recipe.seed, **(recipe.masks or {})}
+    found: dict[str, Any] = {}
+    for key in ("method", "scores"):
+        name = settings.get(key)
+        if not isinstance(name, str) or name not in saliency.SALIENCY:
+            continue
+        if data is None:
+            del settings[key]
+            continue
+        if name not in found:
+            found[name] = score(name, accelerator, model, data, 1.0 - settings["sparsity"])
+        settings[key] = found[name]
+    try:
+        return itop_prune.apply(model, **settings)
+    except ValueError as error:
+        raise RunError(f"masks: {error}") from None
+
+
+def score(name: str, accelerator: Accelerator, model: nn.Module, data: Data, density: float) -> dict[str, Tensor]:
+    """Return scores before training, as the papers' authors take them."""
+    if name == "synflow":
+        return saliency.synflow(model, data.shape, density, iterations=100)
+    ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
+    batches = itertools.islice(data.epoch(0, **ranks), SALIENCY_BATCHES)
+    heat = 200.0 if name == "grasp" else 1.0
+    return saliency.SALIENCY[name](model, batches, lambda x, y: nn.functional.cross_entropy(x / heat, y))
 
 
 def build_lr_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:

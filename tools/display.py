@@ -25,6 +25,7 @@ SHOWN = {  # metric: label, format
     "rate": ("rate", "{:.4f}"),
     "sparsity": ("sparsity", "{:.4f}"),
     "exploration_rate": ("R_s", "{:.4f}"),
+    "survival": ("survival", "{:.4f}"),
     "images_per_second": ("images/s", "{:,.0f}"),
 }
 CURVES = ("train_loss", "val_top1", "exploration_rate")

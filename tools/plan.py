@@ -16,7 +16,7 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
         data = open_for(recipe, accelerator)
     except DataError as error:
         missing = error
-    steps = steps_per_epoch(data, accelerator) if data else 1
+    steps = steps_per_epoch(data, accelerator) if data else 10**6  # more than any interval of updates
     run = build(recipe, accelerator, data, steps)
     display = Display(
         str(recipe.model["model_name"]), run.epochs, run.epochs * steps, speaks=accelerator.is_main_process
@@ -31,5 +31,7 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
     elif run.regrow:
         plan = run.regrow.update_steps()
         shown = [*plan[:3], "...", plan[-1]] if len(plan) > 4 else list(plan)
+        if "final_sparsity" in (recipe.regrow or {}):
+            display.say(f"sparsity {recipe.regrow['final_sparsity']:.4f} after the last update")
         display.say(f"{len(plan)} updates of the masks, after steps {', '.join(map(str, shown))}")
     return 0

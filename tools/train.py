@@ -12,6 +12,7 @@ of what.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -169,11 +170,13 @@ def sparse_numbers(run: Run) -> dict[str, float | None]:
     """Return the rate, the sparsity and R_s: of static masks the density, of a dense model 1."""
     masks = itop_prune.find_masks(run.bare).values()
     weights, active = sum(itop.mask.numel() for itop in masks), sum(itop.active for itop in masks)
-    return {
+    numbers: dict[str, float | None] = {
         "rate": run.regrow.rate if run.regrow else None,
         "sparsity": (weights - active) / max(1, weights),
         "exploration_rate": run.regrow.exploration_rate() if run.regrow else active / weights if weights else 1.0,
     }
+    survival = run.regrow.survival_rate() if run.regrow else math.nan
+    return numbers if math.isnan(survival) else {**numbers, "survival": survival}
 
 
 if __name__ == "__main__":

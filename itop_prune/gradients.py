@@ -1,0 +1,86 @@
+"""What criteria may ask of the dense gradient: that of the last steps before an update, and its moving average."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from itop_prune import ranks
+from itop_prune.mask import ITOP
+
+DECAY = 0.9
+"""Of the moving average: what stays of it at each step."""
+
+
+class DenseGradients:
+    """The dense gradients of masked weights, listened for on the steps on which somebody will ask.
+
+    What is kept from step to step is the mean over ranks, taken at each of them, so that it is equal everywhere and
+    survives a resume: 4 bytes per weight for a sum over several steps, 4 more for the moving average.
+    """
+
+    def __init__(self, masks: Mapping[str, ITOP], needs: Collection[str], steps: int) -> None:
+        self.wanted = "grad" in needs or "momentum" in needs
+        self._masks, self._steps, self._averages_wanted = masks, steps, "momentum" in needs
+        self._listens = False
+        self._heard: dict[str, Tensor | None] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._averages: dict[str, Tensor] = {}
+
+    def listen(self, names: Collection[str], steps_left: int | None) -> None:
+        """Listen in the next step, where it is needed.
+
+        Args:
+            names: Of the weights that can be trained.
+            steps_left: To the next update, 1 if it comes after the next step; None if there is none.
+        """
+        near = steps_left is not None and (self._averages_wanted or steps_left <= self._steps)
+        self._listens = self.wanted and near
+        for name, itop in self._masks.items() if self.wanted else ():
+            itop.listen() if near and name in names else itop.take_gradient()
+
+    def collect(self, names: Collection[str]) -> dict[str, Tensor | None]:
+        """Return what this rank heard in the step by name, and add it to what is kept; what is not finite is not."""
+        self._heard = {name: self._masks[name].take_gradient() for name in names}
+        if self._listens and (self._averages_wanted or self._steps > 1):  # alike on all ranks, heard or not
+            for name, heard in self._heard.items():
+                self._add(name, heard)
+        return self._heard
+
+    @torch.no_grad()
+    def _add(self, name: str, heard: Tensor | None) -> None:
+        mean = ranks.mean(heard, self._masks[name].mask)
+        mean = torch.where(mean.isfinite().all(), mean, torch.nan)
+        for kept, wanted, decay in ((self._sums, self._steps > 1, 1.0), (self._averages, self._averages_wanted, DECAY)):
+            if wanted:
+                before = kept.get(name, torch.zeros_like(mean)).to(mean.device)
+                added = mean if decay == 1.0 else (1.0 - decay) * mean
+                kept[name] = torch.where(mean.isnan(), before, decay * before + added)
+
+    def gradient(self, name: str) -> Tensor:
+        """Return the dense gradient for an update, mean over ranks: of its step, or the sum over the last steps."""
+        if name not in self._sums:
+            self._sums[name] = ranks.mean(self._heard.pop(name), self._masks[name].mask)
+        return self._sums[name]
+
+    def forget(self, name: str) -> None:
+        """Give back the gradient of a layer whose update is made."""
+        self._sums.pop(name, None)
+        self._heard.pop(name, None)
+
+    def momentum(self, name: str) -> Tensor:
+        """Return the moving average of the dense gradient."""
+        return self._averages[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is kept from step to step."""
+        kept = {"sums": self._sums, "averages": self._averages}
+        return {key: {name: tensor.clone() for name, tensor in tensors.items()} for key, tensors in kept.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._sums, self._averages = (
+            {name: tensor.to(self._masks[name].mask.device, copy=True) for name, tensor in state[key].items()}
+            for key in ("sums", "averages")
+        )

@@ -1,0 +1,47 @@
+"""Reliable exploration, counted: how many of the weights that grew at an update are still there after the next one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Survival:
+    """Remembers which weights grew, a byte per weight, and what became of them.
+
+    Exploration is reliable when a new weight is trained long enough to compete at the next pruning (Liu et al., 2021,
+    arXiv 2102.02887): then many survive.
+    """
+
+    def __init__(self) -> None:
+        self._grown: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def note(self, name: str, before: Tensor, after: Tensor) -> None:
+        """Take in an update of one layer: its mask before and after."""
+        grown = self._grown.get(name)
+        if grown is not None:
+            self._counts[name] = torch.stack([(grown.to(after.device) & after).sum(), grown.sum().to(after.device)])
+        self._grown[name] = after & ~before
+
+    def rates(self) -> dict[str, float]:
+        """Return by layer the share of the weights grown at the last update but one that survived the last, in [0, 1].
+
+        Layers where nothing grew, or that were not updated twice, are left out.
+        """
+        counted = {name: count.tolist() for name, count in self._counts.items()}
+        return {name: survived / grown for name, (survived, grown) in counted.items() if grown}
+
+    def rate(self) -> float:
+        """Return the share of all layers together; NaN until there is one."""
+        survived, grown = torch.stack([c.cpu() for c in self._counts.values()] or [torch.zeros(2)]).sum(0).tolist()
+        return survived / grown if grown else float("nan")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered."""
+        return {"grown": {n: t.clone() for n, t in self._grown.items()}, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self._grown, self._counts = ({n: t.clone() for n, t in state[key].items()} for key in ("grown", "counts"))

@@ -1,0 +1,187 @@
+"""What happens at an update: how many weights each layer prunes and grows, and which. The model is not touched here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from itop_prune import budget, criteria, redistribution, topology
+from itop_prune.criteria import Criterion
+from itop_prune.gradients import DenseGradients
+from itop_prune.mask import ITOP
+from itop_prune.menu import choose
+from itop_prune.redistribution import Redistribution
+from itop_prune.sharding import whole
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Who is pruned, who grows, and where: checked arguments of `MaskScheduler`, with what the functions ask for."""
+
+    prune: Criterion
+    prune_needs: tuple[str, ...]
+    grow: Criterion
+    grow_needs: tuple[str, ...]
+    redistribute: Redistribution | None
+    redistribute_needs: tuple[str, ...]
+    across_layers: bool
+    floor: float
+
+    @classmethod
+    def of(
+        cls, prune: str | Criterion, grow: str | Criterion, redistribute: str | Redistribution, scope: str, floor: float
+    ) -> "Rules":
+        """Look the names up.
+
+        Raises:
+            ValueError: One is unknown, or a function asks for what is not offered.
+        """
+        chosen: Redistribution | None = None
+        needs: tuple[str, ...] = ()
+        if redistribute != "none":
+            chosen = choose(redistribute, redistribution.REDISTRIBUTIONS, "redistribute")
+            needs = criteria.needed(chosen, dict.fromkeys(redistribution.OFFERED), "redistribution")
+        return cls(
+            *criteria.find(prune, "prune"), *criteria.find(grow, "grow"), chosen, needs, scope == "global", floor
+        )
+
+    @property
+    def needs(self) -> set[str]:
+        """What is asked for by any of them."""
+        return {*self.prune_needs, *self.grow_needs, *self.redistribute_needs}
+
+    @property
+    def shares_layers(self) -> bool:
+        """Whether only the sum over layers is given, and not how many are active in each."""
+        return self.across_layers or self.redistribute is not None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer at an update, and what criteria may ask about it."""
+
+    name: str
+    itop: ITOP
+    explored: Tensor
+    dense: DenseGradients
+    words: tuple[object, ...]
+    """What seeds its generators: the run's seed and the number of the update."""
+
+    def scores(self, criterion: Criterion, needs: tuple[str, ...], mask: Tensor, *words: object) -> Tensor:
+        """Return what a criterion says about every position.
+
+        Raises:
+            ValueError: It is not one number per position on the mask's device.
+        """
+        offered = {
+            "weight": lambda: whole(self.itop.weight).float(),
+            "mask": lambda: mask,
+            "grad": lambda: self.dense.gradient(self.name),
+            "momentum": lambda: self.dense.momentum(self.name),
+            "explored": lambda: self.explored,
+            "generator": lambda: self.generator(*words),
+        }
+        scores = criterion(**{need: offered[need]() for need in needs})
+        if not isinstance(scores, Tensor) or scores.shape != mask.shape or scores.device != mask.device:
+            seen = f"{tuple(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else repr(scores)
+            raise ValueError(
+                f"{criteria.describe(criterion)} gave {seen} for {self.name}; it must give one score per weight, "
+                f"{tuple(mask.shape)} on {mask.device}"
+            )
+        return scores
+
+    def generator(self, *words: object) -> torch.Generator:
+        """Return the generator of this update for this layer, a different one for other words."""
+        return topology.seeded(self.itop.mask.device, *self.words, self.name, *words)
+
+    def statistic(self, name: str) -> Tensor:
+        """Return the mean size of the active weights or of their momentum; 0 where none is active."""
+        sizes = whole(self.itop.weight).float() if name == "magnitude" else self.dense.momentum(self.name)
+        return (sizes * self.itop.mask).abs().sum() / self.itop.mask.sum().clamp(min=1)
+
+
+def counts(
+    rules: Rules, layers: Mapping[str, Layer], active: budget.Counts, target: budget.Counts, rate: float
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return how many weights each layer prunes, and how many grow in it.
+
+    Args:
+        rules: Of the run.
+        layers: Those that take part, by name.
+        active: How many weights are active in each.
+        target: How many shall be active afterwards; where layers share, in all of them together.
+        rate: The share of active weights to be exchanged.
+    """
+    weights = {name: layer.itop.mask.numel() for name, layer in layers.items()}
+    leaving = budget.to_prune(active, target, weights, rate)
+    if rules.across_layers:
+        leaving = _worst_of_all(rules, layers, active, sum(leaving.values()))
+    kept = {name: active[name] - leaving[name] for name in layers}
+    if not rules.shares_layers:
+        return leaving, {name: target[name] - kept[name] for name in layers}
+    raw: Mapping[str, float] = leaving
+    if rules.redistribute:
+        known = {"weights": weights, "active": active, "pruned": leaving}
+        raw = _statistics(rules.redistribute, rules.redistribute_needs, layers, **known)
+    return leaving, budget.to_grow(kept, sum(target.values()) - sum(kept.values()), weights, raw)
+
+
+def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> Tensor:
+    """Return the new mask of a layer.
+
+    Raises:
+        ValueError: Scores are NaN.
+    """
+    mask, role = layer.itop.mask, rules.prune
+    try:
+        scores = layer.scores(rules.prune, rules.prune_needs, mask, "prune")
+        kept = topology.prune(mask, scores, leaving, layer.generator("prune", "ties"))
+        role = rules.grow
+        generator = layer.generator("ties")
+        return topology.grow(kept, layer.scores(rules.grow, rules.grow_needs, kept), entering, generator)
+    except ValueError as error:
+        if "NaN" not in str(error):
+            raise
+        raise ValueError(f"{criteria.describe(role)} gave NaN for {layer.name}; scores must be numbers") from None
+
+
+def _worst_of_all(rules: Rules, layers: Mapping[str, Layer], active: budget.Counts, total: int) -> dict[str, int]:
+    """Return how many of the lowest scores of all layers together lie in each, as far as its floor lets them go."""
+    most, scores = {}, {}
+    for name, layer in layers.items():
+        mask = layer.itop.mask
+        most[name] = max(0, active[name] - max(1, round(rules.floor * mask.numel())))
+        scores[name] = -layer.scores(rules.prune, rules.prune_needs, mask, "prune")[mask]
+    total = min(total, sum(most.values()))
+    try:
+        shares = topology.shares_of_best(scores, total, most)
+    except ValueError as error:
+        raise ValueError(f"{criteria.describe(rules.prune)}: {error}") from None
+    return budget.apportion(shares, total, dict.fromkeys(most, 0), most)
+
+
+def _statistics(
+    redistribute: Redistribution, needs: tuple[str, ...], layers: Mapping[str, Layer], **offered: Any
+) -> Mapping[str, float]:
+    """Return what the redistribution says about each layer.
+
+    Raises:
+        ValueError: It is not one number from 0 per layer.
+    """
+    for need in needs:
+        if need not in offered:
+            found = [layer.statistic(need).cpu() for layer in layers.values()]
+            offered[need] = dict(zip(layers, torch.stack(found).tolist(), strict=True))
+    raw = redistribute(**{need: offered[need] for need in needs})
+    if not isinstance(raw, Mapping) or (wrong := {n: raw.get(n) for n in layers if not _is_size(raw.get(n))}):
+        raise ValueError(
+            f"{criteria.describe(redistribute)} gave {wrong if isinstance(raw, Mapping) else raw!r}; it must give a "
+            "number from 0 for every layer"
+        )
+    return raw
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0.0 <= value < float("inf")
