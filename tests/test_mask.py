@@ -134,6 +134,40 @@ def test_an_unknown_method_is_answered_with_the_menu() -> None:
         itop_prune.apply(mlp(), 0.5, "unifrom")
 
 
+def test_fixed_densities_are_met_and_count_in_the_budget() -> None:
+    """560 weights: the last layer dense, the first at a quarter; the one between gets the rest of 280."""
+    masks = itop_prune.apply(mlp(), 0.5, densities={"4": 1.0, "0.weight": 0.25})
+    assert {name: itop.active for name, itop in masks.items()} == {"0.weight": 80, "2.weight": 152, "4.weight": 48}
+
+
+def test_of_two_patterns_that_match_the_first_decides() -> None:
+    masks = itop_prune.apply(mlp(), 0.5, densities={"4*": 0.5, "[24]*": 0.25})
+    assert (masks["4.weight"].active, masks["2.weight"].active) == (24, 48)
+
+
+def test_what_is_excluded_does_not_count_in_the_budget() -> None:
+    masks = itop_prune.apply(mlp(), 0.5, exclude="4")
+    assert sum(itop.active for itop in masks.values()) == 256
+
+
+def test_fixed_densities_above_the_budget_are_refused_and_nothing_is_masked() -> None:
+    model = mlp()
+    with pytest.raises(ValueError, match=r"the fixed densities keep 320 weights, and the budget is 56 of 560"):
+        itop_prune.apply(model, 0.9, densities={"0": 1.0})
+    assert not itop_prune.find_masks(model)
+
+
+@pytest.mark.parametrize("density", [-0.1, 1.1, math.nan, "1", True])
+def test_a_fixed_density_out_of_range_is_refused(density: object) -> None:
+    with pytest.raises(ValueError, match=r"densities\['0'\] is .*; allowed is a number in \[0, 1\]"):
+        itop_prune.apply(mlp(), 0.5, densities={"0": density})
+
+
+def test_a_pattern_of_densities_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"densities pattern 'head' matches no weight; the weights are: 0\.weight"):
+        itop_prune.apply(mlp(), 0.5, densities={"head": 1.0})
+
+
 def test_unknown_scores_are_answered_with_the_menu() -> None:
     with pytest.raises(ValueError, match=r"unknown scores 'magnitud'; known are random, magnitude \(nearest: 'magn"):
         itop_prune.apply(mlp(), 0.5, scores="magnitud")

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from toys import convnet, mlp
 
 import itop_prune
-from itop_prune import ranks
+from itop_prune import ranks, saliency
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no gloo"
@@ -56,7 +56,7 @@ def data(step: int, rank: int, micro: int, shape: tuple[int, ...]) -> tuple[Tens
 
 
 def train_on_a_rank(
-    rank: int, build: str, grow: str, micro_batches: int = 1, spoiled: dict[int, int] | None = None
+    rank: int, build: str, micro_batches: int = 1, spoiled: dict[int, int] | None = None, **rules: Any
 ) -> dict[str, Any]:
     """Train with other data and other global seeds than the other rank; `spoiled`: a NaN at a step on a rank."""
     model, shape = (mlp(seed=rank), (20,)) if build == "mlp" else (convnet(seed=rank), (3, 8, 8))
@@ -64,7 +64,7 @@ def train_on_a_rank(
     torch.manual_seed(50 + rank)
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY, grow=grow)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY, **rules)
     moved, history = [], []
     for step in range(STEPS):
         torch.rand(rank + 1)  # the global generators of the ranks drift apart
@@ -112,6 +112,17 @@ def masks_by_magnitude_of_other_weights(rank: int) -> dict[str, Any]:
     return {"refused": "", "numbers": numbers(masks, model, optimizer, regrow)}
 
 
+def score_on_a_rank(rank: int) -> dict[str, Any]:
+    """Scores before training, of other batches on each rank."""
+    found = {}
+    for name in ("snip", "grasp"):
+        model = mlp()
+        scores = saliency.SALIENCY[name](model, [data(0, rank, 0, (20,))], F.cross_entropy)
+        masks = itop_prune.apply(model, 0.7, method=scores, scores=scores)
+        found[name] = {"scores": scores, "masks": {key: itop.mask for key, itop in masks.items()}}
+    return found
+
+
 def diverge(rank: int, check_ranks: bool) -> dict[str, Any]:
     """A weight that is changed on one rank, between two updates."""
     model = mlp()
@@ -141,6 +152,9 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "random growth, accumulation": {"build": "mlp", "grow": "random", "micro_batches": 2},
     "gradient growth, accumulation": {"build": "mlp", "grow": "gradient", "micro_batches": 2},
     "gradient growth, no accumulation": {"build": "mlp", "grow": "gradient"},
+    "momentum, redistributed": {"build": "mlp", "grow": "momentum", "redistribute": "momentum", "micro_batches": 2},
+    "several gradients": {"build": "mlp", "grow": "sampled_gradient", "prune": "taylor", "gradient_steps": 2},
+    "global, to sparse": {"build": "mlp", "scope": "global", "density": "cubic", "final_sparsity": 0.9},
 }
 NANS: dict[str, dict[str, Any]] = {
     f"{grow} growth, NaN on rank {rank}": {"build": "mlp", "grow": grow, "spoiled": {3: rank}}
@@ -152,6 +166,7 @@ TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "a mask changed": (change_a_mask_on_one_rank, {}),
     "diverged": (diverge, {"check_ranks": True}),
     "diverged, not looked at": (diverge, {"check_ranks": False}),
+    "saliency": (score_on_a_rank, {}),
     "magnitude": (masks_by_magnitude_of_other_weights, {}),
 }
 
@@ -193,7 +208,8 @@ def test_ranks_with_a_part_of_the_batch_each_are_one_rank_with_all_of_it(name: s
     model = mlp(seed=0)  # DDP starts from the weights of rank 0
     masks = itop_prune.apply(model, 0.7)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY, grow=TRAININGS[name]["grow"])
+    rules = {key: value for key, value in TRAININGS[name].items() if key not in ("build", "micro_batches")}
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY, **rules)
     for step in range(STEPS):
         for micro in range(micro_batches):
             parts = [data(step, rank, micro, (20,)) for rank in range(len(results))]
@@ -235,6 +251,17 @@ def test_masks_by_magnitude_of_weights_that_differ_between_ranks_are_made_equal_
     for other in others:
         assert bool(first["refused"]) == bool(other["refused"])
         assert first["refused"] or differing(first["numbers"], other["numbers"]) == []
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_scores_before_training_are_of_the_batches_of_all_ranks(name: str, results: list) -> None:
+    first, *others = (result["saliency"][name] for result in results)
+    for other in others:
+        assert differing(first["scores"], other["scores"]) == []
+        assert differing(first["masks"], other["masks"]) == []
+    together = [data(0, rank, 0, (20,)) for rank in range(len(results))]
+    for key, expected in saliency.SALIENCY[name](mlp(), together, F.cross_entropy).items():
+        torch.testing.assert_close(first["scores"][key], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_a_run_that_diverged_is_stopped_at_the_next_update_on_all_ranks_with_the_name_of_the_layer(

@@ -38,7 +38,26 @@ def test_cosine_is_half_a_wave(progress: float, factor: float) -> None:
     assert schedules.cosine(progress) == pytest.approx(factor)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize(("progress", "factor"), [(0.0, 1.0), (0.5, 0.1), (1.0, 0.01)])
+def test_exponential_loses_the_same_share_in_equal_times(progress: float, factor: float) -> None:
+    assert schedules.exponential(progress) == pytest.approx(factor)
+    assert schedules.exponential(progress, last=0.04) == pytest.approx(0.04**progress)
+
+
+@pytest.mark.parametrize(("progress", "factor"), [(0.0, 1.0), (0.5, 0.125), (0.9, 0.001), (1.0, 0.0)])
+def test_cubic_is_the_cube_of_what_is_left(progress: float, factor: float) -> None:
+    """GMP's sparsity s_f + (s_i - s_f) (1 - t)^3 is the same said of the density."""
+    assert schedules.cubic(progress) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("cycles", [1, 3, 4])
+def test_alternating_is_dense_and_sparse_for_equal_times_and_ends_sparse(cycles: int) -> None:
+    phases = [schedules.alternating(i / (2 * cycles), cycles) for i in range(2 * cycles)]
+    assert phases == [1.0, 0.0] * cycles
+    assert schedules.alternating(1.0, cycles) == 0.0
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "exponential", "cubic"])
 def test_a_schedule_never_rises(name: str) -> None:
     factors = [schedules.SCHEDULES[name](i / 100) for i in range(101)]
     assert factors == sorted(factors, reverse=True)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from itop_prune.topology import best, prune_and_regrow, seeded
+from itop_prune.topology import best, prune_and_regrow, seeded, shares_of_best
 
 UPDATES = json.loads((Path(__file__).parent / "reference" / "update.json").read_text())["cases"]
 
@@ -305,3 +305,25 @@ def test_seeded_leaves_the_global_generator_alone() -> None:
     before = torch.get_rng_state()
     seeded(torch.device("cpu"), 0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_shares_of_the_best_count_by_layer() -> None:
+    scores = {"a": torch.tensor([[9.0, 1.0], [8.0, 2.0]]), "b": torch.tensor([7.0, 3.0])}
+    assert shares_of_best(scores, 4) == {"a": 2.0, "b": 2.0}
+    assert shares_of_best(scores, 0) == {"a": 0.0, "b": 0.0}
+    assert shares_of_best(scores, 6) == {"a": 4.0, "b": 2.0}
+
+
+def test_shares_of_the_best_divide_places_that_tie() -> None:
+    scores = {"a": torch.zeros(6), "b": torch.cat([torch.zeros(2), torch.ones(1)])}
+    assert shares_of_best(scores, 5) == {"a": 3.0, "b": 2.0}
+
+
+def test_a_full_layer_leaves_its_places_to_the_next_best() -> None:
+    scores = {"a": torch.tensor([9.0, 8.0, 7.0]), "b": torch.tensor([6.0, 1.0]), "c": torch.tensor([5.0, 4.0])}
+    assert shares_of_best(scores, 4, {"a": 1, "b": 1, "c": 2}) == {"a": 1.0, "b": 1.0, "c": 2.0}
+
+
+def test_shares_of_nan_name_the_layer() -> None:
+    with pytest.raises(ValueError, match="scores of b hold NaN"):
+        shares_of_best({"a": torch.ones(2), "b": torch.tensor([1.0, math.nan])}, 2)

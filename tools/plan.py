@@ -31,7 +31,7 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
     elif run.regrow:
         plan = run.regrow.update_steps()
         shown = [*plan[:3], "...", plan[-1]] if len(plan) > 4 else list(plan)
-        if "final_sparsity" in (recipe.regrow or {}):
-            display.say(f"sparsity {recipe.regrow['final_sparsity']:.4f} after the last update")
+        if (last := (recipe.regrow or {}).get("final_sparsity")) is not None:
+            display.say(f"sparsity {last:.4f} after the last update")
         display.say(f"{len(plan)} updates of the masks, after steps {', '.join(map(str, shown))}")
     return 0

@@ -1,0 +1,71 @@
+"""How many leave and enter: sums exact, bounds kept, by hand and over random layers."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from itop_prune import budget
+
+layers = st.lists(st.tuples(st.integers(1, 60), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6)
+
+
+def counts(drawn: list) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Weights, and two counts of 1 to all of them."""
+    weights = {str(i): size for i, (size, _, _) in enumerate(drawn)}
+    one, other = (
+        {str(i): 1 + round(entry[which] * (entry[0] - 1)) for i, entry in enumerate(drawn)} for which in (1, 2)
+    )
+    return weights, one, other
+
+
+@given(drawn=layers, factor=st.floats(0, 1))
+def test_targets_go_from_the_first_to_the_last(drawn: list, factor: float) -> None:
+    weights, first, last = counts(drawn)
+    found = budget.targets(first, last, weights, factor)
+    exact = {name: last[name] + (first[name] - last[name]) * factor for name in weights}
+    assert sum(found.values()) == round(sum(exact.values()))
+    assert all(1 <= found[name] <= weights[name] and abs(found[name] - exact[name]) <= 1 for name in weights)
+    assert budget.targets(first, last, weights, 1.0) == first
+    assert budget.targets(first, last, weights, 0.0) == last
+
+
+@given(drawn=layers, place=st.floats(0, 1))
+def test_another_total_in_the_same_proportion(drawn: list, place: float) -> None:
+    weights, active, _ = counts(drawn)
+    total = len(weights) + round(place * (sum(weights.values()) - len(weights)))
+    found = budget.in_total(active, total, weights)
+    assert sum(found.values()) == total
+    assert all(1 <= found[name] <= weights[name] for name in weights)
+    assert budget.in_total(active, sum(active.values()), weights) == active
+
+
+@given(drawn=layers, rate=st.floats(0, 1))
+def test_what_is_pruned_can_be_pruned_and_what_grows_has_room(drawn: list, rate: float) -> None:
+    weights, active, target = counts(drawn)
+    leaving = budget.to_prune(active, target, weights, rate)
+    assert all(0 <= leaving[name] <= active[name] for name in weights)
+    kept = {name: active[name] - leaving[name] for name in weights}
+    assert all(0 <= target[name] - kept[name] <= weights[name] - kept[name] for name in weights)
+
+
+@given(drawn=layers, place=st.floats(0, 1), raw=st.lists(st.floats(0, 1e6), min_size=6, max_size=6))
+def test_growth_is_shared_exactly_within_the_room(drawn: list, place: float, raw: list[float]) -> None:
+    weights, kept, _ = counts(drawn)
+    room = {name: weights[name] - kept[name] for name in weights}
+    total = round(place * sum(room.values()))
+    found = budget.to_grow(kept, total, weights, {str(i): value for i, value in enumerate(raw)})
+    assert sum(found.values()) == total
+    assert all(0 <= found[name] <= room[name] for name in weights)
+
+
+def test_a_layer_that_kept_nothing_gets_one() -> None:
+    assert budget.to_grow({"a": 0, "b": 5}, 4, {"a": 10, "b": 10}, {"a": 0.0, "b": 1.0}) == {"a": 1, "b": 3}
+
+
+def test_where_nothing_is_said_room_decides() -> None:
+    assert budget.to_grow({"a": 4, "b": 8}, 4, {"a": 10, "b": 10}, {"a": 0.0, "b": 0.0}) == {"a": 3, "b": 1}
+
+
+@pytest.mark.parametrize(("rate", "leaving"), [(0.0, 0), (0.01, 1), (0.5, 5), (1.0, 10)])
+def test_the_share_to_be_exchanged_is_rounded_up(rate: float, leaving: int) -> None:
+    assert budget.to_prune({"a": 10}, {"a": 10}, {"a": 20}, rate) == {"a": leaving}

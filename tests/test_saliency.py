@@ -1,0 +1,185 @@
+"""Scores before training: each against its formula worked out by hand, and nothing left behind."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from toys import batch, convnet, mlp
+
+import itop_prune
+from itop_prune.saliency import SALIENCY, grasp, ratios, snip, synflow
+
+BATCHES = [batch(step, 20) for step in range(3)]
+
+
+def scores_of(name: str, model: nn.Module | None = None) -> dict[str, Tensor]:
+    model = mlp() if model is None else model
+    return synflow(model, (20,)) if name == "synflow" else SALIENCY[name](model, BATCHES, F.cross_entropy)
+
+
+def test_snip_is_the_weight_times_the_mean_gradient_of_all_batches() -> None:
+    model = mlp()
+    sum(F.cross_entropy(model(x), y) / 3 for x, y in BATCHES).backward()
+    expected = {name: (p * p.grad).abs().detach() for name, p in model.named_parameters() if name.endswith("weight")}
+    found = snip(model, BATCHES, F.cross_entropy)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_grasp_is_the_weight_times_hessian_times_gradient() -> None:
+    """Of a loss whose Hessian is written down: (w x)^2 / 2 with x = (1, 2, 0) has g = (w x) x, H = x x^T, Hg = 5 g."""
+    layer = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, -3.0, 7.0]]))
+    x = torch.tensor([[1.0, 2.0, 0.0]])
+    found = grasp(layer, [(x, x)], lambda output, _: output.square().sum() / 2)
+    assert found["weight"].tolist() == [[1.0 * 5 * -5 * 1, -3.0 * 5 * -5 * 2, 0.0]]
+
+
+def test_grasp_takes_the_gradient_and_the_hessian_of_the_mean_loss() -> None:
+    model = mlp()
+    weights = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    loss = sum(F.cross_entropy(model(x), y) / 3 for x, y in BATCHES)
+    gradients = torch.autograd.grad(loss, weights, create_graph=True)
+    product = torch.autograd.grad(sum((g * g.detach()).sum() for g in gradients), weights)
+    expected = [(w * p).detach() for w, p in zip(weights, product, strict=True)]
+    for found, wanted in zip(grasp(model, iter(BATCHES), F.cross_entropy).values(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+def path_network() -> nn.Sequential:
+    network = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False))
+    with torch.no_grad():
+        network[0].weight.copy_(torch.tensor([[1.0, -2.0], [0.5, 0.0]]))
+        network[2].weight.copy_(torch.tensor([[-4.0, 2.0]]))
+    return network
+
+
+def test_synflow_is_what_flows_through_a_weight_when_all_are_positive() -> None:
+    found = synflow(path_network(), (2,))
+    assert found["0.weight"].tolist() == [[4.0, 8.0], [1.0, 0.0]]
+    assert found["2.weight"].tolist() == [[12.0, 1.0]]
+
+
+def test_synflow_in_rounds_drops_what_each_density_leaves_out() -> None:
+    """A quarter of six weights in two rounds: after the first one half of them is left, and only these carry flow."""
+    found = synflow(path_network(), (2,), density=0.25, iterations=2)
+    assert found["0.weight"].tolist() == [[4.0, 8.0], [0.0, 0.0]]
+    assert found["2.weight"].tolist() == [[12.0, 0.0]]
+
+
+def test_synflow_of_a_deep_network_does_not_overflow() -> None:
+    layers = [nn.Linear(400, 400) for _ in range(60)]
+    found = synflow(nn.Sequential(*layers), (400,))
+    assert all(tensor.isfinite().all() and tensor.max() > 0 for tensor in found.values())
+
+
+def test_synflow_uses_norms_in_evaluation() -> None:
+    model = convnet()
+    model[1].running_mean.fill_(-2.0)
+    assert all(tensor.isfinite().all() for tensor in synflow(model, (3, 8, 8)).values())
+
+
+@pytest.mark.parametrize("name", SALIENCY)
+def test_the_model_and_the_generators_are_left_as_they_were(name: str) -> None:
+    model = nn.Sequential(mlp(), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
+    before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    scores_of(name, model)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert model.training
+
+
+@pytest.mark.parametrize("name", SALIENCY)
+def test_scores_are_of_every_weight_that_apply_masks(name: str) -> None:
+    model = mlp()
+    found = scores_of(name, model)
+    masks = itop_prune.apply(model, 0.5, scores=found)
+    assert list(found) == list(masks)
+
+
+@pytest.mark.parametrize("name", SALIENCY)
+def test_a_frozen_weight_is_scored_too(name: str) -> None:
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    torch.testing.assert_close(scores_of(name, model), scores_of(name))
+
+
+@pytest.mark.parametrize("name", SALIENCY)
+def test_the_best_of_all_layers_are_chosen(name: str) -> None:
+    model = mlp()
+    found = scores_of(name, model)
+    masks = itop_prune.apply(model, 0.7, method=found, scores=found)
+    kept = torch.cat([found[n][itop.mask] for n, itop in masks.items()])
+    left = torch.cat([found[n][~itop.mask] for n, itop in masks.items()])
+    assert len(kept) == 168
+    assert kept.min() >= left.max()
+
+
+def test_layer_ratios_alone_put_the_positions_at_random() -> None:
+    found = scores_of("snip")
+    best, shuffled, again = mlp(), mlp(), mlp()
+    chosen = itop_prune.apply(best, 0.7, method=found, scores=found)
+    drawn = itop_prune.apply(shuffled, 0.7, method=found)
+    other = itop_prune.apply(again, 0.7, method=found, seed=1)
+    assert (
+        [i.active for i in drawn.values()] == [i.active for i in chosen.values()] == [i.active for i in other.values()]
+    )
+    assert not torch.equal(drawn["0.weight"].mask, chosen["0.weight"].mask)
+    assert not torch.equal(drawn["0.weight"].mask, other["0.weight"].mask)
+
+
+def test_magnitude_as_a_method_ranks_all_layers_together() -> None:
+    model = mlp()
+    sizes = {name: p.detach().abs().clone() for name, p in model.named_parameters() if name.endswith("weight")}
+    masks = itop_prune.apply(model, 0.7, method="magnitude", scores="magnitude")
+    expected = itop_prune.apply(mlp(), 0.7, method=sizes, scores=sizes)
+    assert all(torch.equal(itop.mask, expected[name].mask) for name, itop in masks.items())
+
+
+def test_ratios_share_places_that_tie() -> None:
+    found = {"a": torch.tensor([9.0, 0.0, 0.0, 0.0]), "b": torch.zeros(4)}
+    assert ratios(found)({"a": (4,), "b": (4,)}, 0.5) == pytest.approx({"a": (1 + 3 * 3 / 7) / 4, "b": (3 * 4 / 7) / 4})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: snip(model, [], F.cross_entropy), "there is no batch"),
+        (lambda model: grasp(nn.ReLU(), BATCHES, F.cross_entropy), "ReLU has nothing to score"),
+        (lambda model: snip(model, BATCHES, lambda x, y: x.sum() * math.inf), "gradient of 0.weight.* is not finite"),
+        (lambda model: synflow(model, (20,), density=0.0), "density is 0.0"),
+        (lambda model: synflow(model, (20,), iterations=0), "iterations 0"),
+    ],
+)
+def test_what_can_not_be_scored_says_so(call: Callable[[nn.Module], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(mlp())
+
+
+def test_a_masked_model_is_refused() -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    with pytest.raises(ValueError, match=r"0\.weight has a mask already; score the dense model"):
+        scores_of("snip", model)
+
+
+@pytest.mark.parametrize("argument", ["scores", "method"])
+@pytest.mark.parametrize("given", [{"0.weight": torch.zeros(2)}, {"other": torch.zeros(16, 20)}])
+def test_scores_that_do_not_fit_are_refused_by_name(argument: str, given: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"scores for 0\.weight must be a tensor of shape \(16, 20\)"):
+        itop_prune.apply(mlp(), 0.5, **{argument: given})
+
+
+@pytest.mark.parametrize("argument", ["scores", "method"])
+def test_scores_that_are_nan_are_refused(argument: str) -> None:
+    found = {name: tensor * math.nan for name, tensor in scores_of("snip").items()}
+    with pytest.raises(ValueError, match="NaN"):
+        itop_prune.apply(mlp(), 0.5, **{argument: found})
