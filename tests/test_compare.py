@@ -32,6 +32,7 @@ def test_a_line_has_mean_and_spread_over_the_finished_seeds(tmp_path, capsys):
         "test top-1": "88.00 ± 1.00",
         "each seed": "87.00 88.00 89.00",
         "R_s": "0.300",
+        "survival": "",
         "sparsity": "0.9800",
         "steps": "1,200",
     }
@@ -48,7 +49,38 @@ def test_every_sparsity_that_occurred_is_shown(tmp_path, capsys):
     Metrics(tmp_path / "set" / "seed0").append({"epoch": 3, "step": 1800, "sparsity": 0.97, "exploration_rate": 0.3})
     Metrics(tmp_path / "set" / "seed0").append({"epoch": 3, "step": 1800, "test_loss": 0.3, "test_top1": 87.0})
     compare.main([str(tmp_path / "set")])
-    assert table(capsys)[2][5] == "0.9700 0.9800"
+    assert table(capsys)[2][6] == "0.9800 0.9700"
+
+
+def test_a_sparsity_that_goes_a_way_is_shown_by_its_ends(tmp_path, capsys):
+    metrics = Metrics(tmp_path / "gmp" / "seed0")
+    metrics.path.parent.mkdir(parents=True)
+    for epoch, sparsity in enumerate((0.5, 0.8, 0.95), start=1):
+        line = {"epoch": epoch, "step": 600 * epoch, "sparsity": sparsity, "exploration_rate": 1.0}
+        metrics.append({**line, "survival": 0.25})
+    metrics.append({"epoch": 3, "step": 1800, "test_loss": 0.3, "test_top1": 87.0})
+    compare.main([str(tmp_path / "gmp")])
+    assert table(capsys)[2][5:7] == ["0.250", "0.5000 to 0.9500"]
+
+
+@pytest.mark.parametrize("experiments", [1, 30])
+def test_the_picture_holds_a_point_for_each_experiment(tmp_path, capsys, experiments):
+    names = [f"erk98_{place}" for place in range(experiments)]
+    for place, name in enumerate(names):
+        write(tmp_path / name / "seed0", 80.0 + place / 10, 0.1 + place / 100)
+        write(tmp_path / name / "seed1", 81.0 + place / 10, 0.1 + place / 100)
+    picture = tmp_path / "compare.svg"
+    assert compare.main([*(str(tmp_path / name) for name in names), "--picture", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    labels = {name.removeprefix("erk98_") for name in names}
+    assert all(f"<!-- {label} -->" in picture.read_text() for label in labels)
+
+
+@pytest.mark.parametrize("name", ["nowhere/compare.png", "compare.doc"])
+def test_a_picture_that_can_not_be_written_is_one_line(tmp_path, capsys, name):
+    write(tmp_path / "set" / "seed0", 87.0)
+    assert compare.main([str(tmp_path / "set"), "--picture", str(tmp_path / name)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / name} can't be written: ")
 
 
 def test_a_folder_without_finished_runs_is_left_out_and_named(tmp_path, capsys):

@@ -1,18 +1,55 @@
 #!/usr/bin/env python
-"""Put finished runs side by side: mean and spread over their seeds, as a Markdown table.
+"""Put finished runs side by side: mean and spread over their seeds, as a Markdown table and a picture.
 
-python tools/compare.py runs/fashion_mnist_*
+  python tools/compare.py runs/fashion_mnist_* --picture compare.png
+
+The picture has the paper's figure, test accuracy against R_s, and beside it accuracy against the steps of the training.
 """
 
 import argparse
+import os
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runs import Metrics, RunError
 
-HEADER = ("run", "seeds", "test top-1", "each seed", "R_s", "sparsity", "steps")
+HEADER = ("run", "seeds", "test top-1", "each seed", "R_s", "survival", "sparsity", "steps")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: for every eye
+MARKERS = "osD^vP*X<>"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The finished seeds of one experiment."""
+
+    name: str
+    top1: list[float]
+    """Test accuracy by seed, in percent."""
+    explored: list[float]
+    """R_s at the end, by seed."""
+    survival: list[float]
+    """The share of what grew that survived the update after, at the last update; [] where nobody counted."""
+    sparsities: list[float]
+    """Every sparsity that an epoch of any seed had, each once, in the order of the run."""
+    steps: int
+
+    def row(self) -> tuple[str, ...]:
+        """Return a line of the table."""
+        shown = [f"{value:.4f}" for value in self.sparsities]
+        return (
+            self.name,
+            str(len(self.top1)),
+            spread(self.top1, 2),
+            " ".join(f"{value:.2f}" for value in self.top1),
+            f"{statistics.mean(self.explored):.3f}",
+            f"{statistics.mean(self.survival):.3f}" if self.survival else "",
+            " ".join(shown) if len(shown) < 3 else f"{shown[0]} to {shown[-1]}",
+            f"{self.steps:,}",
+        )
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -25,8 +62,8 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def row(folder: Path) -> tuple[str, ...]:
-    """Return one line of the table: a folder of seed<k> runs.
+def read(folder: Path) -> Runs:
+    """Return what is known of one experiment: a folder of seed<k> runs.
 
     Raises:
         RunError: No run in the folder is finished.
@@ -36,36 +73,64 @@ def row(folder: Path) -> tuple[str, ...]:
     ]
     if not finished:
         raise RunError(f"{folder} holds no finished run; give folders of seed<k>/, such as runs/quickstart")
-    top1 = [lines[-1]["test_top1"] for lines in finished]
-    explored = [lines[-2]["exploration_rate"] for lines in finished]
-    sparsities = sorted({f"{line['sparsity']:.4f}" for lines in finished for line in lines[:-1]})
-    each = " ".join(f"{value:.2f}" for value in top1)
-    steps = f"{finished[0][-1]['step']:,}"
-    return (
-        folder.name,
-        str(len(top1)),
-        spread(top1, 2),
-        each,
-        f"{statistics.mean(explored):.3f}",
-        " ".join(sparsities),
-        steps,
+    epochs = [lines[-2] for lines in finished]
+    return Runs(
+        name=folder.name,
+        top1=[lines[-1]["test_top1"] for lines in finished],
+        explored=[last["exploration_rate"] for last in epochs],
+        survival=[last["survival"] for last in epochs if "survival" in last],
+        sparsities=list(dict.fromkeys(line["sparsity"] for lines in finished for line in lines[:-1])),
+        steps=finished[0][-1]["step"],
     )
+
+
+def draw(found: Sequence[Runs], path: Path) -> None:
+    """Draw accuracy against R_s and against steps: a point an experiment, with the deviation over its seeds."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    import matplotlib.pyplot as plt
+
+    prefix = os.path.commonprefix([runs.name for runs in found])  # noqa: RUF071  (letter by letter is meant)
+    shared = prefix.rfind("_") + 1
+    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(11, max(4.5, 0.24 * len(found))), layout="constrained")
+    for place, runs in enumerate(found):
+        style: dict[str, Any] = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
+        height = statistics.mean(runs.top1)
+        error = statistics.stdev(runs.top1) if len(runs.top1) > 1 else None
+        for axis, value in zip(axes, (statistics.mean(runs.explored), runs.steps), strict=True):
+            axis.errorbar(value, height, error, capsize=3, linestyle="", label=runs.name[shared:], **style)
+    axes[0].set(xlabel="R_s, share of weights explored", ylabel="test top-1, %")
+    axes[1].set(xlabel="training steps", xscale="log")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small", frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, without folders that hold no finished run; return 1 where none does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that hold seed<k>/ runs of one recipe each")
-    rows = []
-    for folder in parser.parse_args(argv).runs:
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them too: .png, .svg or .pdf")
+    options = parser.parse_args(argv)
+    found = []
+    for folder in options.runs:
         try:
-            rows.append(row(folder))
+            found.append(read(folder))
         except RunError as error:
             print(f"left out: {error}", file=sys.stderr)
-    if not rows:
+    if not found:
         return 1
-    for line in (HEADER, ("---",) * len(HEADER), *rows):
+    for line in (HEADER, ("---",) * len(HEADER), *(runs.row() for runs in found)):
         print(f"| {' | '.join(line)} |")
+    if options.picture:
+        try:
+            draw(found, options.picture)
+        except (OSError, ValueError) as error:
+            print(f"error: {options.picture} can't be written: {error}", file=sys.stderr)
+            return 1
     return 0
 
 
