@@ -65,3 +65,31 @@ def test_apply_masks_all_three_maps() -> None:
     masks = itop_prune.apply(timm.create_model("lenet300"), 0.98)
     assert list(masks) == ["layers.0.weight", "layers.1.weight", "head.weight"]
     assert sum(int(itop.mask.sum()) for itop in masks.values()) == round(0.02 * 266_200)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("cifar_resnet18", 11_220_132), ("cifar_resnet34", 21_328_292), ("cifar_resnet50", 23_705_252)],
+)
+def test_a_cifar_resnet_has_its_parameters_and_halves_the_image_three_times(name: str, parameters: int) -> None:
+    model = timm.create_model(name, num_classes=100)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model.forward_features(torch.zeros(1, 3, 32, 32)).shape[-2:] == (4, 4)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_no_scale_of_a_cifar_resnet_starts_at_zero() -> None:
+    model = timm.create_model("cifar_resnet18")
+    assert all(m.weight.all() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_every_convolution_of_a_cifar_resnet_and_its_classifier_are_masked() -> None:
+    model = timm.create_model("cifar_resnet34", num_classes=100)
+    masks = itop_prune.apply(model, 0.98)
+    assert len(masks) == 37
+    assert sum(itop.active for itop in masks.values()) == round(0.02 * 21_311_168)
+
+
+def test_a_cifar_resnet_has_no_pretrained_weights_and_says_so() -> None:
+    with pytest.raises(ValueError, match="cifar_resnet18 has no pretrained weights"):
+        timm.create_model("cifar_resnet18", pretrained=True)

@@ -79,6 +79,8 @@ def test_the_menus_name_every_built_in():
         itop_prune.criteria.CRITERIA,
         itop_prune.distributions.DISTRIBUTIONS,
         itop_prune.schedules.SCHEDULES,
+        itop_prune.redistribution.REDISTRIBUTIONS,
+        itop_prune.saliency.SALIENCY,
     ):
         assert menu
         assert [name for name in menu if f"`{name}`" not in README] == []
