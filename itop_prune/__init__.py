@@ -1,10 +1,12 @@
 """Dynamic sparse training for PyTorch: In-Time Over-Parameterization (ITOP) as a torch pruning method.
 
 `apply` places the masks, `MaskScheduler` moves them. What differs between papers is a function of plain tensors or
-plain numbers: see `itop_prune.criteria`, `.distributions`, `.schedules` and, for the algorithm itself, `.topology`.
+plain numbers: see `itop_prune.criteria`, `.distributions`, `.redistribution`, `.saliency`, `.schedules` and, for the
+algorithm itself, `.topology`.
 """
 
-from itop_prune import criteria, distributions, schedules, topology
+from itop_prune import criteria, distributions, redistribution, saliency, schedules, topology
+from itop_prune.cost import FLOPs, flops
 from itop_prune.mask import ITOP, apply, find_masks, remove
 from itop_prune.report import Summary, summarize
 from itop_prune.scheduler import MaskScheduler
@@ -13,6 +15,7 @@ from itop_prune.storage import dense_state_dict, load
 __version__ = "0.1.0"
 
 __all__ = [
+    "FLOPs",
     "ITOP",
     "MaskScheduler",
     "Summary",
@@ -21,8 +24,11 @@ __all__ = [
     "dense_state_dict",
     "distributions",
     "find_masks",
+    "flops",
     "load",
+    "redistribution",
     "remove",
+    "saliency",
     "schedules",
     "summarize",
     "topology",

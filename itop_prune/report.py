@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
+from itop_prune.cost import FLOPs, flops
 from itop_prune.mask import find_masks
 from itop_prune.selection import unwrap, walk
 
@@ -40,6 +42,8 @@ class Summary:
     rows: tuple[Row, ...]
     parameters: int
     """All parameters of the model, the unmasked ones (biases, norms, embeddings) too."""
+    flops: FLOPs | None = None
+    """Of a forward, where example inputs were given."""
 
     @property
     def weights(self) -> int:
@@ -87,10 +91,17 @@ class Summary:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
         others = self.parameters - self.weights
-        return "\n".join([*text, f"sparsity {self.sparsity:.4f}; {others:,} other parameters are dense"])
+        return "\n".join([*text, f"sparsity {self.sparsity:.4f}; {others:,} other parameters are dense", *self.cost()])
+
+    def cost(self) -> list[str]:
+        """Return what a forward costs as a line of text, none where nobody counted."""
+        if self.flops is None:
+            return []
+        dense, sparse = self.flops.dense_forward, self.flops.sparse_forward
+        return [f"forward {sparse:.4g} FLOPs, {sparse / max(1, dense):.4f} of the {dense:.4g} of the dense model"]
 
 
-def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None) -> Summary:
+def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None, example_inputs: Any = None) -> Summary:
     """Return how many weights of every masked layer are active, and how many were explored.
 
     Weights without a mask are counted by their zeros: all of them where nothing is masked, otherwise those with 1 % of
@@ -100,6 +111,7 @@ def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None) ->
     Args:
         model: Masked by `itop_prune.apply`; wrapped (DDP, torch.compile, AveragedModel) or not.
         explored: `MaskScheduler.explored`, for R_s.
+        example_inputs: As `itop_prune.flops` takes them, for the cost of a forward.
 
     >>> import itop_prune
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -120,4 +132,5 @@ def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None) ->
             count = int(weight.count_nonzero())
             if 0 < count <= (0.99 if masks else 1.0) * weight.numel():
                 rows.append(Row(name, tuple(weight.shape), weight.numel(), count, None, masked=False))
-    return Summary(tuple(rows), sum(math.prod(p.shape) for p in unwrap(model).parameters()))
+    parameters = sum(math.prod(p.shape) for p in unwrap(model).parameters())
+    return Summary(tuple(rows), parameters, None if example_inputs is None else flops(model, example_inputs))

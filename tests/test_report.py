@@ -186,3 +186,11 @@ def test_a_zero_by_chance_in_a_dense_weight_is_no_sparsity() -> None:
         model[1].weight[0, :3] = 0.0  # below 1 %
     assert [row.name for row in summarize(model).rows] == ["0.weight"]
     assert summarize(model).sparsity == 0.5
+
+
+def test_with_example_inputs_the_cost_of_a_forward_is_told() -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5, "uniform")
+    summary = itop_prune.summarize(model, example_inputs=torch.zeros(1, 20))
+    assert summary.flops == itop_prune.flops(model, torch.zeros(1, 20))
+    assert str(summary).splitlines()[-1] == "forward 560 FLOPs, 0.5000 of the 1120 of the dense model"
