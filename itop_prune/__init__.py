@@ -15,8 +15,8 @@ from itop_prune.storage import dense_state_dict, load
 __version__ = "0.1.0"
 
 __all__ = [
-    "FLOPs",
     "ITOP",
+    "FLOPs",
     "MaskScheduler",
     "Summary",
     "apply",
