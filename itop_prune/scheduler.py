@@ -139,6 +139,7 @@ class MaskScheduler:
 
         Raises:
             RuntimeError: There are no gradients: they were cleared before.
+            ValueError: The masked parameters are not, or no longer, those that the optimizer holds.
         """
         self._step += 1
         self._due = self._due or self._step in self.update_steps()
@@ -202,6 +203,8 @@ class MaskScheduler:
         if not self._needs_gradient:
             return
         wanted = self._due or self._step + 1 in self.update_steps()
+        if wanted:  # after a forward FSDP2 shows other parameters, whose gradients are of one rank and micro-batch
+            check_holds(self._optimizer, self._movable())
         for itop in self._movable().values() if wanted else self._masks.values():
             itop.listen() if wanted else itop.take_gradient()
 
