@@ -17,7 +17,7 @@ from itop_prune.mask import ITOP
 from itop_prune.menu import choose
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
 from itop_prune.schedules import SCHEDULES, Schedule
-from itop_prune.sharding import is_sharded, whole
+from itop_prune.sharding import whole
 
 ORDER = (
     "The order is loss.backward(), optimizer.step(), step() of the MaskScheduler, and only then optimizer.zero_grad()"
@@ -227,7 +227,7 @@ class MaskScheduler:
             return False
         if self._check_ranks:
             held = {f"mask of {name}": mask for name, mask in tensors.items()}
-            held |= {name: parameter for name, parameter in parameters.items() if not is_sharded(parameter)}
+            held |= parameters
             ranks.check_equal(held, f"the run has diverged by step {self._step}: go back to a checkpoint before it")
         if self.updates == 0:
             check_statistics(self._optimizer, masks)
