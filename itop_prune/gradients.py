@@ -28,17 +28,19 @@ class DenseGradients:
         self._sums: dict[str, Tensor] = {}
         self._averages: dict[str, Tensor] = {}
 
-    def listen(self, names: Collection[str], steps_left: int | None) -> None:
-        """Listen in the next step, where it is needed.
+    def is_near(self, steps_left: int | None) -> bool:
+        """Return whether the gradient of the next step is needed.
 
         Args:
-            names: Of the weights that can be trained.
             steps_left: To the next update, 1 if it comes after the next step; None if there is none.
         """
-        near = steps_left is not None and (self._averages_wanted or steps_left <= self._steps)
-        self._listens = self.wanted and near
+        return self.wanted and steps_left is not None and (self._averages_wanted or steps_left <= self._steps)
+
+    def listen(self, names: Collection[str]) -> None:
+        """Listen in the next step to the weights of these names, and to no others."""
+        self._listens = bool(names)
         for name, itop in self._masks.items() if self.wanted else ():
-            itop.listen() if near and name in names else itop.take_gradient()
+            itop.listen() if name in names else itop.take_gradient()
 
     def collect(self, names: Collection[str]) -> dict[str, Tensor | None]:
         """Return what this rank heard in the step by name, and add it to what is kept; what is not finite is not."""

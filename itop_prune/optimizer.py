@@ -32,6 +32,11 @@ def check_holds(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
                 f"{name} has the shape {tuple(itop.parameter.shape)}, its mask {tuple(itop.mask.shape)}: FSDP1 and "
                 "ZeRO-3 flatten parameters, which masks can't follow; FSDP2 (fully_shard) does not"
             )
+        if itop.parameter.device != itop.mask.device:
+            raise ValueError(
+                f"{name} is on {itop.parameter.device}, its mask on {itop.mask.device}; both must be on one device: "
+                "move the whole model, and leave out FSDP2's CPUOffloadPolicy"
+            )
 
 
 def has_any_gradient(optimizer: Optimizer) -> bool:

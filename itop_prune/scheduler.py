@@ -19,7 +19,6 @@ from itop_prune.menu import choose
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
 from itop_prune.redistribution import Redistribution
 from itop_prune.schedules import SCHEDULES, Schedule
-from itop_prune.sharding import is_sharded
 from itop_prune.survival import Survival
 from itop_prune.update import Layer, Rules, counts, exchange
 from itop_prune.values import check_shares, check_steps
@@ -179,7 +178,8 @@ class MaskScheduler:
 
         Raises:
             RuntimeError: There are no gradients: they were cleared before.
-            ValueError: A criterion or redistribution gave something else than numbers.
+            ValueError: A criterion or redistribution gave something else than numbers, or the masked parameters are no
+                longer those that the optimizer holds.
         """
         self._step += 1
         self._due = self._due or self._step in self.update_steps()
@@ -256,7 +256,10 @@ class MaskScheduler:
     def _prepare_next_step(self) -> None:
         """Listen for the dense gradient while the next step is computed, if an update will ask for it."""
         coming = self._step + 1 if self._due else self._next_update()
-        self._dense.listen(self._movable(), None if coming is None else coming - self._step)
+        near = self._dense.is_near(None if coming is None else coming - self._step)
+        if near:  # after a forward FSDP2 shows other parameters, whose gradients are of one rank and micro-batch
+            check_holds(self._optimizer, self._movable())
+        self._dense.listen(self._movable() if near else ())
 
     @torch.no_grad()
     def _update(self, masks: Mapping[str, ITOP], heard: Mapping[str, Tensor | None]) -> bool:
@@ -274,7 +277,7 @@ class MaskScheduler:
             return False
         if self._check_ranks:
             held = {f"mask of {name}": mask for name, mask in tensors.items()}
-            held |= {name: parameter for name, parameter in parameters.items() if not is_sharded(parameter)}
+            held |= parameters
             ranks.check_equal(held, f"the run has diverged by step {self._step}: go back to a checkpoint before it")
         if self.updates == 0:
             check_statistics(self._optimizer, masks)

@@ -47,12 +47,12 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 def test_weights_and_masks_come_back_bit_for_bit(checkpoints: Checkpoints) -> None:
     model, other = sparse(0), sparse(1)
     assert not same(model, other)
-    load(checkpoints.save(7, {"model": model}, STATE), {"model": other})
+    load(checkpoints.save(7, {"model": model.state_dict()}, STATE), {"model": other})
     assert same(model, other)
 
 
 def test_the_rest_of_the_state_comes_back(checkpoints: Checkpoints) -> None:
-    state = load(checkpoints.save(7, {"model": sparse()}, STATE), {"model": sparse()})
+    state = load(checkpoints.save(7, {"model": sparse().state_dict()}, STATE), {"model": sparse()})
     assert state["progress"] == STATE["progress"]
     assert torch.equal(state["tensor"], STATE["tensor"])
     assert state["regrow"] is None
@@ -65,7 +65,7 @@ def test_the_state_of_optimizer_and_mask_scheduler_is_plain_enough_to_come_back(
     regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=20, every=3, grow="gradient")
     toys.train(model, optimizer, regrow, steps=range(8))
     state = {"optimizer": optimizer.state_dict(), "regrow": regrow.state_dict()}
-    back = load(checkpoints.save(8, {"model": model}, state), {"model": toys_like(model)})
+    back = load(checkpoints.save(8, {"model": model.state_dict()}, state), {"model": toys_like(model)})
     for a, b in zip(flat(state), flat(back), strict=True):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
@@ -83,7 +83,7 @@ def flat(value: Any) -> list[Any]:
 
 
 def test_every_model_of_a_run_has_a_file_of_its_own(checkpoints: Checkpoints) -> None:
-    folder = checkpoints.save(7, {"model": sparse(0), "ema": sparse(1)}, STATE)
+    folder = checkpoints.save(7, {"model": sparse(0).state_dict(), "ema": sparse(1).state_dict()}, STATE)
     assert names(folder) == ["checksums.json", "ema.safetensors", "model.safetensors", "state.pt"]
     models = {"model": sparse(2), "ema": sparse(3)}
     load(folder, models)
@@ -92,14 +92,14 @@ def test_every_model_of_a_run_has_a_file_of_its_own(checkpoints: Checkpoints) ->
 
 
 def test_the_library_reads_the_model_of_a_checkpoint(checkpoints: Checkpoints) -> None:
-    folder = checkpoints.save(7, {"model": sparse(0)}, STATE)
+    folder = checkpoints.save(7, {"model": sparse(0).state_dict()}, STATE)
     plain = toys.mlp(5)
     itop_prune.load(plain, folder / "model.safetensors")
     assert same(plain, sparse(0))
 
 
 def test_loading_keeps_the_tensors_that_the_optimizer_holds(checkpoints: Checkpoints) -> None:
-    folder, model = checkpoints.save(7, {"model": sparse(0)}, STATE), sparse(1)
+    folder, model = checkpoints.save(7, {"model": sparse(0).state_dict()}, STATE), sparse(1)
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     load(folder, {"model": model})
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
@@ -108,7 +108,7 @@ def test_loading_keeps_the_tensors_that_the_optimizer_holds(checkpoints: Checkpo
 def test_a_model_in_channels_last_comes_back_equal(checkpoints: Checkpoints) -> None:
     model = toys.convnet(0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     other = toys.convnet(1)
-    load(checkpoints.save(7, {"model": model}, STATE), {"model": other})
+    load(checkpoints.save(7, {"model": model.state_dict()}, STATE), {"model": other})
     assert same(model, other)
 
 
@@ -119,12 +119,12 @@ def test_a_module_under_two_names_can_be_saved_and_comes_back(checkpoints: Check
         return nn.ModuleDict({"first": shared, "second": shared})
 
     other = twice(1)
-    load(checkpoints.save(7, {"model": twice(0)}, STATE), {"model": other})
+    load(checkpoints.save(7, {"model": twice(0).state_dict()}, STATE), {"model": other})
     assert same(other, twice(0))
 
 
 def test_a_model_can_be_saved_by_itself(tmp_path: Path) -> None:
-    save_model(sparse(), tmp_path / "model.safetensors")
+    save_model(sparse().state_dict(), tmp_path / "model.safetensors")
     plain = toys.mlp(5)
     itop_prune.load(plain, tmp_path / "model.safetensors")
     assert same(plain, sparse())
@@ -140,7 +140,7 @@ def test_a_new_run_has_none(checkpoints: Checkpoints) -> None:
 
 def test_the_last_few_are_kept(checkpoints: Checkpoints) -> None:
     for step in (5, 10, 15, 20):
-        checkpoints.save(step, {"model": sparse()}, {"step": step})
+        checkpoints.save(step, {"model": sparse().state_dict()}, {"step": step})
     assert [path.name for path in checkpoints.all()] == ["step-000000015", "step-000000020"]
     assert names(checkpoints.folder) == ["step-000000015", "step-000000020"]
 
@@ -148,23 +148,23 @@ def test_the_last_few_are_kept(checkpoints: Checkpoints) -> None:
 def test_the_last_is_the_one_of_the_most_steps_and_not_the_first_in_the_alphabet(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (9, 10, 100):
-        checkpoints.save(step, {"model": sparse()}, {"step": step})
+        checkpoints.save(step, {"model": sparse().state_dict()}, {"step": step})
     last = checkpoints.last()
     assert last is not None
     assert load(last, {})["step"] == 100
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(checkpoints: Checkpoints) -> None:
-    checkpoints.save(5, {"model": sparse()}, {"try": 1})
-    folder = checkpoints.save(5, {"model": sparse()}, {"try": 2})
+    checkpoints.save(5, {"model": sparse().state_dict()}, {"try": 1})
+    folder = checkpoints.save(5, {"model": sparse().state_dict()}, {"try": 2})
     assert load(folder, {}) == {"try": 2}
     assert checkpoints.all() == [folder]
 
 
 def test_the_best_is_kept_beside_the_last_few(checkpoints: Checkpoints) -> None:
-    checkpoints.save(1, {"model": sparse(1)}, {"step": 1}, best=True)
+    checkpoints.save(1, {"model": sparse(1).state_dict()}, {"step": 1}, best=True)
     for step in (2, 3, 4):
-        checkpoints.save(step, {"model": sparse()}, {"step": step})
+        checkpoints.save(step, {"model": sparse().state_dict()}, {"step": step})
     model = sparse()
     assert load(checkpoints.folder / "best", {"model": model}) == {"step": 1}
     assert same(model, sparse(1))
@@ -173,7 +173,7 @@ def test_the_best_is_kept_beside_the_last_few(checkpoints: Checkpoints) -> None:
 
 def test_a_better_one_takes_the_place_of_the_best(checkpoints: Checkpoints) -> None:
     for step, best in ((1, True), (2, False), (3, True), (4, False)):
-        checkpoints.save(step, {"model": sparse()}, {"step": step}, best=best)
+        checkpoints.save(step, {"model": sparse().state_dict()}, {"step": step}, best=best)
     assert load(checkpoints.folder / "best", {}) == {"step": 3}
 
 
@@ -217,11 +217,11 @@ FAILURES = [fail_in_torch_save, fail_in_fsync, fail_in_safetensors, fail_in_mkdi
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole_and_says_so(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, fail: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    before = checkpoints.save(5, {"model": sparse(0)}, {"step": 5})
+    before = checkpoints.save(5, {"model": sparse(0).state_dict()}, {"step": 5})
     with monkeypatch.context() as patch:
         fail(patch)
         with pytest.raises(CheckpointError) as caught:
-            checkpoints.save(10, {"model": sparse(1)}, {"step": 10})
+            checkpoints.save(10, {"model": sparse(1).state_dict()}, {"step": 10})
     message = str(caught.value)
     assert message.startswith(f"{checkpoints.folder / 'step-000000010'} could not be written: ")
     assert "No space left on device" in message
@@ -235,11 +235,11 @@ def test_a_full_disk_leaves_the_checkpoint_before_it_whole_and_says_so(
 def test_nothing_half_written_has_a_final_name(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, fail: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    checkpoints.save(5, {"model": sparse()}, {"step": 5}, best=True)
+    checkpoints.save(5, {"model": sparse().state_dict()}, {"step": 5}, best=True)
     with monkeypatch.context() as patch:
         fail(patch)
         with pytest.raises(CheckpointError):
-            checkpoints.save(10, {"model": sparse()}, {"step": 10}, best=True)
+            checkpoints.save(10, {"model": sparse().state_dict()}, {"step": 10}, best=True)
     assert names(checkpoints.folder) == ["best", "step-000000005"]
     assert load(checkpoints.folder / "best", {}) == {"step": 5}
 
@@ -249,7 +249,7 @@ def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_none(
 ) -> None:
     fail_in_torch_save(monkeypatch)
     with pytest.raises(CheckpointError, match="there is none before it"):
-        checkpoints.save(10, {"model": sparse()}, {})
+        checkpoints.save(10, {"model": sparse().state_dict()}, {})
     assert checkpoints.last() is None
 
 
@@ -257,8 +257,8 @@ def test_saving_goes_on_once_there_is_space_again(checkpoints: Checkpoints, monk
     with monkeypatch.context() as patch:
         fail_in_torch_save(patch)
         with pytest.raises(CheckpointError):
-            checkpoints.save(5, {"model": sparse()}, {})
-    assert load(checkpoints.save(6, {"model": sparse()}, {"step": 6}), {}) == {"step": 6}
+            checkpoints.save(5, {"model": sparse().state_dict()}, {})
+    assert load(checkpoints.save(6, {"model": sparse().state_dict()}, {"step": 6}), {}) == {"step": 6}
 
 
 class Killed(BaseException):
@@ -275,9 +275,9 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_not_in_the_way(
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", kill)
         with pytest.raises(Killed):
-            checkpoints.save(5, {"model": sparse()}, {})
+            checkpoints.save(5, {"model": sparse().state_dict()}, {})
     assert checkpoints.all() == []
-    folder = checkpoints.save(6, {"model": sparse()}, {"step": 6})
+    folder = checkpoints.save(6, {"model": sparse().state_dict()}, {"step": 6})
     assert load(folder, {}) == {"step": 6}
     assert names(checkpoints.folder) == [folder.name]
 
@@ -292,7 +292,7 @@ def test_a_pickle_in_a_checkpoint_is_not_executed(checkpoints: Checkpoints, tmp_
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(trace),)
 
-    folder = checkpoints.save(5, {"model": sparse()}, {})
+    folder = checkpoints.save(5, {"model": sparse().state_dict()}, {})
     for write in (lambda: torch.save(Evil(), folder / "state.pt"), lambda: dump(Evil(), folder / "state.pt")):
         write()
         with pytest.raises(CheckpointError, match=r"state\.pt can't be read"):
@@ -316,7 +316,7 @@ def folder_of_torch(value: object, folder: Path) -> Path:
 def test_a_damaged_part_is_an_error_that_names_it_and_the_way_out(
     checkpoints: Checkpoints, part: str, how: str
 ) -> None:
-    folder = checkpoints.save(5, {"model": sparse()}, STATE)
+    folder = checkpoints.save(5, {"model": sparse().state_dict()}, STATE)
     path = folder / part
     whole = path.read_bytes()
     path.unlink()
@@ -329,14 +329,14 @@ def test_a_damaged_part_is_an_error_that_names_it_and_the_way_out(
 
 
 def test_a_checkpoint_of_another_model_is_an_error_that_names_the_file(checkpoints: Checkpoints) -> None:
-    folder = checkpoints.save(5, {"model": toys.convnet()}, {})
+    folder = checkpoints.save(5, {"model": toys.convnet().state_dict()}, {})
     with pytest.raises(CheckpointError, match=r"model\.safetensors can't be read"):
         load(folder, {"model": sparse()})
 
 
 def test_a_checkpoint_that_was_removed_gives_way_to_the_one_before(checkpoints: Checkpoints) -> None:
-    before = checkpoints.save(5, {"model": sparse()}, {"step": 5})
-    shutil.rmtree(checkpoints.save(6, {"model": sparse()}, {"step": 6}))
+    before = checkpoints.save(5, {"model": sparse().state_dict()}, {"step": 5})
+    shutil.rmtree(checkpoints.save(6, {"model": sparse().state_dict()}, {"step": 6}))
     assert checkpoints.last() == before
 
 
@@ -351,7 +351,7 @@ def test_the_best_is_in_place_before_the_checkpoint_that_knows_of_it(
         replace(source, target)
 
     monkeypatch.setattr(checkpoint, "replace_folder", replace_folder)
-    checkpoints.save(5, {"model": sparse()}, {}, best=True)
+    checkpoints.save(5, {"model": sparse().state_dict()}, {}, best=True)
     assert placed == ["best", "step-000000005"]
     assert damage(checkpoints.folder / "best") == damage(checkpoints.folder / "step-000000005") == ""
 
@@ -363,7 +363,7 @@ def test_a_disk_without_second_names_for_files_gets_a_copy(
         raise OSError("no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    checkpoints.save(5, {"model": sparse()}, {}, best=True)
+    checkpoints.save(5, {"model": sparse().state_dict()}, {}, best=True)
     assert damage(checkpoints.folder / "best") == ""
 
 
@@ -371,13 +371,13 @@ def test_a_folder_that_is_removed_never_keeps_its_name_in_part(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
-        checkpoints.save(step, {"model": sparse()}, {})
+        checkpoints.save(step, {"model": sparse().state_dict()}, {})
     monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)  # killed before anything is gone
     checkpoint.remove_folder(checkpoints.all()[0])
     assert [damage(folder) for folder in checkpoints.all()] == [""]
 
 
 def test_the_last_before_a_step_is_found(checkpoints: Checkpoints) -> None:
-    folders = [checkpoints.save(step, {"model": sparse()}, {}) for step in (3, 8)]
+    folders = [checkpoints.save(step, {"model": sparse().state_dict()}, {}) for step in (3, 8)]
     found = [checkpoints.last_before(step) for step in (2, 3, 7, 8, 99)]
     assert found == [None, folders[0], folders[0], folders[1], folders[1]]

@@ -1069,3 +1069,13 @@ def test_a_parameter_that_something_flattened_is_refused() -> None:
         ValueError, match=r"0.weight has the shape \(12,\), its mask \(3, 4\): FSDP1 and ZeRO-3 flatten"
     ):
         itop_prune.MaskScheduler(masks, torch.optim.SGD(model.parameters()), total_steps=4, every=1)
+
+
+def test_a_parameter_that_lies_elsewhere_than_its_mask_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    masks = itop_prune.apply(model, 0.5)
+    model[0].weight_orig = nn.Parameter(model[0].weight_orig.detach().to("meta"))
+    with pytest.raises(
+        ValueError, match=r"0.weight is on meta, its mask on cpu; .* leave out FSDP2's CPUOffloadPolicy"
+    ):
+        itop_prune.MaskScheduler(masks, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=4, every=1)

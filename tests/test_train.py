@@ -14,7 +14,6 @@ import pytest
 import runs
 import torch
 import train
-from accelerate import Accelerator, DistributedType
 from build import build_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -380,11 +379,3 @@ def test_a_run_over_a_folder_with_workers_stopped_in_an_epoch_and_resumed_is_the
     assert metrics(tmp_path, "stopped", timeless=True) == metrics(tmp_path, "whole", timeless=True)
     resumed, whole = weights(tmp_path, "stopped"), weights(tmp_path, "whole")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_what_shards_the_model_is_refused_at_start(tmp_path, capsys, monkeypatch, kind):
-    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType[kind]))
-    assert run(tmp_path) == 1
-    assert f"error: accelerator: {kind} shards the model" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()

@@ -12,10 +12,11 @@ import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from data import Data, open_data
 from runs import RunError
+from sharded import check
 from source import seed_everything
 from torch import Tensor, nn
 
@@ -77,12 +78,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         accelerator = Accelerator(**{"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})})
     except ValueError as error:
         raise RunError(f"accelerator: {error}") from None
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise RunError(
-            f"accelerator: {kind.value} shards the model, and this runner writes checkpoints of whole ones; launch it "
-            "without, data-parallel, or train in a loop of your own: the library works with fully_shard"
-        )
+    check(recipe, accelerator)
     return accelerator
 
 

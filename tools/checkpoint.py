@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from sharded import load_model_state
+from torch import Tensor, nn
 
+State = dict[str, Tensor]
 CHECKSUMS = "checksums.json"
 
 
@@ -31,8 +33,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
-    def save(self, step: int, models: dict[str, nn.Module], state: dict[str, Any], best: bool = False) -> Path:
-        """Write a checkpoint into a new folder, rename it into place, and drop the oldest.
+    def save(self, step: int, models: dict[str, State], state: dict[str, Any], best: bool = False) -> Path:
+        """Write state dicts of models, and the rest, into a new folder, rename it into place, and drop the oldest.
 
         Raises:
             CheckpointError: Writing failed, on a full disk for one; the checkpoints before it stay whole.
@@ -42,8 +44,8 @@ class Checkpoints:
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            for name, model in models.items():
-                save_model(model, unfinished / f"{name}.safetensors")
+            for name, tensors in models.items():
+                save_model(tensors, unfinished / f"{name}.safetensors")
             torch.save(state, unfinished / "state.pt")
             sums = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
             (unfinished / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
@@ -114,11 +116,11 @@ def damage(folder: Path) -> str:
         return f"{folder / CHECKSUMS} can't be read: {error}"
 
 
-def save_model(model: nn.Module, path: Path) -> None:
+def save_model(state: State, path: Path) -> None:
     """Write a state dict as safetensors."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: State = {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         shared = tensor.data_ptr() in seen  # a module under two names: safetensors refuses shared memory
         tensors[name] = tensor.clone() if shared else tensor.contiguous()
         seen.add(tensor.data_ptr())
@@ -171,5 +173,5 @@ def load(folder: Path, models: dict[str, nn.Module]) -> dict[str, Any]:
 
     state = read("state.pt", lambda path: torch.load(path, map_location="cpu", weights_only=True))
     for name, model in models.items():
-        read(f"{name}.safetensors", lambda path: model.load_state_dict(load_file(path)))  # noqa: B023  (called at once)
+        read(f"{name}.safetensors", lambda path: load_model_state(model, load_file(path)))  # noqa: B023  (called at once)
     return state

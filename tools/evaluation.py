@@ -1,5 +1,6 @@
 """How well a model does: on a split while it trains, and saved weights on the test set."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -25,11 +26,17 @@ def evaluate(model: nn.Module, accelerator: Accelerator, data: Data, source: Sou
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     training = model.training
     model.eval()
-    for x, y in data.evaluation(source, rank=accelerator.process_index, ranks=accelerator.num_processes):
+    batches = data.evaluation(source, rank=accelerator.process_index, ranks=accelerator.num_processes)
+    of_the_first_rank = math.ceil(math.ceil(len(source) / accelerator.num_processes) / data.eval_batch_size)
+    for _ in range(of_the_first_rank):
+        batch = next(batches, None)
+        x = batch[0] if batch else torch.zeros(1, *data.shape, device=accelerator.device)
         with accelerator.autocast():
-            logits = model(x).float()
-        loss = nn.functional.cross_entropy(logits, y, reduction="sum")
-        sums += torch.stack([loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=y.device)])
+            logits = model(x).float()  # without a batch too: the ranks gather sharded weights together
+        if batch:
+            y = batch[1]
+            loss = nn.functional.cross_entropy(logits, y, reduction="sum")
+            sums += torch.stack([loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=y.device)])
     model.train(training)
     loss_sum, correct, images = accelerator.reduce(sums).tolist()
     return {f"{split}_loss": loss_sum / images, f"{split}_top1": 100.0 * correct / images}

@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 from build import Run
 from checkpoint import CheckpointError, Checkpoints, load
 from runs import RunError
+from sharded import load_optimizer_state, model_state, optimizer_state
 from torch import Tensor
 
 
@@ -19,16 +20,19 @@ def save(
     """Write a checkpoint of all that `restore` puts back; return its folder on the main process."""
     run.progress.loss_sums = accelerator.gather(loss_sum.view(1)).tolist()
     saved = failed = None
-    if accelerator.is_main_process:
+    is_main = accelerator.is_main_process
+    models = {name: model_state(model, keep=is_main) for name, model in run.models.items()}
+    optimizer = optimizer_state(run.optimizer, keep=is_main)
+    if is_main:
         state = {
             "progress": asdict(run.progress),
             "images_per_step": images,
-            "optimizer": run.optimizer.state_dict(),
+            "optimizer": optimizer,
             "regrow": run.regrow.state_dict() if run.regrow else None,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         }
         try:
-            saved = checkpoints.save(run.progress.step, run.models, state, best)
+            saved = checkpoints.save(run.progress.step, models, state, best)
         except CheckpointError as error:
             failed = error
     if accelerator.reduce(torch.tensor(int(failed is not None), device=accelerator.device)):
@@ -55,7 +59,7 @@ def restore(run: Run, accelerator: Accelerator, checkpoints: Checkpoints, loss_s
             f"{folder} trained on {state['images_per_step']} images a step, this would on {images}: data.batch_size x "
             "processes x accelerator.gradient_accumulation_steps; change them so that the product is the same"
         )
-    run.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer_state(run.optimizer, state["optimizer"])
     if run.regrow:
         run.regrow.load_state_dict(state["regrow"])
     if accelerator.scaler and state["scaler"]:

@@ -30,6 +30,7 @@ from evaluation import evaluate, evaluate_only
 from plan import dry_run
 from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
 from safetensors import SafetensorError
+from sharded import model_state
 from source import DataError, seed_everything
 from state import restore, save, stop_if_bad
 
@@ -158,9 +159,10 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                 save(run, accelerator, checkpoints, loss_sum, images_per_step, best)
         tested = evaluate(run.averaged, accelerator, data, data.test, "test")
 
+    weights = model_state(run.averaged, keep=is_main)
     if is_main:
         metrics.append({"epoch": progress.epoch, "step": progress.step, **tested})
-        save_model(run.averaged, folder / "model.safetensors")
+        save_model(weights, folder / "model.safetensors")
     display.table(itop_prune.summarize(run.bare, run.regrow.explored if run.regrow else None))
     display.finish({**tested, **sparse_numbers(run)}, progress.seconds)
     return 0
