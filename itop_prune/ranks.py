@@ -10,6 +10,10 @@ from torch import Tensor, distributed, nn
 from itop_prune.sharding import is_sharded, local, whole
 
 
+class RanksDiffer(RuntimeError):
+    """Ranks hold different numbers; the message names them and is the same on all ranks."""
+
+
 @dataclass(frozen=True)
 class State:
     """What one look at the device and all ranks found."""
@@ -72,7 +76,7 @@ def check_equal_masks(masks: Mapping[str, Tensor]) -> None:
     """Compare the masks over the ranks before they are trained.
 
     Raises:
-        RuntimeError: Some differ, with their names and what to do.
+        RanksDiffer: Some differ, with their names and what to do.
     """
     check_equal(
         {f"mask of {name}": mask for name, mask in masks.items()},
@@ -84,7 +88,7 @@ def check_equal(tensors: Mapping[str, Tensor], advice: str) -> None:
     """Compare a checksum of every tensor over the ranks; of one that is sharded each holds its own part.
 
     Raises:
-        RuntimeError: Some differ, with their names and the advice.
+        RanksDiffer: Some differ, with their names and the advice.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
     if world_size() == 1 or not tensors:
@@ -97,7 +101,7 @@ def check_equal(tensors: Mapping[str, Tensor], advice: str) -> None:
     distributed.all_reduce(highest, distributed.ReduceOp.MAX)
     equal = (lowest == highest).tolist()
     if differing := [name for name, same in zip(tensors, equal, strict=True) if not same]:
-        raise RuntimeError(
+        raise RanksDiffer(
             f"ranks hold different {', '.join(differing[:5])}{' and others' if differing[5:] else ''}; {advice}"
         )
 

@@ -177,6 +177,12 @@ def test_the_held_out_images_are_not_trained_on(drawn: Path) -> None:
 # Bad input
 
 
+def test_a_rank_for_which_no_image_is_left_has_no_batch(drawn: Path) -> None:
+    data = open_folder(drawn)
+    shares = [list(data.evaluation(data.test, rank=rank, ranks=2 * EACH + 1)) for rank in range(2 * EACH + 1)]
+    assert [len(share) for share in shares] == [1] * (2 * EACH) + [0]
+
+
 def corrupt(path: Path, how: str) -> None:
     whole = path.read_bytes()
     damaged = {"text": b"not an image", "empty": b"", "truncated": whole[: len(whole) // 2], "flipped": b""}

@@ -1,81 +1,40 @@
 """Kills, signals, ranks that die, damage: a good checkpoint is left, and a resumed run is the one nobody stopped."""
 
-import json
+import itertools
 import os
 import pickle
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
+import survive
 import torch
 import train
 from checkpoint import Checkpoints, damage
-from safetensors.torch import load_file
-from torch import distributed
-
-ROOT = Path(__file__).parent.parent
-QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
-SETTINGS = ("checkpoint={every: 1, keep: 3}", "regrow={every: 7, grow: gradient}", "ema={decay: 0.9}")
-PATIENCE = 180.0
-
-gloo = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no gloo"
+from processes import (
+    PATIENCE,
+    QUICKSTART,
+    ROOT,
+    SETTINGS,
+    assert_same_end,
+    changed_runner,
+    finished,
+    gloo,
+    metrics,
+    of_photos,
+    on_ranks,
+    photos,
+    start,
+    wait_for,
+    whole_checkpoints,
 )
-
-
-def start(command: Sequence[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, *command], env=environment, cwd=ROOT, text=True, **pipes)
-
-
-def on_ranks(
-    *arguments: str, launcher: Sequence[str] = ("--standalone", "--nproc_per_node", "2")
-) -> subprocess.Popen[str]:
-    """The runner under torchrun; SIGTERM to what comes back is SIGTERM to all ranks."""
-    return start(["-m", "torch.distributed.run", *launcher, "tools/train.py", QUICKSTART, *SETTINGS, *arguments])
-
-
-def finished(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, output
-    return output
-
-
-def wait_for(folder: Path, process: subprocess.Popen[str], lines: int = 1) -> None:
-    """Wait until a run has written so many lines of metrics."""
-    deadline, path = time.monotonic() + PATIENCE, folder / "metrics.jsonl"
-    while not path.exists() or len(path.read_text().splitlines()) < lines:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("seconds", "images_per_second")} for line in lines
-    ]
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    assert metrics(one) == metrics(other)
-    weights, others = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
-
-
-def whole_checkpoints(folder: Path) -> list[Path]:
-    found = Checkpoints(folder / "checkpoints", 3).all()
-    assert [damage(checkpoint) for checkpoint in found if damage(checkpoint)] == []
-    return found
-
+from runs import Metrics
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
@@ -95,7 +54,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, stopped by SIGTERM in the middle."""
     folder = tmp_path_factory.mktemp("two") / "stopped"
     process = on_ranks(*TWO, "--out", str(folder))
-    wait_for(folder, process)
+    wait_for(folder / "metrics.jsonl", process, lines=1)
     process.terminate()
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
@@ -138,7 +97,7 @@ def test_another_number_of_images_a_step_is_refused_with_both(
 def test_a_rank_that_dies_ends_the_run_and_leaves_its_checkpoints_whole(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = on_ranks("epochs=400", "data.batch_size=16", "--out", str(folder))
-    wait_for(folder, process, lines=2)
+    wait_for(folder / "metrics.jsonl", process, lines=2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
         process.terminate()
@@ -165,13 +124,119 @@ def test_two_launchers_as_on_two_machines_train_as_two_ranks_of_one(two: Path, t
     assert_same_end(two, tmp_path / "run")
 
 
+@gloo
+def test_two_ranks_with_mixup_augmentation_and_workers_stopped_in_an_epoch_go_on_as_if_never_stopped(
+    tmp_path: Path,
+) -> None:
+    settings = (
+        *of_photos(photos(tmp_path / "photos")),
+        "mixup={mixup_alpha: 0.3}",
+        "accelerator={gradient_accumulation_steps: 2}",
+        "regrow={every: 2, grow: gradient}",
+        "epochs=3",
+    )
+    finished(on_ranks(*settings, "--out", str(tmp_path / "whole")))
+    stop = "import itertools\nasked = itertools.count(1)\ntrain.StopRequest.wanted = lambda self: next(asked) == 5"
+    runner = changed_runner(tmp_path / "stopping.py", stop)
+    process = on_ranks(*settings, "--out", str(tmp_path / "stopped"), runner=runner)
+    assert "stopped at step 5; the same command with --resume" in process.communicate(timeout=PATIENCE)[0]
+    assert [line["step"] for line in metrics(tmp_path / "stopped")] == [3]
+    finished(on_ranks(*settings, "--out", str(tmp_path / "stopped"), "--resume"))
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+
+
+# --- evaluations -----------------------------------------------------------------------------------------------------
+
+SLOW = """
+import pathlib, time
+from data import Data
+plain = Data.evaluation
+def evaluation(self, source, **ranks):
+    pathlib.Path({marker!r}).touch()
+    for batch in plain(self, source, **ranks):
+        time.sleep(0.1)
+        yield batch
+Data.evaluation = evaluation
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=gloo)])
+def test_sigterm_in_an_evaluation_stops_it_and_the_resumed_run_does_it_again(tmp_path: Path, ranks: int) -> None:
+    """An odd number of images: the first rank has a batch more than the second."""
+    settings = ("epochs=2", "data.batch_size=16", "data.validation=101", "data.eval_batch_size=1")
+
+    def run(out: str, *more: str, runner: str = "tools/train.py") -> subprocess.Popen[str]:
+        arguments = [*settings, "--out", str(tmp_path / out), *more]
+        return start([runner, QUICKSTART, *SETTINGS, *arguments]) if ranks == 1 else on_ranks(*arguments, runner=runner)
+
+    finished(run("whole"))
+    marker = tmp_path / "evaluating"
+    process = run("stopped", runner=changed_runner(tmp_path / "slow.py", SLOW.format(marker=str(marker))))
+    wait_for(marker, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert "the same command with --resume goes on from" in output
+    assert not (tmp_path / "stopped" / "metrics.jsonl").exists()
+    finished(run("stopped", "--resume"))
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(("asked", "lines"), [(39, 0), (78, 1), (79, 2)], ids=["first", "second", "test set"])
+@pytest.mark.parametrize("schedule", [(), ("lr_schedule={sched: cosine, step_on_epochs: false}",)], ids=["", "cosine"])
+def test_a_run_stopped_in_any_evaluation_and_resumed_is_the_one_that_never_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int, lines: int, schedule: tuple[str, ...]
+) -> None:
+    """Of 38 steps and one batch of validation, each asks once."""
+
+    def run(out: str, *more: str) -> int:
+        return train.main([QUICKSTART, *SETTINGS, *schedule, "epochs=2", "--out", str(tmp_path / out), *more])
+
+    assert run("whole") == 0
+    with monkeypatch.context() as patch:
+        count = itertools.count(1)
+        patch.setattr(runs.StopRequest, "wanted", lambda self: next(count) == asked)
+        assert run("stopped") == 130
+    assert len(metrics(tmp_path / "stopped")) == lines if lines else not (tmp_path / "stopped/metrics.jsonl").exists()
+    assert run("stopped", "--resume") == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+    speeds = [line["images_per_second"] for line in Metrics(tmp_path / "stopped").read()[:-1]]
+    assert all(0 < speed < 1e7 for speed in speeds)
+
+
+def test_a_line_written_after_a_stop_in_its_evaluation_and_before_a_kill_is_not_doubled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    count = itertools.count(1)
+    monkeypatch.setattr(runs.StopRequest, "wanted", lambda self: next(count) == 39)
+    arguments = [QUICKSTART, *SETTINGS, "epochs=2", "--out", str(folder)]
+    assert train.main(arguments) == 130
+    Metrics(folder).append({"epoch": 1, "step": 38})
+    assert train.main([*arguments, "--resume"]) == 0
+    assert [line["epoch"] for line in metrics(folder)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("stop_at", [3, 21])
+def test_a_step_wise_learning_rate_in_the_metrics_does_not_tell_of_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    settings = [QUICKSTART, *SETTINGS, "epochs=1", "lr_schedule={sched: cosine, step_on_epochs: false}", "--out"]
+    assert train.main([*settings, str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        count = itertools.count(1)
+        patch.setattr(runs.StopRequest, "wanted", lambda self: next(count) == stop_at)
+        assert train.main([*settings, str(tmp_path / "stopped")]) == 130
+    assert train.main([*settings, str(tmp_path / "stopped"), "--resume"]) == 0
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+
+
 # --- one process -----------------------------------------------------------------------------------------------------
 
 
 def test_sigterm_leaves_a_checkpoint_of_the_step(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(["tools/train.py", QUICKSTART, *SETTINGS, "epochs=400", "--out", str(folder)])
-    wait_for(folder, process)
+    wait_for(folder / "metrics.jsonl", process, lines=1)
     process.terminate()
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
@@ -185,12 +250,30 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_one_left_alone() -> No
     assert "each ended with the weights and metrics of the run left alone" in output
 
 
-@pytest.mark.parametrize("kills", ["0", "-3"])
-def test_no_kills_are_an_error(kills: str) -> None:
-    process = start(["tools/survive.py", "--kills", kills])
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2
-    assert f"--kills is {kills}; allowed is from 1" in output
+@gloo
+def test_two_ranks_that_are_killed_again_and_again_end_as_those_left_alone() -> None:
+    output = finished(start(["tools/survive.py", "--kills", "3", "--ranks", "2"]))
+    assert "3 kills in" in output
+    assert "each ended with the weights and metrics of the run left alone" in output
+
+
+@pytest.mark.parametrize("what", ["--kills", "--ranks"])
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_no_kills_and_no_ranks_are_an_error(capsys: pytest.CaptureFixture[str], what: str, number: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        survive.main([what, number])
+    assert f"{what} is {number}; allowed is from 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("checkpoint", ["best", "step-000000038"])
+def test_any_damaged_checkpoint_after_a_kill_is_a_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: str
+) -> None:
+    assert run(tmp_path, "epochs=1") == 0
+    part = tmp_path / "checkpoints" / checkpoint / "state.pt"
+    assert [damage(folder) for folder in survive.checkpoints(tmp_path)] == ["", ""]
+    flip(part)
+    assert f"{part} is damaged" in [damage(folder) for folder in survive.checkpoints(tmp_path)]
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 This file is also the script that the ranks run: several runs one after another, for starting them takes longest.
 """
 
-import itertools
 import json
 import os
 import subprocess
@@ -62,7 +61,6 @@ def work(folder: str, jobs: list[Job]) -> None:
     """What every rank does."""
     for is_shard, name, stop_at, resume in jobs:
         built: list[build.Run] = []
-        steps = itertools.count(1)
 
         def make_accelerator(recipe: Any, is_shard: bool = is_shard) -> Accelerator:
             accelerator = build.make_accelerator(recipe)
@@ -77,8 +75,8 @@ def work(folder: str, jobs: list[Job]) -> None:
                 sharded.check(recipe, accelerator)
             return accelerator
 
-        def wanted(self: Any, stop_at: int = stop_at, steps: Iterator[int] = steps) -> bool:
-            return next(steps) == stop_at
+        def wanted(self: Any, stop_at: int = stop_at, built: list[build.Run] = built) -> bool:
+            return built[0].progress.step == stop_at
 
         def built_run(*arguments: Any, built: list[build.Run] = built) -> build.Run:
             built.append(build.build(*arguments))

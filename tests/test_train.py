@@ -294,7 +294,7 @@ def test_init_starts_from_a_dense_checkpoint_and_magnitude_masks_it(tmp_path):
 
 
 def test_two_processes_train_like_one_and_write_one_run(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29531"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "tools" / "train.py"), QUICKSTART, "epochs=2", "data.batch_size=16", RIGL]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -307,6 +307,24 @@ def test_two_processes_train_like_one_and_write_one_run(tmp_path):
     assert [line["step"] for line in one] == [line["step"] for line in two]
     assert one[0]["train_loss"] == pytest.approx(two[0]["train_loss"], rel=1e-4)
     assert one[0]["exploration_rate"] == pytest.approx(two[0]["exploration_rate"], rel=0.02)
+
+
+def test_accelerate_launches_the_quickstart(tmp_path):
+    arguments = ["launch", "tools/train.py", "recipes/quickstart.yaml", "epochs=1", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert run(tmp_path, "epochs=1", "checkpoint={every: 10}", out="direct") == 0
+    assert metrics(tmp_path, timeless=True) == metrics(tmp_path, "direct", timeless=True)
+    launched, direct = weights(tmp_path), weights(tmp_path, "direct")
+    assert all(torch.equal(launched[name], direct[name]) for name in direct)
 
 
 @pytest.mark.filterwarnings("ignore:the dense gradient of")  # timm's ResNets begin with scales of 0

@@ -38,6 +38,9 @@ class Progress:
     loss_sums: list[float] = field(default_factory=list)
     """Of the images of this epoch so far, by rank."""
     seconds: float = 0.0
+    """Of training, in the epochs finished."""
+    epoch_seconds: float = 0.0
+    """The same of this epoch so far."""
     best: float = -1.0
     """Highest val_top1 so far."""
 

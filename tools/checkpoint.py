@@ -117,7 +117,7 @@ def damage(folder: Path) -> str:
 
 
 def save_model(state: State, path: Path) -> None:
-    """Write a state dict as safetensors."""
+    """Write a state dict as safetensors, all of it or nothing."""
     tensors: State = {}
     seen: set[int] = set()
     for name, tensor in state.items():
@@ -125,8 +125,24 @@ def save_model(state: State, path: Path) -> None:
         tensors[name] = tensor.clone() if shared else tensor.contiguous()
         seen.add(tensor.data_ptr())
     unfinished = path.with_name(f"{path.name}.unfinished")
-    save_file(tensors, unfinished)
-    unfinished.replace(path)
+    try:
+        save_file(tensors, unfinished)
+        unfinished.replace(path)
+    except (OSError, SafetensorError):
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def save_result(state: State, path: Path) -> None:
+    """Write the weights that a run ends with.
+
+    Raises:
+        CheckpointError: They can't be written, on a full disk for one.
+    """
+    try:
+        save_model(state, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be written: {error}; once it can be, go on with --resume") from None
 
 
 def replace_folder(source: Path, target: Path) -> None:
@@ -135,17 +151,23 @@ def replace_folder(source: Path, target: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    remove_folder(target)
+    removed = set_aside(target)
     source.rename(target)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder if it is there, so that a part of it never has its name."""
+    shutil.rmtree(set_aside(folder), ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a folder, if it is there, a name under which nobody looks for it; return that name."""
+    removed = folder.with_name(f".removed-{folder.name}")
+    shutil.rmtree(removed, ignore_errors=True)
     if folder.exists():
-        removed = folder.with_name(f".removed-{folder.name}")
-        shutil.rmtree(removed, ignore_errors=True)
         folder.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
+    return removed
 
 
 def link(source: str, target: str) -> None:

@@ -46,7 +46,8 @@ class Data:
 
     def evaluation(self, source: Source, *, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Yield this rank's share of a split, each image once over all ranks."""
-        return source.load(torch.arange(len(source))[rank::ranks].split(self.eval_batch_size), None)
+        share = torch.arange(len(source))[rank::ranks]
+        return source.load(share.split(self.eval_batch_size) if len(share) else (), None)
 
 
 def augmentation_of(section: Mapping[str, Any]) -> Callable[..., Any]:

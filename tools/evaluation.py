@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from build import build_model
 from data import Data
-from runs import RunError
+from runs import RunError, StopRequest
 from source import Source
 from torch import nn
 
@@ -17,18 +17,23 @@ from itop_prune.storage import read_state
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, accelerator: Accelerator, data: Data, source: Source, split: str) -> dict[str, float]:
-    """Return loss and top-1 accuracy in percent over a split, every image once over all ranks."""
-    if accelerator.num_processes > 1:  # batch statistics are the first rank's, as in every forward of DDP
+def evaluate(
+    model: nn.Module, accelerator: Accelerator, data: Data, source: Source, split: str, stop: StopRequest
+) -> dict[str, float] | None:
+    """Return loss and top-1 accuracy in percent over a split, every image once over all ranks; None where stopped."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    if ranks > 1:  # batch statistics are the first rank's, as in every forward of DDP
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 torch.distributed.broadcast(buffer, 0)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    training = model.training
+    training, stopped = model.training, False
     model.eval()
-    batches = data.evaluation(source, rank=accelerator.process_index, ranks=accelerator.num_processes)
-    of_the_first_rank = math.ceil(math.ceil(len(source) / accelerator.num_processes) / data.eval_batch_size)
-    for _ in range(of_the_first_rank):
+    batches = data.evaluation(source, rank=rank, ranks=ranks)
+    of_the_first_rank = math.ceil(math.ceil(len(source) / ranks) / data.eval_batch_size)
+    for _ in range(of_the_first_rank):  # which has most: ranks with fewer do as many forwards, and ask as often
+        if stopped := stop.wanted():
+            break
         batch = next(batches, None)
         x = batch[0] if batch else torch.zeros(1, *data.shape, device=accelerator.device)
         with accelerator.autocast():
@@ -38,12 +43,14 @@ def evaluate(model: nn.Module, accelerator: Accelerator, data: Data, source: Sou
             loss = nn.functional.cross_entropy(logits, y, reduction="sum")
             sums += torch.stack([loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=y.device)])
     model.train(training)
+    if stopped:
+        return None
     loss_sum, correct, images = accelerator.reduce(sums).tolist()
     return {f"{split}_loss": loss_sum / images, f"{split}_top1": 100.0 * correct / images}
 
 
 def evaluate_only(recipe: Recipe, accelerator: Accelerator, data: Data, path: Path) -> int:
-    """Print loss and accuracy of saved weights on the test set."""
+    """Print loss and accuracy of saved weights on the test set; return the exit status."""
     model = build_model(recipe, data, accelerator.device)
     if recipe.ema and (path / "ema.safetensors").exists():
         path = path / "ema.safetensors"  # of a checkpoint's two models the one that a run tests
@@ -54,6 +61,9 @@ def evaluate_only(recipe: Recipe, accelerator: Accelerator, data: Data, path: Pa
             model.load_state_dict(read_state(path))
     except (OSError, ValueError, RuntimeError) as error:
         raise RunError(f"{path} can't be evaluated: {error}") from None
-    result = evaluate(model, accelerator, data, data.test, "test")
+    with StopRequest(accelerator.num_processes) as stop:
+        result = evaluate(model, accelerator, data, data.test, "test", stop)
+    if result is None:
+        return 130
     accelerator.print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
     return 0

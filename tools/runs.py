@@ -1,6 +1,9 @@
 """The folder of a run: its name, its recipe, its metrics, never written over another; and the wish to stop it."""
 
+import contextlib
+import errno
 import json
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,32 +95,70 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add a line, all of it or nothing.
+
+        Raises:
+            RunError: It can't be written, on a full disk for one; the lines before it stay.
+        """
+        text = json.dumps(line).encode() + b"\n"
+        try:
+            with self.path.open("ab", buffering=0) as file:  # or closing it would try to write the rest again
+                before = file.tell()
+                try:
+                    if file.write(text) < len(text):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(file.fileno())  # before the checkpoint that counts on the line
+                except OSError:
+                    file.truncate(before)
+                    raise
+        except OSError as error:
+            raise self._not_written(error) from None
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all lines; one that was cut off while writing is left out."""
-        lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        """Return all lines before the first that is damaged, or was cut off while writing."""
+        lines: list[dict[str, Any]] = []
+        for text in self._texts():
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
+                line = json.loads(text)
+            except ValueError:
                 break
+            if not isinstance(line, dict) or not all(isinstance(line.get(key), int) for key in ("epoch", "step")):
+                break
+            lines.append(line)
         return lines
 
-    def cut(self, step: int) -> list[dict[str, Any]]:
-        """Drop the lines past a step, of which a resumed run writes its own; return those that stay."""
-        lines = [line for line in self.read() if line["step"] <= step and "test_top1" not in line]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
+    def cut(self, epoch: int) -> list[dict[str, Any]]:
+        """Drop the lines past an epoch, of which a resumed run writes its own; return those that stay.
+
+        Raises:
+            RunError: One that must stay is damaged, or the rest can't be written; the file is as it was.
+        """
+        found = self.read()
+        lines = [line for line in found if line["epoch"] <= epoch and "test_top1" not in line]
+        if len(found) < len(self._texts()) and (lines[-1]["epoch"] if lines else 0) < epoch:
+            raise RunError(
+                f"{self.path} is damaged in line {len(found) + 1}, and the run goes on after epoch {epoch}; put the "
+                "line right, or remove the file to go on without what it holds"
+            )
         unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(self.path)
+        try:
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            unfinished.replace(self.path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise self._not_written(error) from None
         return lines
+
+    def _texts(self) -> list[bytes]:
+        return self.path.read_bytes().splitlines() if self.path.exists() else []
+
+    def _not_written(self, error: OSError) -> RunError:
+        return RunError(f"{self.path} could not be written: {error}; once it can be, go on with --resume")
 
 
 class StopRequest:
-    """Turns SIGINT (Ctrl-C) and SIGTERM into a question that is asked between steps; a second Ctrl-C interrupts."""
+    """Turns SIGINT (Ctrl-C) and SIGTERM into a question that is asked between batches; a second Ctrl-C interrupts."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -140,7 +181,7 @@ class StopRequest:
             signal.signal(number, signal.default_int_handler)
 
     def wanted(self) -> bool:
-        """Return whether to stop after this step, the same on all ranks."""
+        """Return whether to stop here, the same on all ranks; all must ask as often."""
         if self._group is None:
             return self._received
         received = torch.tensor(int(self._received))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from build import Run, build, make_accelerator, open_for, steps_per_epoch
-from checkpoint import CheckpointError, Checkpoints, save_model
+from checkpoint import CheckpointError, Checkpoints, save_result
 from data import Data, augmentation_of, open_data
 from display import Display
 from evaluation import evaluate, evaluate_only
@@ -32,10 +32,10 @@ from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, 
 from safetensors import SafetensorError
 from sharded import model_state
 from source import DataError, seed_everything
-from state import restore, save, stop_if_bad
+from state import BadLosses, OtherRankFailed, on_main, restore, save
 
 import itop_prune
-from itop_prune.ranks import check_equal
+from itop_prune.ranks import RanksDiffer, check_equal
 from itop_prune.recipe import Recipe, RecipeError, read
 
 
@@ -65,41 +65,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = build(recipe, accelerator, data, steps_per_epoch(data, accelerator))
         folder = args.out or run_folder(args.recipe, args.overrides, recipe.seed)
         return train(run, recipe, accelerator, data, folder, args.resume)
-    except (RecipeError, DataError, RunError, CheckpointError, OSError, SafetensorError) as error:
+    except (RecipeError, DataError, RunError, CheckpointError, RanksDiffer, OSError, SafetensorError) as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, RecipeError):  # that one all ranks see alike
+        if rank == "0" or not isinstance(error, (RecipeError, RanksDiffer)):  # these all ranks see alike
             print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr)
-        return 1
+    except OtherRankFailed:  # which says why
+        pass
+    return 1
 
 
 def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder: Path, resume: bool) -> int:
     """Train from where the run stands to its end."""
-    is_main, rank, ranks = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    rank, ranks = accelerator.process_index, accelerator.num_processes
     micro_batches, progress = accelerator.gradient_accumulation_steps, run.progress
     checkpointing = {"every": 1, "keep": 2, **(recipe.checkpoint or {})}
     metrics, checkpoints = Metrics(folder), Checkpoints(folder / "checkpoints", checkpointing["keep"])
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     images_per_step, notes = micro_batches * data.batch_size * ranks, []
     if resume:
-        check_same_recipe(folder, recipe)
+        on_main(accelerator, lambda: check_same_recipe(folder, recipe))
         notes = restore(run, accelerator, checkpoints, loss_sum, images_per_step)
-    elif is_main:
-        start(folder, recipe)
+    else:
+        on_main(accelerator, lambda: start(folder, recipe))
     for name, model in run.models.items():
         tensors = {f"{key} of the {name}": tensor for key, tensor in model.state_dict().items()}
         check_equal(tensors, "before the first step; is the run folder on a disk that all see?")
-    display = Display(str(folder), run.epochs, run.epochs * run.steps_per_epoch, progress.step, speaks=is_main)
+    total_steps = run.epochs * run.steps_per_epoch
+    display = Display(str(folder), run.epochs, total_steps, progress.step, speaks=accelerator.is_main_process)
     for note in notes:
         display.say(note)
-    for past in metrics.cut(progress.step) if is_main and resume else ():
+    for past in (on_main(accelerator, lambda: metrics.cut(progress.epoch)) if resume else None) or ():
         display.remember(past)
-    bad_losses = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    bad_losses = BadLosses(recipe.stop_after_bad_losses, run.bare, accelerator)
+
+    def leave() -> int:
+        bad = bad_losses.spoil()
+        saved = checkpoints.last() if bad else save(run, accelerator, checkpoints, loss_sum, images_per_step)
+        origin = saved or "the beginning"
+        display.say(f"stopped at step {progress.step}; the same command with --resume goes on from {origin}")
+        return 130
 
     with display, StopRequest(ranks) as stop:
         for epoch in range(progress.epoch, run.epochs):
             first = progress.step - epoch * run.steps_per_epoch
             batches = data.epoch(epoch, start=first * micro_batches, rank=rank, ranks=ranks)
-            began, lr = time.perf_counter(), run.optimizer.param_groups[0]["lr"]
+            began = time.perf_counter()
             run.model.train()
             for step in range(first, run.steps_per_epoch):
                 moved = False
@@ -118,6 +128,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                             moved = run.regrow.step()
                         run.optimizer.zero_grad()
                     loss_sum += loss.detach() * len(x)
+                    bad_losses.see(loss)
                 progress.step += 1
                 if run.lr_schedule:
                     run.lr_schedule.step_update(progress.step)
@@ -125,47 +136,57 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                     run.ema.update(run.bare, step=progress.step)
                     for itop in itop_prune.find_masks(run.ema.module).values() if moved else ():
                         itop.zero_off_mask()  # the average remembers pruned weights, and they may grow again
-                if recipe.stop_after_bad_losses:
-                    bad_losses = torch.where(loss.detach().isfinite(), 0, bad_losses + 1)
-                    stop_if_bad(bad_losses, recipe.stop_after_bad_losses, progress.step, checkpoints, accelerator)
+                bad_losses.end_step(progress.step, checkpoints)
                 if display.is_due():
                     mean = float(loss_sum) / ((step + 1) * micro_batches * data.batch_size)
-                    shown = {"epoch": epoch + 1, "train_loss": mean, "lr": lr, **sparse_numbers(run)}
+                    shown = {"epoch": epoch + 1, "train_loss": mean, "lr": learning_rate(run), **sparse_numbers(run)}
                     display.step(progress.step, shown)
                 if stop.wanted():
-                    progress.seconds += time.perf_counter() - began
-                    saved = save(run, accelerator, checkpoints, loss_sum, images_per_step)
-                    display.say(f"stopped at step {progress.step}; the same command with --resume goes on from {saved}")
-                    return 130
+                    progress.epoch_seconds += time.perf_counter() - began
+                    return leave()
 
-            seconds = time.perf_counter() - began
-            images = run.steps_per_epoch * images_per_step
-            progress.epoch, progress.seconds = epoch + 1, progress.seconds + seconds
-            line: dict[str, Any] = {"epoch": progress.epoch, "step": progress.step}
-            line |= {"train_loss": float(accelerator.reduce(loss_sum)) / images, "lr": lr, **sparse_numbers(run)}
-            done_now = 1.0 - first / run.steps_per_epoch
-            line |= {"images_per_second": images * done_now / seconds, "seconds": progress.seconds}
+            progress.epoch_seconds += time.perf_counter() - began
+            measured: dict[str, float] | None = {}
             if data.validation:
-                line |= evaluate(run.averaged, accelerator, data, data.validation, "val")
+                measured = evaluate(run.averaged, accelerator, data, data.validation, "val", stop)
+            if measured is None:  # all steps of the epoch are done, and the resumed run begins with its evaluation
+                return leave()
+            images = run.steps_per_epoch * images_per_step
+            progress.epoch, progress.seconds = epoch + 1, progress.seconds + progress.epoch_seconds
+            line: dict[str, Any] = {"epoch": progress.epoch, "step": progress.step}
+            line |= {"train_loss": float(accelerator.reduce(loss_sum)) / images, "lr": learning_rate(run)}
+            line |= {**sparse_numbers(run), "images_per_second": images / progress.epoch_seconds}
+            line |= {"seconds": progress.seconds, **measured}
             if run.lr_schedule:
                 run.lr_schedule.step(progress.epoch)
-            best = line.get("val_top1", -1.0) > progress.best
-            progress.best = max(progress.best, line.get("val_top1", -1.0))
+            bad = bad_losses.spoil()
+            best = not bad and line.get("val_top1", -1.0) > progress.best
+            progress.best = line["val_top1"] if best else progress.best
+            progress.epoch_seconds = 0.0
             loss_sum.zero_()
-            if is_main:
-                metrics.append(line)
+            on_main(accelerator, lambda: metrics.append(line))  # noqa: B023  (called at once)
             display.epoch(line)
-            if best or progress.epoch % checkpointing["every"] == 0 or progress.epoch == run.epochs:
+            if not bad and (best or progress.epoch % checkpointing["every"] == 0 or progress.epoch == run.epochs):
                 save(run, accelerator, checkpoints, loss_sum, images_per_step, best)
-        tested = evaluate(run.averaged, accelerator, data, data.test, "test")
+        tested = evaluate(run.averaged, accelerator, data, data.test, "test", stop)
+        if tested is None:
+            return leave()
 
-    weights = model_state(run.averaged, keep=is_main)
-    if is_main:
+    weights = model_state(run.averaged, keep=accelerator.is_main_process)
+
+    def finish() -> None:
         metrics.append({"epoch": progress.epoch, "step": progress.step, **tested})
-        save_model(weights, folder / "model.safetensors")
+        save_result(weights, folder / "model.safetensors")
+
+    on_main(accelerator, finish)
     display.table(itop_prune.summarize(run.bare, run.regrow.explored if run.regrow else None))
     display.finish({**tested, **sparse_numbers(run)}, progress.seconds)
     return 0
+
+
+def learning_rate(run: Run) -> float:
+    """Return the learning rate of the next step."""
+    return float(run.optimizer.param_groups[0]["lr"])
 
 
 def sparse_numbers(run: Run) -> dict[str, float | None]:
