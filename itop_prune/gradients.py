@@ -23,7 +23,7 @@ class DenseGradients:
     def __init__(self, masks: Mapping[str, ITOP], needs: Collection[str], steps: int) -> None:
         self.wanted = "grad" in needs or "momentum" in needs
         self._masks, self._steps, self._averages_wanted = masks, steps, "momentum" in needs
-        self._listens = False
+        self.listens = False
         self._heard: dict[str, Tensor | None] = {}
         self._sums: dict[str, Tensor] = {}
         self._averages: dict[str, Tensor] = {}
@@ -38,14 +38,14 @@ class DenseGradients:
 
     def listen(self, names: Collection[str]) -> None:
         """Listen in the next step to the weights of these names, and to no others."""
-        self._listens = bool(names)
+        self.listens = bool(names)
         for name, itop in self._masks.items() if self.wanted else ():
             itop.listen() if name in names else itop.take_gradient()
 
     def collect(self, names: Collection[str]) -> dict[str, Tensor | None]:
         """Return what this rank heard in the step by name, and add it to what is kept; what is not finite is not."""
         self._heard = {name: self._masks[name].take_gradient() for name in names}
-        if self._listens and (self._averages_wanted or self._steps > 1):  # alike on all ranks, heard or not
+        if self.listens and (self._averages_wanted or self._steps > 1):  # alike on all ranks, heard or not
             for name, heard in self._heard.items():
                 self._add(name, heard)
         return self._heard

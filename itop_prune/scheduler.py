@@ -146,6 +146,11 @@ class MaskScheduler:
         progress = min(1.0, self._step / (self._stop * self._total_steps))
         return self._last_rate + (self._first_rate - self._last_rate) * self._schedule(progress)
 
+    @property
+    def listens(self) -> bool:
+        """Whether the next step computes the dense gradient of the weights, as growth by gradient asks for."""
+        return self._dense.listens
+
     def update_steps(self) -> range:
         """Return the plan: the steps, counted from 1, after which the masks move."""
         last = math.floor(self._stop * self._total_steps + 1e-9)  # 0.29 * 100 is 28.999999999999996

@@ -34,6 +34,7 @@ def test_a_line_has_mean_and_spread_over_the_finished_seeds(tmp_path, capsys):
         "R_s": "0.300",
         "survival": "",
         "sparsity": "0.9800",
+        "train FLOPs": "",
         "steps": "1,200",
     }
 
@@ -57,10 +58,10 @@ def test_a_sparsity_that_goes_a_way_is_shown_by_its_ends(tmp_path, capsys):
     metrics.path.parent.mkdir(parents=True)
     for epoch, sparsity in enumerate((0.5, 0.8, 0.95), start=1):
         line = {"epoch": epoch, "step": 600 * epoch, "sparsity": sparsity, "exploration_rate": 1.0}
-        metrics.append({**line, "survival": 0.25})
+        metrics.append({**line, "survival": 0.25, "train_flops": 0.1 * epoch})
     metrics.append({"epoch": 3, "step": 1800, "test_loss": 0.3, "test_top1": 87.0})
     compare.main([str(tmp_path / "gmp")])
-    assert table(capsys)[2][5:7] == ["0.250", "0.5000 to 0.9500"]
+    assert table(capsys)[2][5:8] == ["0.250", "0.5000 to 0.9500", "0.300"]
 
 
 @pytest.mark.parametrize("experiments", [1, 30])

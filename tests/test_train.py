@@ -23,7 +23,8 @@ import itop_prune
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 RIGL = "regrow={every: 7, grow: gradient}"
-AFTER_TRAINING = {"epoch", "step", "train_loss", "lr", "rate", "sparsity", "exploration_rate"}
+AFTER_TRAINING = {"epoch", "step", "train_loss", "lr", "rate", "sparsity", "exploration_rate", "forward_flops"}
+AFTER_TRAINING |= {"train_flops"}
 
 
 def run(tmp_path: Path, *arguments: str, out: str = "run") -> int:

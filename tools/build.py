@@ -14,6 +14,7 @@ import timm.utils
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from costs import Cost
 from data import Data, open_data
 from runs import RunError
 from sharded import check
@@ -43,6 +44,8 @@ class Progress:
     """The same of this epoch so far."""
     best: float = -1.0
     """Highest val_top1 so far."""
+    train_flops: float = 0.0
+    """Of all steps so far, in those of a dense one."""
 
 
 @dataclass
@@ -60,6 +63,8 @@ class Run:
     ema: timm.utils.ModelEmaV3 | None
     mixup: timm.data.Mixup | None
     loss: nn.Module
+    cost: Cost | None
+    """None where the model can't be run on one image, or there are no data."""
     epochs: int
     steps_per_epoch: int
     progress: Progress = field(default_factory=Progress)
@@ -118,6 +123,7 @@ def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per
     """Build everything, on the accelerator's device; a dry run may do without the data."""
     model = bare = build_model(recipe, data, accelerator.device)
     masks = place_masks(recipe, accelerator, model, data) if recipe.masks else {}
+    cost = count_cost(model, data, accelerator.device)
     ema = timm.utils.ModelEmaV3(model, **recipe.ema) if recipe.ema else None
     plain_optimizer = timm.optim.create_optimizer_v2(model, **recipe.optimizer)
     model, optimizer = accelerator.prepare(model, plain_optimizer)
@@ -138,6 +144,7 @@ def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per
         ema=ema,
         mixup=timm.data.Mixup(num_classes=bare.num_classes, **recipe.mixup) if recipe.mixup else None,
         loss=build_loss(recipe),
+        cost=cost,
         epochs=epochs,
         steps_per_epoch=steps_per_epoch,
     )
@@ -163,6 +170,14 @@ def place_masks(
         return itop_prune.apply(model, **settings)
     except ValueError as error:
         raise RunError(f"masks: {error}") from None
+
+
+def count_cost(model: nn.Module, data: Data | None, device: torch.device) -> Cost | None:
+    """Return what the model costs on an image, or None where that can't be had."""
+    try:
+        return Cost(model, data.shape, device) if data else None
+    except ValueError:  # it wants a larger batch than one
+        return None
 
 
 def score(name: str, accelerator: Accelerator, model: nn.Module, data: Data, density: float) -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 
   python tools/compare.py runs/fashion_mnist_* --picture compare.png
 
-The picture has the paper's figure, test accuracy against R_s, and beside it accuracy against the steps of the training.
+The picture has the paper's figure, test accuracy against R_s, and beside it accuracy against the cost of the training,
+in FLOPs and in steps.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 
 from runs import Metrics, RunError
 
-HEADER = ("run", "seeds", "test top-1", "each seed", "R_s", "survival", "sparsity", "steps")
+HEADER = ("run", "seeds", "test top-1", "each seed", "R_s", "survival", "sparsity", "train FLOPs", "steps")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: for every eye
 MARKERS = "osD^vP*X<>"
 
@@ -35,7 +36,14 @@ class Runs:
     """The share of what grew that survived the update after, at the last update; [] where nobody counted."""
     sparsities: list[float]
     """Every sparsity that an epoch of any seed had, each once, in the order of the run."""
+    train_flops: list[float]
+    """Of the training, as a share of what dense training of as many steps costs, by seed; [] where nobody counted."""
     steps: int
+
+    @property
+    def dense_steps(self) -> float | None:
+        """How many steps of dense training have the same FLOPs."""
+        return self.steps * statistics.mean(self.train_flops) if self.train_flops else None
 
     def row(self) -> tuple[str, ...]:
         """Return a line of the table."""
@@ -48,6 +56,7 @@ class Runs:
             f"{statistics.mean(self.explored):.3f}",
             f"{statistics.mean(self.survival):.3f}" if self.survival else "",
             " ".join(shown) if len(shown) < 3 else f"{shown[0]} to {shown[-1]}",
+            f"{statistics.mean(self.train_flops):.3f}" if self.train_flops else "",
             f"{self.steps:,}",
         )
 
@@ -80,26 +89,29 @@ def read(folder: Path) -> Runs:
         explored=[last["exploration_rate"] for last in epochs],
         survival=[last["survival"] for last in epochs if "survival" in last],
         sparsities=list(dict.fromkeys(line["sparsity"] for lines in finished for line in lines[:-1])),
+        train_flops=[last["train_flops"] for last in epochs if "train_flops" in last],
         steps=finished[0][-1]["step"],
     )
 
 
 def draw(found: Sequence[Runs], path: Path) -> None:
-    """Draw accuracy against R_s and against steps: a point an experiment, with the deviation over its seeds."""
+    """Draw accuracy against R_s, FLOPs and steps: a point an experiment, with the deviation over its seeds."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
     prefix = os.path.commonprefix([runs.name for runs in found])  # noqa: RUF071  (letter by letter is meant)
     shared = prefix.rfind("_") + 1
-    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(11, max(4.5, 0.24 * len(found))), layout="constrained")
+    figure, axes = plt.subplots(1, 3, sharey=True, figsize=(14, max(4.5, 0.24 * len(found))), layout="constrained")
     for place, runs in enumerate(found):
         style: dict[str, Any] = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
         height = statistics.mean(runs.top1)
         error = statistics.stdev(runs.top1) if len(runs.top1) > 1 else None
-        for axis, value in zip(axes, (statistics.mean(runs.explored), runs.steps), strict=True):
-            axis.errorbar(value, height, error, capsize=3, linestyle="", label=runs.name[shared:], **style)
+        for axis, value in zip(axes, (statistics.mean(runs.explored), runs.dense_steps, runs.steps), strict=True):
+            if value is not None:
+                axis.errorbar(value, height, error, capsize=3, linestyle="", label=runs.name[shared:], **style)
     axes[0].set(xlabel="R_s, share of weights explored", ylabel="test top-1, %")
-    axes[1].set(xlabel="training steps", xscale="log")
+    axes[1].set(xlabel="training FLOPs, in steps of dense training", xscale="log")
+    axes[2].set(xlabel="training steps", xscale="log")
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -26,6 +26,7 @@ SHOWN = {  # metric: label, format
     "sparsity": ("sparsity", "{:.4f}"),
     "exploration_rate": ("R_s", "{:.4f}"),
     "survival": ("survival", "{:.4f}"),
+    "train_flops": ("train FLOPs", "{:.4f}"),
     "images_per_second": ("images/s", "{:,.0f}"),
 }
 CURVES = ("train_loss", "val_top1", "exploration_rate")
@@ -117,6 +118,8 @@ class Display:
             self.say(str(summary))
         else:
             self.console.print(layers(summary))
+            for text in summary.cost():
+                self.say(text)
 
     def _drawing(self, metrics: Mapping[str, Any]) -> RenderableType:
         merged = {**(self._history[-1] if self._history else {}), **metrics}

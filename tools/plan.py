@@ -1,5 +1,6 @@
 """What a recipe would do: its layers and its plan, without training."""
 
+import torch
 from accelerate import Accelerator
 from build import build, open_for, steps_per_epoch
 from display import Display
@@ -21,7 +22,8 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
     display = Display(
         str(recipe.model["model_name"]), run.epochs, run.epochs * steps, speaks=accelerator.is_main_process
     )
-    display.table(itop_prune.summarize(run.bare))
+    example = torch.zeros(1, *data.shape, device=accelerator.device) if data and run.cost else None
+    display.table(itop_prune.summarize(run.bare, example_inputs=example))
     if missing:
         display.say(f"the number of steps is not known without the data: {missing}")
         return 0

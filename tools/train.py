@@ -85,6 +85,8 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
     if resume:
         on_main(accelerator, lambda: check_same_recipe(folder, recipe))
         notes = restore(run, accelerator, checkpoints, loss_sum, images_per_step)
+        if run.cost:
+            run.cost.forward = run.cost.share(run.bare)
     else:
         on_main(accelerator, lambda: start(folder, recipe))
     for name, model in run.models.items():
@@ -112,7 +114,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
             began = time.perf_counter()
             run.model.train()
             for step in range(first, run.steps_per_epoch):
-                moved = False
+                moved, listens = False, run.regrow is not None and run.regrow.listens
                 for micro_batch in range(micro_batches):
                     x, y = next(batches)
                     seed_everything(recipe.seed, "step", progress.step, micro_batch, rank)
@@ -130,6 +132,9 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                     loss_sum += loss.detach() * len(x)
                     bad_losses.see(loss)
                 progress.step += 1
+                if run.cost:
+                    progress.train_flops += run.cost.step(listens)
+                    run.cost.forward = run.cost.share(run.bare) if moved else run.cost.forward
                 if run.lr_schedule:
                     run.lr_schedule.step_update(progress.step)
                 if run.ema:
@@ -190,7 +195,7 @@ def learning_rate(run: Run) -> float:
 
 
 def sparse_numbers(run: Run) -> dict[str, float | None]:
-    """Return the rate, the sparsity and R_s: of static masks the density, of a dense model 1."""
+    """Return rate, sparsity, R_s (of static masks the density, of a dense model 1), and FLOPs as shares of dense."""
     masks = itop_prune.find_masks(run.bare).values()
     weights, active = sum(itop.mask.numel() for itop in masks), sum(itop.active for itop in masks)
     numbers: dict[str, float | None] = {
@@ -198,6 +203,9 @@ def sparse_numbers(run: Run) -> dict[str, float | None]:
         "sparsity": (weights - active) / max(1, weights),
         "exploration_rate": run.regrow.exploration_rate() if run.regrow else active / weights if weights else 1.0,
     }
+    if run.cost:
+        numbers["forward_flops"] = run.cost.forward
+        numbers["train_flops"] = run.progress.train_flops / max(1, run.progress.step)
     survival = run.regrow.survival_rate() if run.regrow else math.nan
     return numbers if math.isnan(survival) else {**numbers, "survival": survival}
 
