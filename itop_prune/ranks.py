@@ -35,6 +35,11 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def is_first() -> bool:
+    """Return whether this is the first of all ranks, which speaks for them."""
+    return world_size() == 1 or distributed.get_rank() == 0
+
+
 def examine(
     parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], dense: Mapping[str, Tensor | None] | None
 ) -> State:
@@ -52,7 +57,9 @@ def examine(
     def largest(tensors: Mapping[str, Tensor | None]) -> Tensor:
         parts = [None if tensor is None else local(tensor) for tensor in tensors.values()]
         norms = [0.0 if p is None or not p.numel() else torch.linalg.vector_norm(p, math.inf) for p in parts]
-        return torch.stack([torch.as_tensor(norm, dtype=torch.float64).to(device) for norm in norms])
+        return torch.stack(
+            [torch.as_tensor(norm, dtype=torch.float32).to(device) for norm in norms]
+        )  # MPS has no float64
 
     stepped, heard = largest(sparse), largest(gradients)
     finite = torch.stack([stepped, largest(parameters), heard]).isfinite().all()

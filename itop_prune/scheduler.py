@@ -372,7 +372,7 @@ class MaskScheduler:
                 )
 
     def _say(self, key: str, message: str) -> None:
-        """Warn once of each thing, when the step is over."""
-        if key not in self._warned:
-            self._warned.add(key)
+        """Warn once of each thing, on the first rank, when the step is over."""
+        if key not in self._warned and ranks.is_first():
             self._to_say.append(message)
+        self._warned.add(key)

@@ -123,6 +123,24 @@ def score_on_a_rank(rank: int) -> dict[str, Any]:
     return found
 
 
+def starve_a_layer(rank: int) -> list[str]:
+    """What is warned of when a layer has fewer active weights than outputs."""
+    model = mlp()
+    masks = itop_prune.apply(model, 0.97, "uniform")
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=9, every=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(2):
+            x, y = data(step, rank, 0, (20,))
+            F.cross_entropy(wrapped(x), y).backward()
+            optimizer.step()
+            regrow.step()
+            optimizer.zero_grad()
+    return [str(warning.message) for warning in caught]
+
+
 def diverge(rank: int, check_ranks: bool) -> dict[str, Any]:
     """A weight that is changed on one rank, between two updates."""
     model = mlp()
@@ -167,6 +185,7 @@ TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "diverged": (diverge, {"check_ranks": True}),
     "diverged, not looked at": (diverge, {"check_ranks": False}),
     "saliency": (score_on_a_rank, {}),
+    "starved": (starve_a_layer, {}),
     "magnitude": (masks_by_magnitude_of_other_weights, {}),
 }
 
@@ -251,6 +270,13 @@ def test_masks_by_magnitude_of_weights_that_differ_between_ranks_are_made_equal_
     for other in others:
         assert bool(first["refused"]) == bool(other["refused"])
         assert first["refused"] or differing(first["numbers"], other["numbers"]) == []
+
+
+def test_a_warning_is_given_once_for_all_ranks(results: list) -> None:
+    first, *others = (result["starved"] for result in results)
+    assert len(first) == 3
+    assert all("so some have none" in message for message in first)
+    assert others == [[]] * len(others)
 
 
 @pytest.mark.parametrize("name", ["snip", "grasp"])
