@@ -7,7 +7,8 @@ algorithm itself, `.topology`.
 
 from itop_prune import criteria, distributions, redistribution, saliency, schedules, topology
 from itop_prune.cost import FLOPs, flops
-from itop_prune.mask import ITOP, apply, find_masks, remove
+from itop_prune.mask import ITOP, find_masks, remove
+from itop_prune.placement import apply
 from itop_prune.report import Summary, summarize
 from itop_prune.scheduler import MaskScheduler
 from itop_prune.storage import dense_state_dict, load

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from itop_prune import budget, criteria, distributions, ranks
+from itop_prune import criteria, ranks
 from itop_prune.criteria import Criterion
+from itop_prune.density import Density
 from itop_prune.distributions import Distribution
 from itop_prune.gradients import DenseGradients
 from itop_prune.layer import zero_off_mask
 from itop_prune.mask import ITOP
 from itop_prune.menu import choose
+from itop_prune.notices import odd_layers
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
 from itop_prune.redistribution import Redistribution
 from itop_prune.schedules import SCHEDULES, Schedule
@@ -80,8 +82,6 @@ class MaskScheduler:
     """Updates done."""
     skipped: int
     """Steps at which an update was due and numbers were not finite."""
-    _first_counts: dict[str, int]
-    _last_counts: dict[str, int]
 
     def __init__(
         self,
@@ -120,7 +120,12 @@ class MaskScheduler:
         self._first_rate, self._last_rate, self._check_ranks = rate, min_rate, check_ranks
         self._schedule = choose(schedule, SCHEDULES, "schedule")
         self._rules = Rules.of(prune, grow, redistribute, scope, floor)
-        self._density = self._path_of_density(density, final_sparsity, final_method)
+        self._density = Density(self._masks, density, final_sparsity, final_method)
+        if self._density.moves and not self.update_steps():
+            raise ValueError(
+                f"every is {every} and the last update could be at step {stop * total_steps:g}: none is made, and "
+                "final_sparsity never reached; lower every"
+            )
         check_holds(optimizer, masks)
         check_statistics(optimizer, masks)
         ranks.check_equal_masks({name: itop.mask for name, itop in masks.items()})
@@ -210,7 +215,7 @@ class MaskScheduler:
             "due": self._due,
             "without_gradient": sorted(self._without_gradient),
             "explored": {name: explored.clone() for name, explored in self.explored.items()},
-            "first_counts": dict(self._first_counts),
+            "first_counts": dict(self._density.first),
             "dense": self._dense.state_dict(),
         }
         return state | ({"survival": self._survival.state_dict()} if self._survival else {})
@@ -230,7 +235,7 @@ class MaskScheduler:
         self._step, self._due = state["step"], state["due"]
         self.updates, self.skipped = state["updates"], state["skipped"]
         self._without_gradient = set(state["without_gradient"])
-        self._first_counts = dict(state["first_counts"])
+        self._density.first = dict(state["first_counts"])
         self._dense.load_state_dict(state["dense"])
         if self._survival and "survival" in state:
             self._survival.load_state_dict(state["survival"])
@@ -286,10 +291,13 @@ class MaskScheduler:
             ranks.check_equal(held, f"the run has diverged by step {self._step}: go back to a checkpoint before it")
         if self.updates == 0:
             check_statistics(self._optimizer, masks)
-        self._say_what_is_odd(state)
+        for key, message in odd_layers(state, masks, self._without_gradient, self._dense.wanted, self._step):
+            self._say(key, message)
         layers = {name: self._layer(name, itop) for name, itop in masks.items() if state.has_gradient[name]}
         active = {name: state.active[name] for name in layers}
-        leaving, entering = counts(self._rules, layers, active, self._targets(active), self.rate)
+        progress = min(1.0, self._step / self.update_steps()[-1])
+        target = self._density.targets(active, progress, in_total=self._rules.shares_layers)
+        leaving, entering = counts(self._rules, layers, active, target, self.rate)
         for name, layer in layers.items():
             if leaving[name] or entering[name]:
                 self._move(layer, exchange(self._rules, layer, leaving[name], entering[name]))
@@ -302,17 +310,6 @@ class MaskScheduler:
         explored = self._explored[name] = self._explored[name].to(itop.mask.device)  # the model may have been moved
         return Layer(name, itop, explored, self._dense, (self._seed, self.updates))
 
-    def _targets(self, active: Mapping[str, int]) -> Mapping[str, int]:
-        """Return how many weights shall be active after this update."""
-        if self._density is None:
-            return active
-        progress = min(1.0, self._step / self.update_steps()[-1])
-        weights = {name: self._masks[name].mask.numel() for name in active}
-        first = {name: self._first_counts[name] for name in active}
-        last = {name: self._last_counts[name] for name in active}
-        target = budget.targets(first, last, weights, self._density(progress))
-        return budget.in_total(active, sum(target.values()), weights) if self._rules.shares_layers else target
-
     def _move(self, layer: Layer, moved: Tensor) -> None:
         """Write a new mask; zero weight and statistics of whatever was not active before and after."""
         mask, itop = layer.itop.mask, layer.itop
@@ -324,52 +321,6 @@ class MaskScheduler:
         if self._survival:
             self._survival.note(layer.name, mask, moved)
         mask.copy_(moved)
-
-    def _path_of_density(
-        self, density: str | Schedule, final_sparsity: float | None, method: str | Distribution
-    ) -> Schedule | None:
-        """Return how the density goes, and remember between which counts."""
-        path = choose(density, SCHEDULES, "density")
-        self._first_counts, self._last_counts = {}, {}
-        if (final_sparsity is None) != (density == "constant"):
-            raise ValueError(
-                f"density is {criteria.describe(path)}, final_sparsity {final_sparsity}; they go together: such as "
-                "density='cubic', final_sparsity=0.9, or neither"
-            )
-        if final_sparsity is None:
-            return None
-        if not self.update_steps():
-            raise ValueError(
-                f"every is {self._every} and the last update could be at step {self._stop * self._total_steps:g}: "
-                "none is made, and final_sparsity never reached; lower every"
-            )
-        shapes = {name: tuple(itop.mask.shape) for name, itop in self._masks.items()}
-        self._first_counts = {name: itop.active for name, itop in self._masks.items()}
-        self._last_counts = distributions.active_counts(shapes, 1.0 - final_sparsity, method)
-        return path
-
-    def _say_what_is_odd(self, state: ranks.State) -> None:
-        """Warn of layers that are not used, hear nothing or are starved, once each by name."""
-        for name in sorted(self._without_gradient):
-            self._say(
-                name,
-                f"{name} got no gradient since the last update: is its layer still used by the model? Where another "
-                "took its place (reset_classifier, set_input_size), mask that one by apply(model, ..., include=[...]), "
-                "then build optimizer and MaskScheduler anew with find_masks(model)",
-            )
-        for name in state.silent if self._dense.wanted and state.any_gradient else ():
-            self._say(
-                f"silent {name}",
-                f"the dense gradient of {name} is 0 everywhere at step {self._step}, so growth there is by chance: is "
-                "a layer near it so sparse that nothing passes, or a scale behind it still 0?",
-            )
-        for name, active in state.active.items():
-            if active < self._masks[name].outputs:
-                self._say(
-                    f"few {name}",
-                    f"{name} has {active} active weights for {self._masks[name].outputs} outputs, so some have none: "
-                    "lower the sparsity, or take a method that gives small layers more (ERK)",
-                )
 
     def _say(self, key: str, message: str) -> None:
         """Warn once of each thing, on the first rank, when the step is over."""

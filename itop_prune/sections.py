@@ -30,8 +30,9 @@ import torch
 from accelerate import Accelerator
 
 from itop_prune.arguments import argument_problems
-from itop_prune.mask import apply, remove
+from itop_prune.mask import remove
 from itop_prune.menu import nearest
+from itop_prune.placement import apply
 from itop_prune.saliency import SALIENCY
 from itop_prune.scheduler import MaskScheduler
 

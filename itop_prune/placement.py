@@ -1,0 +1,125 @@
+"""Where masks start: `apply` decides how many weights of each layer are active, and which, and places the masks."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from itop_prune import distributions, ranks, saliency, topology
+from itop_prune.distributions import Distribution
+from itop_prune.layer import effective, standardizes
+from itop_prune.mask import ITOP, leave_out_of_ddp
+from itop_prune.menu import choose, nearest
+from itop_prune.selection import kernel_shape, matching, select
+
+SCORES = ("random", "magnitude")
+
+
+def apply(
+    model: nn.Module,
+    sparsity: float,
+    method: str | Distribution | Mapping[str, Tensor] = "ERK",
+    *,
+    scores: str | Mapping[str, Tensor] = "random",
+    densities: Mapping[str, float] | None = None,
+    include: str | Iterable[str] = ("*",),
+    exclude: str | Iterable[str] = (),
+    seed: int = 0,
+) -> dict[str, ITOP]:
+    """Make a model sparse: every weight matrix of a convolution or linear map gets a mask, and is 0 outside it.
+
+    Parameters stay the same objects in the same order, under the name `<name>_orig`; so an optimizer may be built
+    before or after. Biases, norms, embeddings and position tables are left alone. A frozen weight is masked too, but
+    never moved.
+
+    Args:
+        model: Any module; changed in place. On the meta device there are counts and no positions, for a look ahead.
+        sparsity: Share of zeros over all masked weights together, in [0, 1). Exactly `round((1 - sparsity) * total)`
+            stay active, at least 1 in each layer.
+        method: How they are shared out: "ERK", "ERK+", "ER", "uniform", "uniform+"; a function `(shapes, density) ->
+            densities`; or scores, "magnitude" or tensors by name: each layer gets what the best of all layers together
+            would leave in it.
+        scores: Which positions start active: "random"; "magnitude", for a pretrained model; or a tensor of the
+            parameter's shape for every masked name, whose largest values stay (see `itop_prune.saliency`). The same
+            scores as `method` make it a choice over all layers together.
+        densities: Of some layers, in [0, 1] by pattern, such as {"head": 1.0}; the others share what they leave of the
+            budget. (What `exclude` names is not masked at all and does not count.)
+        include: Patterns (`fnmatch`) of what to mask. One matches a parameter by its name ("layer1.0.conv1.weight") or
+            by its layer's ("layer1.0.conv1").
+        exclude: Patterns of what to leave dense, such as "head". It does not count in the budget.
+        seed: Of the random positions; equal seeds give equal masks, on every device and rank. Torch's global generators
+            are not touched.
+
+    Returns:
+        The masks, keyed by the names that `model.named_parameters()` gave before.
+
+    Raises:
+        ValueError: A value is out of range, a name unknown, nothing is there to mask, a pattern matches nothing, or a
+            selected weight can't be masked (masked already, tied, parametrized). The model is then as it was.
+
+    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv 2102.02887.
+
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> apply(model, sparsity=0.75, method="uniform")
+    {'0.weight': ITOP(Linear.weight, 8 of 32 active), '2.weight': ITOP(Linear.weight, 2 of 8 active)}
+    """
+    if not isinstance(sparsity, (int, float)) or isinstance(sparsity, bool) or not 0.0 <= sparsity < 1.0:
+        raise ValueError(
+            f"sparsity is {sparsity!r}; allowed is a number in [0, 1), the share of zeros: 0.9 keeps a tenth"
+        )
+    selected = select(model, include, exclude)
+    parameters = {name: layer.get_parameter(tensor) for name, (layer, tensor) in selected.items()}
+    shapes = {name: kernel_shape(layer, tensor) for name, (layer, tensor) in selected.items()}
+    centred = {name: standardizes(type(layer)) for name, (layer, _) in selected.items()}
+    generators = {name: topology.seeded(torch.device("cpu"), seed, name) for name in selected}
+    ranked: dict[str, Tensor] = {}
+    if method == "magnitude" or isinstance(method, Mapping):
+        ranked = {n: _initial_scores(method, n, p, centred[n], generators[n]) for n, p in parameters.items()}
+        method = distributions.uniform if any(t.is_meta for t in ranked.values()) else saliency.ratios(ranked)
+    distribution = choose(method, distributions.DISTRIBUTIONS, "method")
+    if densities:
+        distribution = distributions.with_fixed(_by_name(densities, selected), distribution)
+    counts = distributions.active_counts(shapes, 1.0 - sparsity, distribution)
+    masks = {}
+    for name, parameter in parameters.items():
+        first = _initial_scores(scores, name, parameter, centred[name], generators[name])
+        masks[name] = first if first.is_meta else topology.best(first, counts[name], generators[name])
+    applied = {name: ITOP.apply(layer, tensor, masks.pop(name)) for name, (layer, tensor) in selected.items()}
+    for name, (layer, tensor) in selected.items():
+        if applied[name].mask.is_meta:
+            setattr(layer, f"{tensor}_planned", counts[name])
+    leave_out_of_ddp(model)
+    if scores != "random" or ranked:
+        ranks.check_equal_masks({name: itop.mask for name, itop in applied.items()})
+    return applied
+
+
+def _by_name(densities: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Return the densities of the layers that the patterns match; where several do, of the first."""
+    fixed: dict[str, float] = {}
+    for pattern, density in densities.items():
+        if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0.0 <= density <= 1.0:
+            raise ValueError(f"densities[{pattern!r}] is {density!r}; allowed is a number in [0, 1], the share kept")
+        fixed |= {name: float(density) for name in matching(pattern, names, "densities") if name not in fixed}
+    return fixed
+
+
+def _initial_scores(
+    scores: str | Mapping[str, Tensor], name: str, parameter: nn.Parameter, centred: bool, generator: torch.Generator
+) -> Tensor:
+    if isinstance(scores, Mapping):
+        if name not in scores or scores[name].shape != parameter.shape:
+            given = f"shape {tuple(scores[name].shape)}" if name in scores else f"only {sorted(scores)}"
+            raise ValueError(f"scores for {name} must be a tensor of shape {tuple(parameter.shape)}; given: {given}")
+        return scores[name].detach().float().cpu()
+    if scores not in SCORES:
+        raise ValueError(
+            f"unknown scores {scores!r}; known are {', '.join(SCORES)}{nearest(scores, SCORES)}; or tensors by name, "
+            "such as itop_prune.saliency makes"
+        )
+    if parameter.is_meta:  # counts are all there is
+        return parameter.detach()
+    if scores == "random":
+        return torch.rand(parameter.shape, generator=generator)
+    weight = parameter.detach().float()
+    return effective(weight, torch.ones_like(weight, dtype=torch.bool), centred).abs().cpu()
