@@ -42,13 +42,19 @@ def effective(weight: Tensor, mask: Tensor, centred: bool) -> Tensor:
     >>> effective(weight, mask, centred=False), effective(weight, mask, centred=True)
     (tensor([[1., 0., 3.]]), tensor([[-1.,  0.,  1.]]))
     """
-    return _centre(weight, mask) * mask if centred else weight * mask
+    return _product(_centre(weight, mask) if centred else weight, mask)
+
+
+def _product(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return tensor * mask; read as uint8, a mask takes eager kernels half the time that it takes as bool."""
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # no faster when compiled; a trace can't express it
+    return tensor * (mask if graph else mask.view(torch.uint8))
 
 
 def _centre(tensor: Tensor, mask: Tensor) -> Tensor:
     """Subtract from each filter its mean over active positions; the mean is never of less than float32."""
     inner = tuple(range(1, mask.ndim))
-    total = (tensor * mask).sum(inner, keepdim=True, dtype=torch.float32)
+    total = _product(tensor, mask).sum(inner, keepdim=True, dtype=torch.float32)
     return (tensor - total / mask.sum(inner, keepdim=True).clamp(min=1)).type_as(tensor)
 
 

@@ -366,6 +366,15 @@ def test_zero_off_mask_writes_zero_over_anything() -> None:
     assert tensor.tolist() == [1.0, 0.0, 0.0, 2.0]
 
 
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and what exporters to other runtimes still do
+def test_a_masked_layer_can_be_traced_and_the_trace_follows_the_mask() -> None:
+    layer, x = masked(nn.Linear(6, 4)), torch.randn(2, 6)
+    traced = torch.jit.trace(layer, x)
+    for itop in itop_prune.find_masks(layer).values():
+        itop.mask.zero_()
+    assert torch.equal(traced(x), layer(x))
+
+
 def test_torch_func_works_on_the_steps_that_listen_too() -> None:
     layer = nn.Linear(4, 3)
     itop = itop_prune.apply(layer, 0.5)["weight"]

@@ -65,7 +65,7 @@ class Arrays:
         draws = None if epoch is None or self.augmentation == Augmentation() else self._draw(epoch)
         for indices in batches:
             indices = indices.to(self.images.device)
-            images = (self.images[indices].float() - self.mean) / self.std
+            images = (self.images.index_select(0, indices).float() - self.mean) / self.std
             if draws is not None:
                 images = self._augment(images, *(draw[indices] for draw in draws))
             yield images, self.labels[indices]

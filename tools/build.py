@@ -1,7 +1,9 @@
 """From a recipe to what trains, in the one right order: model, masks, average, optimizer, ranks, mask scheduler."""
 
 import itertools
+import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, cast
 
 import models  # noqa: F401  (registers the papers' models with timm)
@@ -86,6 +88,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         accelerator = Accelerator(**{"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})})
     except ValueError as error:
         raise RunError(f"accelerator: {error}") from None
+    if find_spec("lomo_optim") is None:  # Accelerate asks for it twice a step: where it isn't, answer without the disk
+        sys.modules["lomo_optim"] = None  # type: ignore[assignment]
     check(recipe, accelerator)
     return accelerator
 
