@@ -32,17 +32,17 @@ def in_total(active: Counts, total: int, weights: Counts) -> dict[str, int]:
     return apportion(by_layer, total, dict.fromkeys(active, 1), weights)
 
 
-def to_prune(active: Counts, target: Counts, weights: Counts, rate: float) -> dict[str, int]:
+def to_prune(active: Counts, target: Counts, weights: Counts, rate: float, spare_dense: bool = True) -> dict[str, int]:
     """Return how many leave: what is above the target, and `ceil(rate * active)` of the others to be exchanged.
 
-    A layer that shall be dense exchanges nothing.
+    A layer that shall be dense exchanges nothing, unless it is not spared: what it loses may grow elsewhere then.
 
     >>> to_prune({"a": 10, "b": 10, "c": 4}, {"a": 10, "b": 6, "c": 4}, {"a": 20, "b": 20, "c": 4}, rate=0.25)
     {'a': 3, 'b': 6, 'c': 0}
     """
     return {
         name: max(0, active[name] - target[name])
-        + (math.ceil(rate * min(active[name], target[name])) if target[name] < weights[name] else 0)
+        + (math.ceil(rate * min(active[name], target[name])) if target[name] < weights[name] or not spare_dense else 0)
         for name in active
     }
 
@@ -56,14 +56,13 @@ def to_grow(kept: Counts, total: int, weights: Counts, raw: Mapping[str, float])
         kept: Active weights after pruning.
         total: From the number of layers that kept nothing to the room of all.
         weights: All weights of a layer.
-        raw: Numbers from 0; where all are 0 the room of each.
+        raw: Numbers from 0; layers with 0 get what the others have no room for, by their own room.
 
     >>> to_grow({"a": 4, "b": 4}, 8, {"a": 10, "b": 6}, raw={"a": 1.0, "b": 3.0})
     {'a': 6, 'b': 2}
     """
     room = {name: weights[name] - kept[name] for name in kept if weights[name] > kept[name]}
-    wanted = {name: raw[name] for name in room} if any(raw[name] for name in room) else room
-    shares = scaled({name: wanted[name] / room[name] for name in room}, room, total)
+    shares = scaled({name: raw[name] / room[name] for name in room}, room, total)
     least = {name: int(not kept[name]) for name in room}
     counts = apportion({name: shares[name] * room[name] for name in room}, total, least, room)
     return {name: counts.get(name, 0) for name in kept}

@@ -6,8 +6,7 @@ from itop_prune import budget, distributions
 from itop_prune.criteria import describe
 from itop_prune.distributions import Distribution
 from itop_prune.mask import ITOP
-from itop_prune.menu import choose
-from itop_prune.schedules import SCHEDULES, Schedule
+from itop_prune.schedules import Schedule, constant, factor, find
 
 
 class Density:
@@ -19,6 +18,7 @@ class Density:
         path: str | Schedule,
         final_sparsity: float | None,
         method: str | Distribution,
+        in_total: bool,
     ) -> None:
         """Remember where the counts begin and end.
 
@@ -27,12 +27,14 @@ class Density:
             path: A key of `SCHEDULES` or a function of progress in [0, 1]; "constant" without a final sparsity.
             final_sparsity: Share of zeros in the end; None: as it is.
             method: How the last active weights are shared out.
+            in_total: Whether only the sum over the layers counts; they keep their proportion then.
 
         Raises:
-            ValueError: A path without an end or the reverse, an unknown name, or an end that can't be shared out.
+            ValueError: A path without an end or the reverse, an unknown name, an end that can't be shared out, a path
+                that leaves [0, 1], or a layer that can't move.
         """
-        self._path = choose(path, SCHEDULES, "density")
-        if (final_sparsity is None) != (path == "constant"):
+        self._path, self._in_total = find(path, "density"), in_total
+        if (final_sparsity is None) != (self._path is constant):
             raise ValueError(
                 f"density is {describe(self._path)}, final_sparsity {final_sparsity}; they go together: such as "
                 "density='cubic', final_sparsity=0.9, or neither"
@@ -42,23 +44,34 @@ class Density:
         """Active weights by layer when it began; {} where the density is as it is."""
         self._last: dict[str, int] = {}
         if final_sparsity is not None:
+            if frozen := [name for name, itop in masks.items() if not itop.parameter.requires_grad]:
+                raise ValueError(
+                    f"{', '.join(frozen)} can't move (requires_grad is False), and final_sparsity {final_sparsity} "
+                    "counts every mask that is passed; leave what is frozen out of masks, or let it train"
+                )
             self._weights = {name: itop.mask.numel() for name, itop in masks.items()}
-            shapes = {name: tuple(itop.mask.shape) for name, itop in masks.items()}
+            shapes = {name: itop.kernel_shape for name, itop in masks.items()}
             self.first = {name: itop.active for name, itop in masks.items()}
-            self._last = distributions.active_counts(shapes, 1.0 - final_sparsity, method)
+            self._last = distributions.active_counts(
+                shapes, 1.0 - final_sparsity, distributions.uniform if in_total else method
+            )
 
-    def targets(self, active: Mapping[str, int], progress: float, in_total: bool) -> Mapping[str, int]:
+    @property
+    def least(self) -> int | None:
+        """The smallest sum over the layers on the way; None where the density is as it is."""
+        return min(sum(self.first.values()), sum(self._last.values())) if self.moves else None
+
+    def targets(self, active: Mapping[str, int], progress: float) -> Mapping[str, int]:
         """Return how many weights of each layer shall be active.
 
         Args:
             active: How many are, of the layers that take part.
-            progress: 1 at the last update.
-            in_total: Whether only the sum over the layers counts; they keep their proportion then.
+            progress: 1 at the last update, where the end is reached whatever the path says.
         """
         if not self.moves:
             return active
         weights, first, last = (
             {name: counts[name] for name in active} for counts in (self._weights, self.first, self._last)
         )
-        found = budget.targets(first, last, weights, self._path(progress))
-        return budget.in_total(active, sum(found.values()), weights) if in_total else found
+        found = budget.targets(first, last, weights, factor(self._path, progress) if progress < 1.0 else 0.0)
+        return budget.in_total(active, sum(found.values()), weights) if self._in_total else found

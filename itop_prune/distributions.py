@@ -1,9 +1,12 @@
 """Distributions: how one budget of active weights is shared out over the layers. Pure Python.
 
 A distribution is a function `(shapes, density) -> densities`: the shape of every masked weight by name, in model order,
-and the share of all of them that is kept, in (0, 1]; back comes the share kept in each, in [0, 1].
+and the share of all of them that is kept, in (0, 1]; back comes the share kept in each, in [0, 1]. One that has a third
+parameter `fixed` is given the densities that the user fixed, and keeps them; for the others that is done around it.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 
@@ -11,6 +14,7 @@ from itop_prune.menu import choose
 
 Shapes = Mapping[str, tuple[int, ...]]
 Distribution = Callable[[Shapes, float], dict[str, float]]
+NOTHING: Mapping[str, float] = {}
 
 
 def uniform(shapes: Shapes, density: float) -> dict[str, float]:
@@ -22,8 +26,10 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
     return dict.fromkeys(shapes, density)
 
 
-def uniform_plus(shapes: Shapes, density: float) -> dict[str, float]:
+def uniform_plus(shapes: Shapes, density: float, fixed: Mapping[str, float] = NOTHING) -> dict[str, float]:
     """Return the same density for every layer but the first, which is dense, and the last, at least 0.2.
+
+    First and last are those of the masked layers, of which some may be `fixed` by the user.
 
     Reference: Gale et al., "The State of Sparsity in Deep Neural Networks", 2019, arXiv 1902.09574.
 
@@ -31,10 +37,12 @@ def uniform_plus(shapes: Shapes, density: float) -> dict[str, float]:
     {'first': 1.0, 'middle': 0.12, 'last': 0.2}
     """
     if len(shapes) == 1:
-        return uniform(shapes, density)
+        return with_fixed(fixed, uniform)(shapes, density)
     first, *_, last = shapes
-    densities = with_fixed({first: 1.0}, uniform)(shapes, density)
-    return densities if densities[last] >= 0.2 else with_fixed({first: 1.0, last: 0.2}, uniform)(shapes, density)
+    densities = with_fixed({first: 1.0, **fixed}, uniform)(shapes, density)
+    if last in fixed or densities[last] >= 0.2:
+        return densities
+    return with_fixed({first: 1.0, last: 0.2, **fixed}, uniform)(shapes, density)
 
 
 def er(shapes: Shapes, density: float) -> dict[str, float]:
@@ -63,15 +71,16 @@ def erk(shapes: Shapes, density: float, power: float = 1.0) -> dict[str, float]:
     )
 
 
-def erk_plus(shapes: Shapes, density: float) -> dict[str, float]:
-    """Return ERK with a dense last layer, at the same budget.
+def erk_plus(shapes: Shapes, density: float, fixed: Mapping[str, float] = NOTHING) -> dict[str, float]:
+    """Return ERK with a dense last layer, the last of the masked ones, at the same budget.
 
     Reference: Liu et al., "The Unreasonable Effectiveness of Random Pruning", 2022, arXiv 2202.02643.
 
     >>> erk_plus({"conv": (8, 4, 3, 3), "fc": (8, 8), "head": (2, 8)}, 0.25)
     {'conv': 0.13970588235294118, 'fc': 0.5588235294117647, 'head': 1.0}
     """
-    return with_fixed({list(shapes)[-1]: 1.0}, erk)(shapes, density) if len(shapes) > 1 else erk(shapes, density)
+    last = {list(shapes)[-1]: 1.0} if len(shapes) > 1 else {}
+    return with_fixed({**last, **fixed}, erk)(shapes, density)
 
 
 def with_fixed(fixed: Mapping[str, float], distribution: Distribution) -> Distribution:
@@ -87,6 +96,8 @@ def with_fixed(fixed: Mapping[str, float], distribution: Distribution) -> Distri
     >>> with_fixed({"head": 1.0}, uniform)({"fc": (5, 8), "head": (1, 8)}, 0.5)
     {'fc': 0.4, 'head': 1.0}
     """
+    if "fixed" in inspect.signature(distribution).parameters:
+        return functools.partial(distribution, **{"fixed": fixed})
 
     def shared(shapes: Shapes, density: float) -> dict[str, float]:
         weights = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -114,7 +125,7 @@ def scaled(raw: Mapping[str, float], room: Mapping[str, int], budget: float) -> 
     """Return `min(1, eps * raw)`, the share of each layer's room, with eps solved for the budget.
 
     Args:
-        raw: A number from 0 by name, not all 0.
+        raw: A number from 0 by name. Where only layers with 0 have room left, they share by their room.
         room: How many places a layer has.
         budget: How many are to be filled, 0 to all of them.
 
@@ -125,6 +136,9 @@ def scaled(raw: Mapping[str, float], room: Mapping[str, int], budget: float) -> 
     while len(full) < len(raw):
         left = budget - sum(room[name] for name in full)
         wanted = sum(raw[name] * room[name] for name in raw if name not in full)
+        if left > 0 and wanted < 1e-200:
+            raw = dict.fromkeys(raw, 1.0)
+            wanted = sum(room[name] for name in raw if name not in full)
         eps = left / wanted if wanted else 0.0
         above = {name for name in raw if name not in full and eps * raw[name] > 1.0}
         if not above:
@@ -142,7 +156,9 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 }
 
 
-def active_counts(shapes: Shapes, density: float, method: str | Distribution = "ERK") -> dict[str, int]:
+def active_counts(
+    shapes: Shapes, density: float, method: str | Distribution = "ERK", fixed: Mapping[str, float] = NOTHING
+) -> dict[str, int]:
     """Return how many weights of each layer are active: whole numbers that sum to exactly `round(density * total)`.
 
     The shares of the distribution are rounded by largest remainder: every layer gets its share to within one, and at
@@ -152,6 +168,7 @@ def active_counts(shapes: Shapes, density: float, method: str | Distribution = "
         shapes: The shape of every masked weight by name.
         density: The share of all weights that is kept, in (0, 1].
         method: A key of `DISTRIBUTIONS` or a function `(shapes, density) -> densities`.
+        fixed: Densities of some layers, in [0, 1]: these keep exactly theirs, rounded; the others share the rest.
 
     Raises:
         ValueError: The method is unknown; its densities are not one per layer in [0, 1] or miss the budget; or the
@@ -161,13 +178,13 @@ def active_counts(shapes: Shapes, density: float, method: str | Distribution = "
     {'a': 5, 'b': 4}
     """
     distribution = choose(method, DISTRIBUTIONS, "method")
-    densities = distribution(shapes, density)
+    densities = (with_fixed(fixed, distribution) if fixed else distribution)(shapes, density)
     weights = {name: math.prod(shape) for name, shape in shapes.items()}
     total = round(density * sum(weights.values()))
     _check(densities, weights, density, total)
-    return apportion(
-        {name: densities[name] * weights[name] for name in weights}, total, dict.fromkeys(weights, 1), weights
-    )
+    shares = {name: densities[name] * weights[name] for name in weights}
+    own = {name: max(1, round(share * weights[name])) for name, share in fixed.items()}
+    return apportion(shares, total, dict.fromkeys(weights, 1) | own, weights | own)
 
 
 def apportion(
@@ -175,20 +192,33 @@ def apportion(
 ) -> dict[str, int]:
     """Return whole numbers that sum to exactly `total`, by largest remainder, each within its bounds.
 
+    Where the bounds ask for more than `total`, the largest pay first, who notice it least.
+
     Args:
         shares: What each would have if parts could be given; they sum to about `total`.
         total: From the sum of `least` to the sum of `most`.
         least: Lower bounds.
         most: Upper bounds.
 
+    Raises:
+        ValueError: The total is out of these bounds.
+
     >>> apportion({"a": 2.6, "b": 2.3, "c": 0.1}, 5, {"a": 0, "b": 0, "c": 1}, {"a": 9, "b": 9, "c": 9})
     {'a': 2, 'b': 2, 'c': 1}
     """
+    if not sum(least.values()) <= total <= sum(most.values()):
+        raise ValueError(
+            f"{total:,} active weights can't be shared out: the layers take {sum(least.values()):,} to "
+            f"{sum(most.values()):,}; change the sparsity, the fixed densities or the floor"
+        )
     counts = {name: min(most[name], max(least[name], math.floor(share))) for name, share in shares.items()}
     while (left := total - sum(counts.values())) != 0:
         step = 1 if left > 0 else -1
         able = [name for name in counts if least[name] <= counts[name] + step <= most[name]]
-        able.sort(key=lambda name: step * (shares[name] - counts[name]), reverse=True)
+        if step > 0:
+            able.sort(key=lambda name: shares[name] - counts[name], reverse=True)
+        else:
+            able.sort(key=lambda name: (counts[name] - 1 - shares[name]) / max(shares[name], 1.0), reverse=True)
         for name in able[: abs(left)]:
             counts[name] += step
     return counts

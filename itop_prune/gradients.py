@@ -17,13 +17,15 @@ class DenseGradients:
     """The dense gradients of masked weights, listened for on the steps on which somebody will ask.
 
     What is kept from step to step is the mean over ranks, taken at each of them, so that it is equal everywhere and
-    survives a resume: 4 bytes per weight for a sum over several steps, 4 more for the moving average.
+    survives a resume: 4 bytes per weight for a sum over several steps, 4 more for the moving average. On a step that
+    listens the gradient itself takes 4 as well, until the step is over.
     """
 
     def __init__(self, masks: Mapping[str, ITOP], needs: Collection[str], steps: int) -> None:
         self.wanted = "grad" in needs or "momentum" in needs
         self._masks, self._steps, self._averages_wanted = masks, steps, "momentum" in needs
-        self.listens = False
+        self._sums_wanted = "grad" in needs and steps > 1
+        self.listens = self._near = False
         self._heard: dict[str, Tensor | None] = {}
         self._sums: dict[str, Tensor] = {}
         self._averages: dict[str, Tensor] = {}
@@ -34,18 +36,20 @@ class DenseGradients:
         Args:
             steps_left: To the next update, 1 if it comes after the next step; None if there is none.
         """
-        return self.wanted and steps_left is not None and (self._averages_wanted or steps_left <= self._steps)
+        self._near = steps_left is not None and steps_left <= self._steps
+        return self.wanted and steps_left is not None and (self._averages_wanted or self._near)
 
     def listen(self, names: Collection[str]) -> None:
-        """Listen in the next step to the weights of these names, and to no others."""
+        """Listen in the next step to the weights of these names, and to no others; let go of what was heard before."""
         self.listens = bool(names)
+        self._heard = {}
         for name, itop in self._masks.items() if self.wanted else ():
             itop.listen() if name in names else itop.take_gradient()
 
     def collect(self, names: Collection[str]) -> dict[str, Tensor | None]:
         """Return what this rank heard in the step by name, and add it to what is kept; what is not finite is not."""
         self._heard = {name: self._masks[name].take_gradient() for name in names}
-        if self.listens and (self._averages_wanted or self._steps > 1):  # alike on all ranks, heard or not
+        if self.listens and (self._averages_wanted or self._sums_wanted):  # alike on all ranks, heard or not
             for name, heard in self._heard.items():
                 self._add(name, heard)
         return self._heard
@@ -54,7 +58,8 @@ class DenseGradients:
     def _add(self, name: str, heard: Tensor | None) -> None:
         mean = ranks.mean(heard, self._masks[name].mask)
         mean = torch.where(mean.isfinite().all(), mean, torch.nan)
-        for kept, wanted, decay in ((self._sums, self._steps > 1, 1.0), (self._averages, self._averages_wanted, DECAY)):
+        summed = self._sums_wanted and self._near
+        for kept, wanted, decay in ((self._sums, summed, 1.0), (self._averages, self._averages_wanted, DECAY)):
             if wanted:
                 before = kept.get(name, torch.zeros_like(mean)).to(mean.device)
                 added = mean if decay == 1.0 else (1.0 - decay) * mean
@@ -71,6 +76,10 @@ class DenseGradients:
         self._sums.pop(name, None)
         self._heard.pop(name, None)
 
+    def forget_all(self) -> None:
+        """Begin the next sums at 0, also of layers that took no part in the update."""
+        self._sums.clear()
+
     def momentum(self, name: str) -> Tensor:
         """Return the moving average of the dense gradient."""
         return self._averages[name]
@@ -86,3 +95,5 @@ class DenseGradients:
             {name: tensor.to(self._masks[name].mask.device, copy=True) for name, tensor in state[key].items()}
             for key in ("sums", "averages")
         )
+        if not self._sums_wanted:  # saved by a run that summed over several steps
+            self._sums.clear()

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from itop_prune.layer import attach, detach, effective, pass_dense_gradient, standardizes, zero_off_mask
-from itop_prune.selection import obstacle, unwrap, walk
+from itop_prune.selection import kernel_shape, obstacle, unwrap, walk
 from itop_prune.sharding import is_sharded, like
 
 
@@ -65,6 +65,11 @@ class ITOP(prune.BasePruningMethod):
     def weight(self) -> Tensor:
         """The effective weight that the layer computes with, detached: 0 wherever the mask is False."""
         return getattr(self._layer, self._tensor_name).detach()
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The shape that distributions count with, (out, in, ...); of several kernels (kernels * out, in, ...)."""
+        return kernel_shape(self._layer, f"{self._tensor_name}_orig")
 
     @property
     def outputs(self) -> int:

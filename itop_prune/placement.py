@@ -9,7 +9,7 @@ from itop_prune import distributions, ranks, saliency, topology
 from itop_prune.distributions import Distribution
 from itop_prune.layer import effective, standardizes
 from itop_prune.mask import ITOP, leave_out_of_ddp
-from itop_prune.menu import choose, nearest
+from itop_prune.menu import nearest
 from itop_prune.selection import kernel_shape, matching, select
 
 SCORES = ("random", "magnitude")
@@ -43,7 +43,8 @@ def apply(
             parameter's shape for every masked name, whose largest values stay (see `itop_prune.saliency`). The same
             scores as `method` make it a choice over all layers together.
         densities: Of some layers, in [0, 1] by pattern, such as {"head": 1.0}; the others share what they leave of the
-            budget. (What `exclude` names is not masked at all and does not count.)
+            budget. (What `exclude` names is not masked at all and does not count.) They hold where the masks start:
+            MaskScheduler's `final_method` and `redistribute` decide anew.
         include: Patterns (`fnmatch`) of what to mask. One matches a parameter by its name ("layer1.0.conv1.weight") or
             by its layer's ("layer1.0.conv1").
         exclude: Patterns of what to leave dense, such as "head". It does not count in the budget.
@@ -76,10 +77,8 @@ def apply(
     if method == "magnitude" or isinstance(method, Mapping):
         ranked = {n: _initial_scores(method, n, p, centred[n], generators[n]) for n, p in parameters.items()}
         method = distributions.uniform if any(t.is_meta for t in ranked.values()) else saliency.ratios(ranked)
-    distribution = choose(method, distributions.DISTRIBUTIONS, "method")
-    if densities:
-        distribution = distributions.with_fixed(_by_name(densities, selected), distribution)
-    counts = distributions.active_counts(shapes, 1.0 - sparsity, distribution)
+    fixed = _by_name(densities, selected) if densities else {}
+    counts = distributions.active_counts(shapes, 1.0 - sparsity, method, fixed)
     masks = {}
     for name, parameter in parameters.items():
         first = _initial_scores(scores, name, parameter, centred[name], generators[name])

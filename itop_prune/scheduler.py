@@ -16,13 +16,12 @@ from itop_prune.distributions import Distribution
 from itop_prune.gradients import DenseGradients
 from itop_prune.layer import zero_off_mask
 from itop_prune.mask import ITOP
-from itop_prune.menu import choose
 from itop_prune.notices import odd_layers
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
 from itop_prune.redistribution import Redistribution
-from itop_prune.schedules import SCHEDULES, Schedule
+from itop_prune.schedules import Schedule, factor, find
 from itop_prune.survival import Survival
-from itop_prune.update import Layer, Rules, counts, exchange
+from itop_prune.update import Layer, Rules, check_floor, counts, exchange
 from itop_prune.values import check_shares, check_steps
 
 ORDER = (
@@ -35,7 +34,8 @@ class MaskScheduler:
 
     Every `every` steps, in each layer, the `ceil(rate * active)` weights that `prune` scores lowest leave the mask and
     as many enter it that `grow` scores highest. Weights that enter start at 0, and so does every optimizer statistic
-    of theirs.
+    of theirs. A weight just pruned may grow again at once (as in the ITOP authors' code and RigL's) and was never out
+    then. The count is rounded up (RigL's code rounds it down), and an update at the very step of `stop` is made.
 
     The rate falls as `min_rate + (rate - min_rate) * schedule(min(1, step / (stop * total_steps)))`, step counted from
     1. With `final_sparsity` the density goes from what it is to that, as `density` says, exact at the last update.
@@ -57,11 +57,16 @@ class MaskScheduler:
         redistribute: Which layers get what grows: "none", each what it has pruned; a key of
             `itop_prune.redistribution.REDISTRIBUTIONS`, or a function of some of its `OFFERED`.
         scope: "layer", each prunes its own share; or "global", the lowest scores of all layers together leave, and
-            where there is no redistribution each grows in proportion to what it lost.
-        floor: With the scope "global", the least density of a layer, in [0, 1). One weight stays in any case.
+            where there is no redistribution each grows what it lost. On the way to a final sparsity they are the lowest
+            that the density lets go; then each layer exchanges its share of what it has left (GraNet: Liu et al., 2021,
+            arXiv 2106.10404). The scores of all active weights are held at once: 12 bytes for each.
+        floor: With the scope "global", the least density of a layer, in [0, 1). One weight stays in any case; a layer
+            that is down to it seldom comes back.
         density: How the density goes to the last one: "cubic", "alternating" or another schedule.
-        final_sparsity: Share of zeros after the last update, in [0, 1), over all masks passed; None: as it is.
-        final_method: How the last active weights are shared out with the scope "layer", as `method` of `apply`.
+        final_sparsity: Share of zeros after the last update, in [0, 1), over all masks passed; None: as it is. A layer
+            without a gradient at an update stays as it is.
+        final_method: How the last active weights are shared out with the scope "layer": a key of
+            `itop_prune.distributions.DISTRIBUTIONS` or a function `(shapes, density) -> densities`.
         gradient_steps: Over how many steps `grad` is summed up, those before an update; 1 to `every`.
         survival: Whether to count which of the weights that grew survive the update after; a byte per weight.
         seed: Of random criteria and ties.
@@ -118,9 +123,12 @@ class MaskScheduler:
         self._masks, self._optimizer = dict(masks), optimizer
         self._total_steps, self._every, self._stop, self._seed = total_steps, every, stop, seed
         self._first_rate, self._last_rate, self._check_ranks = rate, min_rate, check_ranks
-        self._schedule = choose(schedule, SCHEDULES, "schedule")
+        self._schedule = find(schedule, "schedule")
         self._rules = Rules.of(prune, grow, redistribute, scope, floor)
-        self._density = Density(self._masks, density, final_sparsity, final_method)
+        self._density = Density(self._masks, density, final_sparsity, final_method, self._rules.shares_layers)
+        active = sum(itop.active for itop in masks.values())
+        weights = {name: itop.mask.numel() for name, itop in masks.items()}
+        check_floor(self._rules, weights, active if self._density.least is None else self._density.least)
         if self._density.moves and not self.update_steps():
             raise ValueError(
                 f"every is {every} and the last update could be at step {stop * total_steps:g}: none is made, and "
@@ -149,7 +157,7 @@ class MaskScheduler:
     def rate(self) -> float:
         """The share of active weights that an update now exchanges."""
         progress = min(1.0, self._step / (self._stop * self._total_steps))
-        return self._last_rate + (self._first_rate - self._last_rate) * self._schedule(progress)
+        return self._last_rate + (self._first_rate - self._last_rate) * factor(self._schedule, progress)
 
     @property
     def listens(self) -> bool:
@@ -295,13 +303,16 @@ class MaskScheduler:
             self._say(key, message)
         layers = {name: self._layer(name, itop) for name, itop in masks.items() if state.has_gradient[name]}
         active = {name: state.active[name] for name in layers}
-        progress = min(1.0, self._step / self.update_steps()[-1])
-        target = self._density.targets(active, progress, in_total=self._rules.shares_layers)
-        leaving, entering = counts(self._rules, layers, active, target, self.rate)
-        for name, layer in layers.items():
-            if leaving[name] or entering[name]:
-                self._move(layer, exchange(self._rules, layer, leaving[name], entering[name]))
+        last = (self.update_steps() or (self._step,))[-1]  # resumed with a larger `every`, an update may still be due
+        target = self._density.targets(active, min(1.0, self._step / last))
+        leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)
+        for name, itop in masks.items():
+            if leaving.get(name) or entering.get(name):
+                self._move(layers[name], exchange(self._rules, layers[name], leaving[name], entering[name]))
+            elif self._survival:
+                self._survival.note(name, itop.mask, itop.mask)
             self._dense.forget(name)
+        self._dense.forget_all()
         self.updates += 1
         self._without_gradient = set(masks)
         return True

@@ -1,13 +1,33 @@
 """Schedules: progress in [0, 1] -> factor in [0, 1]. They say how a number falls from its first value to its last.
 
 The rate is `min_rate + (rate - min_rate) * factor`, progress counted in steps up to `stop`. The density is
-`last + (first - last) * factor`, progress counted up to the last update, where it is the last one exactly.
+`last + (first - last) * factor`, progress counted up to the last update, where it is the last one whatever the factor.
 """
 
 import math
 from collections.abc import Callable
 
+from itop_prune.menu import choose
+
 Schedule = Callable[[float], float]
+
+
+def factor(schedule: Schedule, progress: float) -> float:
+    """Return what a schedule says, checked.
+
+    Raises:
+        ValueError: It is not a number in [0, 1].
+
+    >>> factor(linear, 0.25)
+    0.75
+    """
+    value = schedule(progress)
+    if not isinstance(value, (int, float)) or not -1e-9 <= value <= 1.0 + 1e-9:
+        name = getattr(schedule, "__name__", repr(schedule))
+        raise ValueError(
+            f"the schedule {name} gave {value!r} at progress {progress:g}; it must give a number in [0, 1]"
+        )
+    return min(1.0, max(0.0, float(value)))
 
 
 def constant(progress: float) -> float:
@@ -76,3 +96,19 @@ SCHEDULES: dict[str, Schedule] = {
     "cubic": cubic,
     "alternating": alternating,
 }
+
+
+def find(schedule: str | Schedule, what: str) -> Schedule:
+    """Return the schedule behind a name or a function, tried at the beginning, the middle and the end.
+
+    Args:
+        schedule: A key of `SCHEDULES`, or a function of progress in [0, 1].
+        what: What it is for, in a message.
+
+    Raises:
+        ValueError: The name is unknown, or the function leaves [0, 1].
+    """
+    found = choose(schedule, SCHEDULES, what)
+    for progress in (0.0, 0.5, 1.0):
+        factor(found, progress)
+    return found

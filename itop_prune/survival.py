@@ -11,7 +11,7 @@ class Survival:
     """Remembers which weights grew, a byte per weight, and what became of them.
 
     Exploration is reliable when a new weight is trained long enough to compete at the next pruning (Liu et al., 2021,
-    arXiv 2102.02887): then many survive.
+    arXiv 2102.02887): then many survive. A weight that is pruned and grown again at once never left: it has survived.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Survival:
         self._counts: dict[str, Tensor] = {}
 
     def note(self, name: str, before: Tensor, after: Tensor) -> None:
-        """Take in an update of one layer: its mask before and after."""
+        """Take in an update of one layer: its mask before and after, equal where it did not move."""
         grown = self._grown.get(name)
         if grown is not None:
             self._counts[name] = torch.stack([(grown.to(after.device) & after).sum(), grown.sum().to(after.device)])

@@ -89,7 +89,7 @@ def prune(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator |
     active = int(mask.sum())
     if not 0 <= count <= active:
         raise ValueError(f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}")
-    return mask & ~_best_within(mask, -_as_numbers(scores), count, generator)
+    return mask & ~_best_within(mask, -as_numbers(scores), count, generator)
 
 
 def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -101,7 +101,7 @@ def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | 
     inactive = mask.numel() - int(mask.sum())
     if not 0 <= count <= inactive:
         raise ValueError(f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to that")
-    return mask | _best_within(~mask, _as_numbers(scores), count, generator)
+    return mask | _best_within(~mask, as_numbers(scores), count, generator)
 
 
 def shares_of_best(scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None) -> dict[str, float]:
@@ -154,7 +154,7 @@ def _best_within(allowed: Tensor, scores: Tensor, count: int, generator: torch.G
     return torch.zeros_like(allowed).masked_scatter_(allowed, within)
 
 
-def _as_numbers(scores: Tensor) -> Tensor:
+def as_numbers(scores: Tensor) -> Tensor:
     """Return scores that can be negated: whole numbers and bools as float64."""
     return scores if scores.is_floating_point() else scores.double()
 

@@ -1,7 +1,9 @@
 """What happens at an update: how many weights each layer prunes and grows, and which. The model is not touched here."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -41,7 +43,8 @@ class Rules:
         chosen: Redistribution | None = None
         needs: tuple[str, ...] = ()
         if redistribute != "none":
-            chosen = choose(redistribute, redistribution.REDISTRIBUTIONS, "redistribute")
+            menu = {"none": redistribution.nonzeros, **redistribution.REDISTRIBUTIONS}
+            chosen = choose(redistribute, menu, "redistribute")
             needs = criteria.needed(chosen, dict.fromkeys(redistribution.OFFERED), "redistribution")
         return cls(
             *criteria.find(prune, "prune"), *criteria.find(grow, "grow"), chosen, needs, scope == "global", floor
@@ -83,7 +86,17 @@ class Layer:
             "explored": lambda: self.explored,
             "generator": lambda: self.generator(*words),
         }
-        scores = criterion(**{need: offered[need]() for need in needs})
+        given: dict[str, Any] = {need: offered[need]() for need in needs}
+        versions = {need: tensor._version for need, tensor in given.items() if isinstance(tensor, Tensor)}
+        try:
+            scores = criterion(**given)
+        except Exception as error:
+            raise RuntimeError(f"{criteria.describe(criterion)} failed for {self.name}: {error}") from error
+        if written := [need for need, version in versions.items() if given[need]._version != version]:
+            raise RuntimeError(
+                f"{criteria.describe(criterion)} wrote into {', '.join(written)} of {self.name}; a criterion may only "
+                "read: copy the tensor first (and go back to a checkpoint, for it is changed)"
+            )
         if not isinstance(scores, Tensor) or scores.shape != mask.shape or scores.device != mask.device:
             seen = f"{tuple(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else repr(scores)
             raise ValueError(
@@ -103,9 +116,12 @@ class Layer:
 
 
 def counts(
-    rules: Rules, layers: Mapping[str, Layer], active: budget.Counts, target: budget.Counts, rate: float
+    rules: Rules, layers: Mapping[str, Layer], active: budget.Counts, target: budget.Counts, rate: float, moves: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return how many weights each layer prunes, and how many grow in it.
+
+    Over all layers together the worst leave, and each grows what it lost; where the density is on its way, they are the
+    worst that it lets go, and each layer exchanges its share of what it has left (GraNet's order).
 
     Args:
         rules: Of the run.
@@ -113,15 +129,21 @@ def counts(
         active: How many weights are active in each.
         target: How many shall be active afterwards; where layers share, in all of them together.
         rate: The share of active weights to be exchanged.
+        moves: Whether the density is on its way to another one.
     """
     weights = {name: layer.itop.mask.numel() for name, layer in layers.items()}
-    leaving = budget.to_prune(active, target, weights, rate)
-    if rules.across_layers:
-        leaving = _worst_of_all(rules, layers, active, sum(leaving.values()))
+    leaving = exchanged = budget.to_prune(active, target, weights, rate, spare_dense=rules.redistribute is None)
+    if rules.across_layers and moves:
+        cut = _worst_of_all(rules, layers, active, max(0, sum(active.values()) - sum(target.values())))
+        left = {name: active[name] - cut[name] for name in layers}
+        exchanged = budget.to_prune(left, left, weights, rate, spare_dense=rules.redistribute is None)
+        leaving = {name: cut[name] + exchanged[name] for name in layers}
+    elif rules.across_layers:
+        leaving = exchanged = _worst_of_all(rules, layers, active, sum(leaving.values()))
     kept = {name: active[name] - leaving[name] for name in layers}
     if not rules.shares_layers:
         return leaving, {name: target[name] - kept[name] for name in layers}
-    raw: Mapping[str, float] = leaving
+    raw: Mapping[str, float] = exchanged
     if rules.redistribute:
         known = {"weights": weights, "active": active, "pruned": leaving}
         raw = _statistics(rules.redistribute, rules.redistribute_needs, layers, **known)
@@ -147,13 +169,34 @@ def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> Tensor:
         raise ValueError(f"{criteria.describe(role)} gave NaN for {layer.name}; scores must be numbers") from None
 
 
+def check_floor(rules: Rules, weights: budget.Counts, smallest: int) -> None:
+    """Refuse a floor that keeps more weights than there shall be.
+
+    Args:
+        rules: Of the run.
+        weights: All weights of each layer.
+        smallest: The least active weights of all layers together, at any time.
+    """
+    kept = sum(least_of(rules, count) for count in weights.values())
+    if rules.across_layers and kept > smallest:
+        raise ValueError(
+            f"floor is {rules.floor}: it keeps {kept:,} of {sum(weights.values()):,} weights in any case, and there "
+            f"shall be {smallest:,}; lower it, or the sparsity"
+        )
+
+
+def least_of(rules: Rules, weights: int) -> int:
+    """Return how many weights of a layer stay active in any case: at least one, at least its floor."""
+    return max(1, math.ceil(rules.floor * weights - 1e-9))
+
+
 def _worst_of_all(rules: Rules, layers: Mapping[str, Layer], active: budget.Counts, total: int) -> dict[str, int]:
     """Return how many of the lowest scores of all layers together lie in each, as far as its floor lets them go."""
     most, scores = {}, {}
     for name, layer in layers.items():
         mask = layer.itop.mask
-        most[name] = max(0, active[name] - max(1, round(rules.floor * mask.numel())))
-        scores[name] = -layer.scores(rules.prune, rules.prune_needs, mask, "prune")[mask]
+        most[name] = max(0, active[name] - least_of(rules, mask.numel()))
+        scores[name] = -topology.as_numbers(layer.scores(rules.prune, rules.prune_needs, mask, "prune")[mask])
     total = min(total, sum(most.values()))
     try:
         shares = topology.shares_of_best(scores, total, most)
@@ -184,4 +227,4 @@ def _statistics(
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, (int, float)) and 0.0 <= value < float("inf")
+    return isinstance(value, Real) and 0.0 <= float(value) < float("inf")

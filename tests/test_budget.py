@@ -62,6 +62,16 @@ def test_a_layer_that_kept_nothing_gets_one() -> None:
     assert budget.to_grow({"a": 0, "b": 5}, 4, {"a": 10, "b": 10}, {"a": 0.0, "b": 1.0}) == {"a": 1, "b": 3}
 
 
+def test_millions_that_nobody_asked_for_go_where_there_is_room_at_once() -> None:
+    room = {"a": 1_000, "b": 25_000_000, "c": 75_000_000}
+    found = budget.to_grow(dict.fromkeys(room, 0), 40_001_000, room, {"a": 1.0, "b": 0.0, "c": 0.0})
+    assert found == {"a": 1_000, "b": 10_000_000, "c": 30_000_000}
+
+
+def test_a_layer_that_has_lost_everything_comes_back_on_the_way() -> None:
+    assert budget.targets({"a": 0, "b": 8}, {"a": 5, "b": 4}, {"a": 10, "b": 10}, 1.0) == {"a": 1, "b": 7}
+
+
 def test_where_nothing_is_said_room_decides() -> None:
     assert budget.to_grow({"a": 4, "b": 8}, 4, {"a": 10, "b": 10}, {"a": 0.0, "b": 0.0}) == {"a": 3, "b": 1}
 

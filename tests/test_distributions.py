@@ -124,6 +124,34 @@ def test_fixed_densities_that_miss_the_budget_are_refused_with_the_numbers(fixed
         active_counts({"a": (10, 10), "b": (10, 10)}, 0.1, with_fixed(fixed, uniform))
 
 
+def test_a_fixed_density_is_kept_exactly_where_tiny_layers_round_up() -> None:
+    shapes = {"big": (100, 100), **{str(i): (2, 2) for i in range(6)}, "head": (10, 10)}
+    counts = active_counts(shapes, 0.03, "uniform", fixed={"head": 1.0})
+    assert counts == {"big": 198, **{str(i): 1 for i in range(6)}, "head": 100}  # round(0.03 * 10,124) is 304
+
+
+def test_fixing_a_layer_does_not_make_another_one_the_first_or_the_last() -> None:
+    shapes = {"first": (10, 10), "middle": (20, 20), "last": (4, 10)}
+    densities = with_fixed({"last": 1.0}, erk_plus)(shapes, 0.5)
+    assert densities == erk_plus(shapes, 0.5)
+    densities = with_fixed({"last": 0.1}, uniform_plus)(shapes, 0.5)
+    assert densities["first"] == 1.0
+    assert densities["last"] == 0.1
+    assert densities["middle"] == pytest.approx((270 - 100 - 4) / 400)
+    densities = with_fixed({"first": 0.5}, uniform_plus)(shapes, 0.5)
+    assert densities == pytest.approx({"first": 0.5, "middle": 0.5, "last": 0.5})
+
+
+def test_where_only_layers_without_a_say_have_room_left_they_share_by_it() -> None:
+    assert scaled({"a": 1.0, "b": 0.0, "c": 0.0}, {"a": 10, "b": 30, "c": 10}, 30) == {"a": 1.0, "b": 0.5, "c": 0.5}
+
+
+@pytest.mark.parametrize("total", [1, 21])
+def test_a_total_that_no_bounds_allow_is_refused(total: int) -> None:
+    with pytest.raises(ValueError, match=f"{total} active weights can't be shared out: the layers take 2 to 20"):
+        apportion({"a": 5.0, "b": 5.0}, total, {"a": 1, "b": 1}, {"a": 10, "b": 10})
+
+
 def test_all_layers_fixed_at_the_budget_are_no_error() -> None:
     shapes = {"a": (10, 10), "b": (10, 10)}
     assert active_counts(shapes, 0.2, with_fixed({"a": 0.3, "b": 0.1}, erk)) == {"a": 30, "b": 10}

@@ -122,6 +122,18 @@ def test_updates_are_counted() -> None:
     assert (run.regrow.updates, run.regrow.skipped) == (2, 0)
 
 
+def test_an_update_that_is_due_is_made_also_by_a_run_that_plans_none() -> None:
+    run, other = Run(total_steps=4, every=2), Run(total_steps=4, every=9)
+    run.train(range(1))
+    run.backward(1, scale=math.nan)
+    with pytest.warns(UserWarning, match="not finite"):
+        run.regrow.step()
+    other.regrow.load_state_dict(run.regrow.state_dict())
+    before = other.positions()
+    other.train(range(2, 3))
+    assert moved(other, before)
+
+
 def test_past_the_end_nothing_moves() -> None:
     run = Run(total_steps=4, every=2)
     run.train(range(4))

@@ -1,0 +1,65 @@
+"""Survival by hand: of what grew at an update, the share that is there after the next one."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import itop_prune
+from itop_prune import MaskScheduler
+from itop_prune.survival import Survival
+
+
+def mask(positions: str) -> Tensor:
+    return torch.tensor([letter == "x" for letter in positions])
+
+
+def test_two_layers_over_three_updates() -> None:
+    survival = Survival()
+    survival.note("a", mask("xx...."), mask("x.xx.."))  # two grow
+    survival.note("b", mask("x..."), mask(".x.."))  # one grows
+    assert math.isnan(survival.rate())
+    survival.note("a", mask("x.xx.."), mask("x.x.x."))  # one of the two is left, one grows
+    survival.note("b", mask(".x.."), mask(".x.."))  # did not move: its one is left, none grows
+    assert survival.rates() == {"a": 0.5, "b": 1.0}
+    assert survival.rate() == 2 / 3
+    survival.note("a", mask("x.x.x."), mask("x.xx.."))  # it left
+    survival.note("b", mask(".x.."), mask("..x."))  # what left had grown long before
+    assert survival.rates() == {"a": 0.0}
+    assert survival.rate() == 0.0
+
+
+def test_a_copy_of_the_state_goes_on_alike() -> None:
+    one, other = Survival(), Survival()
+    one.note("a", mask("x..."), mask(".x.."))
+    other.load_state_dict(one.state_dict())
+    for survival in (one, other):
+        survival.note("a", mask(".x.."), mask(".xx."))
+    assert one.rates() == other.rates() == {"a": 1.0}
+
+
+def test_a_layer_that_an_update_leaves_alone_is_counted_too() -> None:
+    """Over all layers together the second, whose weights are large, prunes nothing after the first update."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
+    masks, optimizer = itop_prune.apply(model, 0.5), torch.optim.SGD(model.parameters(), lr=0.0)
+    options: dict[str, Any] = {"scope": "global", "survival": True, "rate": 0.2, "schedule": "constant"}
+    regrow = MaskScheduler(masks, optimizer, total_steps=9, every=1, **options)
+    seen = []
+    for step in range(3):
+        before = {name: itop.mask.clone() for name, itop in masks.items()}
+        model(torch.randn(4, 30)).sum().backward()
+        if step:
+            with torch.no_grad():
+                masks["1.weight"].parameter.add_(masks["1.weight"].mask.float(), alpha=100.0)
+        regrow.step()
+        grown = {name: itop.mask & ~before[name] for name, itop in masks.items()}
+        seen.append((grown, {name: itop.mask.clone() for name, itop in masks.items()}))
+    (first, _), (second, after), (_, last) = seen
+    assert first["1.weight"].any()
+    assert not second["1.weight"].any()
+    assert torch.equal(after["1.weight"], last["1.weight"])
+    there, grown = (int((second["0.weight"] & last["0.weight"]).sum()), int(second["0.weight"].sum()))
+    assert regrow.survival_rates() == {"0.weight": there / grown}
+    assert regrow.survival_rate() == there / grown
