@@ -80,7 +80,7 @@ class ITOP(prune.BasePruningMethod):
     @property
     def active(self) -> int:
         """How many weights are active; of a mask made on the meta device how many would be."""
-        return int(self.mask.sum()) if self._planned is None else self._planned
+        return int(self.mask.count_nonzero()) if self._planned is None else self._planned
 
     @property
     def _planned(self) -> int | None:

@@ -126,7 +126,7 @@ def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None, ex
     rows, masks = [], find_masks(model)
     for name, layer, tensor in walk(model):
         if itop := masks.get(name):
-            seen = None if explored is None or name not in explored else int(explored[name].sum())
+            seen = None if explored is None or name not in explored else int(explored[name].count_nonzero())
             rows.append(Row(name, tuple(itop.mask.shape), itop.mask.numel(), itop.active, seen))
         elif (weight := layer._parameters.get(tensor)) is not None and not weight.is_meta:
             count = int(weight.count_nonzero())

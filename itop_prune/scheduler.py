@@ -172,7 +172,7 @@ class MaskScheduler:
     def exploration_rate(self) -> float:
         """Return R_s: the share of the masked weights that were active at least once (Liu et al., 2021)."""
         total = sum(explored.numel() for explored in self.explored.values())
-        return sum(int(explored.sum()) for explored in self.explored.values()) / total
+        return sum(int(explored.count_nonzero()) for explored in self.explored.values()) / total
 
     def survival_rates(self) -> dict[str, float]:
         """Return, by layer, what share of the weights grown at the last update but one survived the last.

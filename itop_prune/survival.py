@@ -22,7 +22,9 @@ class Survival:
         """Take in an update of one layer: its mask before and after, equal where it did not move."""
         grown = self._grown.get(name)
         if grown is not None:
-            self._counts[name] = torch.stack([(grown.to(after.device) & after).sum(), grown.sum().to(after.device)])
+            self._counts[name] = torch.stack(
+                [(grown.to(after.device) & after).count_nonzero(), grown.count_nonzero().to(after.device)]
+            )
         self._grown[name] = after & ~before
 
     def rates(self) -> dict[str, float]:

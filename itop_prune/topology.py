@@ -1,10 +1,14 @@
 """The algorithm: which weights leave a mask and which enter it. Pure tensors in, a new bool mask out."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+SAMPLE = 1 << 16
+"""Scores looked at to guess how high those are that will be chosen."""
 
 
 def best(scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -27,18 +31,46 @@ def best(scores: Tensor, count: int, generator: torch.Generator | None = None) -
     if not 0 <= count <= scores.numel():
         raise ValueError(f"asked for {count} of {scores.numel()} positions; allowed are 0 to {scores.numel()}")
     flat = scores.flatten()
-    chosen = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
-    if count:
-        threshold = flat.topk(count, sorted=False).values.amin()
-        above = (flat > threshold).nonzero().squeeze(1)
-        tied = (flat == threshold).nonzero().squeeze(1)
-        if len(above) + len(tied) < count:
-            raise ValueError("scores hold NaN, which has no rank; scores must be numbers: look at the criterion")
-        if generator is not None:
-            tied = tied[torch.randperm(len(tied), generator=generator, device=flat.device)]
-        chosen[above] = True
-        chosen[tied[: count - len(above)]] = True
-    return chosen.view(scores.shape)
+    return _with(torch.zeros_like(flat, dtype=torch.bool), _top(flat, count, generator), True).view(scores.shape)
+
+
+def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Return the indices of the `count` largest values, of a 1-d tensor; those that tie for the last places drawn."""
+    if count == 0:
+        return torch.zeros(0, dtype=torch.long, device=values.device)
+    chosen = values.topk(count, sorted=False)
+    threshold = chosen.values.amin()  # NaN is above all, and makes this NaN
+    if threshold.isnan():
+        raise ValueError("scores hold NaN, which has no rank; scores must be numbers: look at the criterion")
+    if (values >= threshold).count_nonzero() == count:
+        return chosen.indices
+    above, tied = ((values > threshold).nonzero().squeeze(1), (values == threshold).nonzero().squeeze(1))
+    if generator is not None:
+        tied = tied[torch.randperm(len(tied), generator=generator, device=values.device)]
+    return torch.cat([above, tied[: count - len(above)]])
+
+
+def _promising(scores: Tensor, allowed: Tensor, count: int, available: int) -> Tensor:
+    """Return allowed places, in order, that hold the `count` best of them: about as many, where there are many more.
+
+    A sample tells a score that somewhat more than `count` exceed; should it be fewer, all allowed places are returned.
+    Everything is 1-d. NaN counts as above all scores.
+    """
+    stride = len(scores) // SAMPLE | 1
+    if stride > 1:
+        sample, share = scores[::stride][allowed[::stride]], count / available
+        rank = 1 + math.ceil(len(sample) * share + 4.0 * math.sqrt(len(sample) * share * (1.0 - share)))
+        if rank < len(sample) / 2:
+            lowest = sample.topk(rank, sorted=False).values.amin()
+            places = (allowed > (scores <= lowest)).nonzero().squeeze(1)
+            if len(places) >= count:
+                return places
+    return allowed.nonzero().squeeze(1)
+
+
+def _with(mask: Tensor, places: Tensor, value: bool) -> Tensor:
+    """Return a copy of a mask with another value at some places, counted as in the flattened mask."""
+    return mask.flatten().index_fill(0, places, value).view(mask.shape)
 
 
 def prune_and_regrow(
@@ -86,10 +118,12 @@ def prune(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator |
     >>> prune(torch.tensor([True, True, False]), torch.tensor([2.0, 1.0, 0.0]), 1)
     tensor([ True, False, False])
     """
-    active = int(mask.sum())
-    if not 0 <= count <= active:
-        raise ValueError(f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}")
-    return mask & ~_best_within(mask, -as_numbers(scores), count, generator)
+    active = mask.flatten().nonzero().squeeze(1)
+    if not 0 <= count <= len(active):
+        raise ValueError(
+            f"n_prune is {count}; the mask has {len(active)} active positions: allowed are 0 to {len(active)}"
+        )
+    return _with(mask, active[_top(-as_numbers(scores.flatten().index_select(0, active)), count, generator)], False)
 
 
 def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -98,10 +132,14 @@ def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | 
     >>> grow(torch.tensor([True, False, False]), torch.tensor([3.0, 1.0, 2.0]), 1)
     tensor([ True, False,  True])
     """
-    inactive = mask.numel() - int(mask.sum())
+    inactive = mask.numel() - int(mask.count_nonzero())
     if not 0 <= count <= inactive:
         raise ValueError(f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to that")
-    return mask | _best_within(~mask, as_numbers(scores), count, generator)
+    if count == 0:
+        return mask.clone()
+    flat = as_numbers(scores.flatten())
+    places = _promising(flat, ~mask.flatten(), count, inactive)
+    return _with(mask, places[_top(flat.index_select(0, places), count, generator)], True)
 
 
 def shares_of_best(scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None) -> dict[str, float]:
@@ -141,17 +179,10 @@ def _shares_of_best(scores: Mapping[str, Tensor], count: int) -> dict[str, float
         names = [name for name, tensor in scores.items() if tensor.isnan().any()]
         raise ValueError(f"scores of {', '.join(names)} hold NaN, which has no rank; scores must be numbers")
     parts = flat.split([tensor.numel() for tensor in scores.values()])
-    above = {name: int((part > threshold).sum()) for name, part in zip(scores, parts, strict=True)}
-    tied = {name: int((part == threshold).sum()) for name, part in zip(scores, parts, strict=True)}
+    above = {name: int((part > threshold).count_nonzero()) for name, part in zip(scores, parts, strict=True)}
+    tied = {name: int((part == threshold).count_nonzero()) for name, part in zip(scores, parts, strict=True)}
     share = (count - sum(above.values())) / sum(tied.values())
     return {name: above[name] + share * tied[name] for name in scores}
-
-
-def _best_within(allowed: Tensor, scores: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Return the best among allowed positions: no score, however low, lets another one in."""
-    # Flat, and by masks: an index of n-dimensional positions takes 8 n bytes for each.
-    within = best(scores.flatten().masked_select(allowed.flatten()), count, generator)
-    return torch.zeros_like(allowed).masked_scatter_(allowed, within)
 
 
 def as_numbers(scores: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class Layer:
     def statistic(self, name: str) -> Tensor:
         """Return the mean size of the active weights or of their momentum; 0 where none is active."""
         sizes = whole(self.itop.weight).float() if name == "magnitude" else self.dense.momentum(self.name)
-        return (sizes * self.itop.mask).abs().sum() / self.itop.mask.sum().clamp(min=1)
+        return (sizes * self.itop.mask).abs().sum() / self.itop.mask.count_nonzero().clamp(min=1)
 
 
 def counts(
