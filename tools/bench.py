@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+"""What the masks cost, as ratios within one run: rounds of ours and of what it is compared with, in turns; medians.
+
+  python tools/bench.py                                    # all of it, about ten minutes on two cores
+  python tools/bench.py --quick --only update,step         # smaller models, fewer rounds
+  python tools/bench.py --json new.json --against old.json
+
+A ratio is how many times as fast ours is, or how many times as long it takes; beside it stands the target. Seconds
+depend on the machine, ratios much less: let nothing else run beside it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_masks import memory, scaling, step, update
+from bench_runs import images, imports, run
+from measure import Measured, Settings
+from rich.console import Console
+from rich.table import Table
+
+BENCHMARKS = {
+    "update": update,
+    "step": step,
+    "memory": memory,
+    "scaling": scaling,
+    "images": images,
+    "run": run,
+    "import": imports,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    name: str
+    ours: float
+    """Median, in `unit`."""
+    other: float | None
+    """Of what it is compared with; None where the target is of ours alone."""
+    unit: str
+    ratio: float
+    target: str
+    met: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write it; return 0, or 1 if a target is missed."""
+    args = parse(argv)
+    settings = Settings(quick=args.quick, device=torch.device(args.device))
+    machine = describe(settings.device)
+    console = Console()
+    console.print(machine, highlight=False)
+    rows: list[Row] = []
+    for name in args.only:
+        for measured in BENCHMARKS[name](settings):
+            rows.append(row_of(measured))
+            console.print(f"  {rows[-1].name}: {rows[-1].ratio:.3g}", highlight=False)
+    before = {row["name"]: row["ratio"] for row in json.loads(args.against.read_text())["rows"]} if args.against else {}
+    console.print(table(rows, before))
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    return 0 if all(row.met for row in rows) else 1
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smaller models and fewer rounds: a look, not a result")
+    parser.add_argument("--device", default="cpu", help="cpu (as it is) or cuda")
+    parser.add_argument("--only", default=",".join(BENCHMARKS), metavar="NAMES", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="a former one, to show its ratios beside the new")
+    args = parser.parse_args(argv)
+    args.only = args.only.split(",")
+    if unknown := [name for name in args.only if name not in BENCHMARKS]:
+        parser.error(f"--only has {', '.join(unknown)}; known are {', '.join(BENCHMARKS)}")
+    if args.against and not args.against.is_file():
+        parser.error(f"--against {args.against} is not there")
+    return args
+
+
+def row_of(measured: Measured) -> Row:
+    """Reduce the rounds of a benchmark to a line."""
+    ours = statistics.median(measured.ours)
+    other = statistics.median(measured.other) if measured.other else None
+    if measured.faster:
+        ratio = (other or measured.target) / ours
+        return Row(measured.name, ours, other, measured.unit, ratio, f"≥ {measured.target:g}", ratio >= measured.target)
+    ratio = ours / other if other else ours
+    target = f"≤ {measured.target:g}" + ("" if other else f" {measured.unit}")
+    return Row(measured.name, ours, other, measured.unit, ratio, target, ratio <= measured.target)
+
+
+def table(rows: Sequence[Row], before: dict[str, float]) -> Table:
+    """Return the table, with the ratios of a former run where there is one."""
+    shown = Table("what", *(("ratio before",) if before else ()), header_style="bold")
+    for heading in ("ours", "compared with", "ratio", "target", ""):
+        shown.add_column(heading, justify="right")
+    for row in rows:
+        numbers = [f"{row.ours:.4g} {row.unit}", f"{row.other:.4g} {row.unit}" if row.other else "", f"{row.ratio:.3g}"]
+        former = [f"{before[row.name]:.3g}" if row.name in before else ""] if before else []
+        shown.add_row(row.name, *former, *numbers, row.target, "[green]met[/]" if row.met else "[red]missed[/]")
+    return shown
+
+
+def describe(device: torch.device) -> str:
+    """Name the machine, without its name."""
+    chip: Any = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        models = [
+            line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line
+        ]
+        chip = models[0] if models else chip
+    gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+    return f"{chip}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}; torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,200 @@
+"""What an update costs in time and memory. Timed are the calls alone, not what prepares them."""
+
+import gc
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from measure import Measured, Settings, clock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import itop_prune
+from itop_prune import topology
+
+
+class Updating:
+    """A masked model whose gradients are drawn once: everything is ready for an update by magnitude and gradient."""
+
+    def __init__(self, model: nn.Module, sparsity: float, device: torch.device) -> None:
+        self.device, self.model = device, model.to(device)
+        self.masks = itop_prune.apply(self.model, sparsity)
+        self.gradients = {name: torch.randn_like(itop.parameter) for name, itop in self.masks.items()}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9)
+        options: dict[str, Any] = {"schedule": "constant", "grow": "gradient"}
+        self.regrow = itop_prune.MaskScheduler(self.masks, self.optimizer, total_steps=10**6, every=1, **options)
+
+    def take_step(self) -> None:
+        """Give every weight its gradient, the dense one to who listens, and step."""
+        for name, gradient in self.gradients.items():
+            owner, _, tensor = name.rpartition(".")
+            (getattr(self.model.get_submodule(owner), tensor) * gradient).sum().backward()
+        self.optimizer.step()
+
+    def update(self) -> float:
+        """Return the seconds of one update."""
+        self.take_step()
+        began = clock(self.device)
+        self.regrow.step()
+        taken = clock(self.device) - began
+        self.optimizer.zero_grad()
+        return taken
+
+
+def by_sorting(mask: Tensor, weight: Tensor, gradient: Tensor, rate: float) -> Tensor:
+    """Return a float mask after an update as published code makes it: sort all, ask the device for every count."""
+    count = math.ceil(rate * mask.sum().item())
+    _, order = torch.sort(torch.where(mask == 0, torch.inf, weight.abs()).flatten())
+    new = mask.clone()
+    new.view(-1)[order[:count]] = 0.0
+    _, order = torch.sort(torch.where(new == 0, gradient.abs(), -1.0).flatten(), descending=True)
+    new.view(-1)[order[: int(mask.sum().item() - new.sum().item())]] = 1.0
+    return new
+
+
+class Sorting:
+    """The same update over the same layers, the straightforward way: float masks, a layer at a time."""
+
+    def __init__(self, ready: Updating) -> None:
+        self.device, self.gradients = ready.device, ready.gradients
+        self.weights = {name: itop.weight.clone() for name, itop in ready.masks.items()}
+        self.masks = {name: itop.mask.float() for name, itop in ready.masks.items()}
+        self.momenta = {name: torch.randn_like(weight) for name, weight in self.weights.items()}
+
+    def update(self) -> float:
+        """Return the seconds of one update."""
+        began = clock(self.device)
+        for name, weight in self.weights.items():
+            mask = self.masks[name] = by_sorting(self.masks[name], weight, self.gradients[name], 0.5)
+            weight *= mask
+            self.momenta[name] *= mask
+        return clock(self.device) - began
+
+
+def update(settings: Settings) -> Iterator[Measured]:
+    """An update of a ResNet-50 at 90 %, as a whole, and its selection alone."""
+    name = "resnet18" if settings.quick else "resnet50"
+    ready = Updating(timm.create_model(name), 0.9, settings.device)
+    simple, rounds = Sorting(ready), settings.rounds(5)
+    yield Measured(f"update, {name}, 90 %", 10.0, faster=True).take(rounds, ready.update, simple.update)
+    layers = [(itop.mask, itop.weight.abs(), ready.gradients[n].abs()) for n, itop in ready.masks.items()]
+    counts = [math.ceil(0.5 * itop.active) for itop in ready.masks.values()]
+
+    def ours() -> float:
+        began = clock(settings.device)
+        for (mask, weight, gradient), count in zip(layers, counts, strict=True):
+            topology.prune_and_regrow(mask, weight, gradient, count, count)
+        return clock(settings.device) - began
+
+    def sorting() -> float:
+        began = clock(settings.device)
+        for mask, weight, gradient in floats:
+            by_sorting(mask, weight, gradient, 0.5)
+        return clock(settings.device) - began
+
+    floats = [(mask.float(), weight, gradient) for mask, weight, gradient in layers]
+    yield Measured(f"prune_and_regrow, {name}, 90 %", 15.0, faster=True).take(rounds, ours, sorting)
+
+
+def scaling(settings: Settings) -> Iterator[Measured]:
+    """Updates of more and more weights in layers of up to 100 million: the time for a million of them."""
+    sizes = (1, 10) if settings.quick else (1, 10, 100, 500)
+    for millions in sizes:
+        layers = [nn.Linear(10_000, 100 * min(millions, 100), bias=False) for _ in range(max(1, millions // 100))]
+        ready = Updating(nn.Sequential(*layers), 0.9, settings.device)
+        target = 3.0 if millions == 100 else 0.03 * millions
+        measured = Measured(f"update of {millions} M weights, {len(layers)} layers", target)
+        yield measured.take(2, ready.update)
+        del ready, layers
+        gc.collect()
+
+
+class Training:
+    """Steps of one model on one batch."""
+
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], sparsity: float | None, settings: Settings) -> None:
+        self.model, self.device, self.regrow = model.to(settings.device).train(), settings.device, None
+        masks = itop_prune.apply(self.model, sparsity) if sparsity else {}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9)
+        if masks:
+            self.regrow = itop_prune.MaskScheduler(masks, self.optimizer, total_steps=10**6, every=10**5)
+        self.x = torch.randn(shape, device=self.device)
+        self.y = torch.randint(10, shape[:1], device=self.device)
+
+    def take(self, steps: int) -> float:
+        """Return the seconds of one step, on average."""
+        began = clock(self.device)
+        for _ in range(steps):
+            F.cross_entropy(self.model(self.x), self.y).backward()
+            self.optimizer.step()
+            if self.regrow:
+                self.regrow.step()
+            self.optimizer.zero_grad()
+        return (clock(self.device) - began) / steps
+
+
+def step(settings: Settings) -> Iterator[Measured]:
+    """A training step without an update, masked against dense."""
+    sizes: dict[str, tuple[tuple[int, ...], float, int, dict[str, Any]]] = {
+        "lenet300": ((128, 1, 28, 28), 1.15, 200, {}),
+        "vit_tiny_patch16_224": ((16, 3, 224, 224), 1.02, 1, {}),
+        "resnet50": ((32, 3, 128, 128), 1.03, 1, {}),
+    }
+    for name, (shape, target, steps, options) in list(sizes.items())[: 1 if settings.quick else None]:
+        masked, dense = (
+            Training(timm.create_model(name, num_classes=10, **options), shape, sparsity, settings)
+            for sparsity in (0.9, None)
+        )
+        measured = Measured(f"training step, {name}, batch {shape[0]}, {shape[-1]} px", target)
+        yield measured.take(settings.rounds(15), lambda: masked.take(steps), lambda: dense.take(steps))  # noqa: B023
+
+
+def held() -> int:
+    """Return the bytes of all tensors that are alive."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def highest(call: Callable[[], object]) -> int:
+    """Return the bytes of tensors that a call on the CPU holds at once, beside those of before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    now = most = 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        now += event["args"]["Bytes"]
+        most = max(most, now)
+    return most
+
+
+def memory(settings: Settings) -> Iterator[Measured]:
+    """Bytes beside those of dense training: between updates, and during one."""
+    before = held()
+    dense = Training(timm.create_model("resnet18"), (2, 3, 64, 64), None, settings)
+    dense.take(3)
+    between, dense_bytes = Measured("memory between updates, resnet18", 2.0, unit="B per weight"), held() - before
+    del dense
+    before = held()
+    masked = Training(timm.create_model("resnet18"), (2, 3, 64, 64), 0.9, settings)
+    masked.take(3)
+    weights = itop_prune.summarize(masked.model).weights
+    between.ours.append((held() - before - dense_bytes) / weights)
+    yield between
+    del masked
+    layers, size = 12, 1000
+    ready = Updating(nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers))), 0.9, settings.device)
+    ready.update()
+    ready.take_step()
+    peak = highest(ready.regrow.step)
+    yield Measured("memory of an update, 12 equal layers", 3.0, unit="layers", ours=[peak / (4 * size * size)])

@@ -1,0 +1,50 @@
+"""What benchmarks are made of: rounds of two things in turns, timed when the device has done them."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says."""
+
+    quick: bool
+    device: torch.device
+
+    def rounds(self, full: int) -> int:
+        """Return how many rounds to take."""
+        return max(2, full // 5) if self.quick else full
+
+
+@dataclass
+class Measured:
+    """Rounds of one comparison."""
+
+    name: str
+    target: float
+    faster: bool = False
+    """Whether the target is how many times as fast ours is; else how many times as long it may take."""
+    unit: str = "s"
+    ours: list[float] = field(default_factory=list)
+    other: list[float] = field(default_factory=list)
+    """Empty where the target is a number of ours alone."""
+
+    def take(self, rounds: int, ours: Callable[[], float], other: Callable[[], float] | None = None) -> "Measured":
+        """Take turns, after one of each that does not count."""
+        for turn in range(rounds + 1):
+            for function, kept in ((ours, self.ours), (other, self.other)):
+                if function:
+                    found = function()
+                    if turn:
+                        kept.append(found)
+        return self
+
+
+def clock(device: torch.device) -> float:
+    """Return the time, when the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
