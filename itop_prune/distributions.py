@@ -6,8 +6,9 @@ and the share of all of them that is kept, in (0, 1]; back comes the share kept 
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 
-from itop_prune.menu import choose
+from itop_prune.menu import choose, describe
 
 Shapes = Mapping[str, tuple[int, ...]]
 Distribution = Callable[[Shapes, float], dict[str, float]]
@@ -15,6 +16,8 @@ Distribution = Callable[[Shapes, float], dict[str, float]]
 
 def uniform(shapes: Shapes, density: float) -> dict[str, float]:
     """Return the same density for every layer.
+
+    Reference: Zhu & Gupta, "To prune, or not to prune", 2017, arXiv 1710.01878.
 
     >>> uniform({"a": (4, 3), "b": (2, 4)}, 0.5)
     {'a': 0.5, 'b': 0.5}
@@ -164,7 +167,7 @@ def active_counts(shapes: Shapes, density: float, method: str | Distribution = "
     densities = distribution(shapes, density)
     weights = {name: math.prod(shape) for name, shape in shapes.items()}
     total = round(density * sum(weights.values()))
-    _check(densities, weights, density, total)
+    _check(describe(distribution), densities, weights, density, total)
     return apportion(
         {name: densities[name] * weights[name] for name in weights}, total, dict.fromkeys(weights, 1), weights
     )
@@ -194,17 +197,19 @@ def apportion(
     return counts
 
 
-def _check(densities: Mapping[str, float], weights: Mapping[str, int], density: float, total: int) -> None:
+def _check(method: str, densities: object, weights: Mapping[str, int], density: float, total: int) -> None:
+    if not isinstance(densities, Mapping):
+        raise ValueError(f"{method} gave {densities!r}; a method must give one density per layer, by name")
     if set(densities) != set(weights):
         missing, extra = sorted(set(weights) - set(densities)), sorted(set(densities) - set(weights))
-        raise ValueError(f"method must give one density per layer; missing: {missing}; not masked: {extra}")
+        raise ValueError(f"{method} must give one density per layer; missing: {missing}; not masked: {extra}")
     for name, share in densities.items():
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"method gave {name} the density {share}; allowed is 0 to 1")
+        if not isinstance(share, Real) or not 0.0 <= float(share) <= 1.0:
+            raise ValueError(f"{method} gave {name} the density {share}; allowed is a number from 0 to 1")
     kept = sum(densities[name] * weights[name] for name in weights)
     if abs(kept - total) > len(weights):
         raise ValueError(
-            f"method keeps {kept:,.0f} weights, but density {density:.6g} of {sum(weights.values()):,} is {total:,}; "
+            f"{method} keeps {kept:,.0f} weights, but density {density:.6g} of {sum(weights.values()):,} is {total:,}; "
             "scale its densities to the budget"
         )
     if total < len(weights):

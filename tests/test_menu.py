@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from itop_prune import criteria, distributions, redistribution, saliency, schedules
-from itop_prune.menu import choose, describe, needed, nearest
+from itop_prune.menu import choose, describe, nearest, needed
 
 MENUS: dict[str, dict[str, Callable]] = {
     "prune": criteria.PRUNE,

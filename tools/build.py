@@ -187,7 +187,7 @@ def count_cost(model: nn.Module, data: Data | None, device: torch.device) -> Cos
 def score(name: str, accelerator: Accelerator, model: nn.Module, data: Data, density: float) -> dict[str, Tensor]:
     """Return scores before training, as the papers' authors take them."""
     if name == "synflow":
-        return saliency.synflow(model, data.shape, density, iterations=100)
+        return saliency.synflow(model, data.shape, density)
     ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
     batches = itertools.islice(data.epoch(0, **ranks), SALIENCY_BATCHES)
     heat = 200.0 if name == "grasp" else 1.0
