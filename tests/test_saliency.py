@@ -283,7 +283,33 @@ def test_scores_that_do_not_fit_are_refused_by_name(argument: str, given: dict[s
 
 
 @pytest.mark.parametrize("argument", ["scores", "method"])
-def test_scores_that_are_nan_are_refused(argument: str) -> None:
-    found = {name: tensor * math.nan for name, tensor in scores_of("snip").items()}
-    with pytest.raises(ValueError, match="NaN"):
+def test_scores_that_are_nan_are_refused_with_the_name_of_the_layer(argument: str) -> None:
+    """Also where the best are enough without looking at the bad one."""
+    found = scores_of("snip")
+    found["2.weight"][0, 0] = math.nan
+    model = mlp()
+    with pytest.raises(ValueError, match=r"^scores for 2\.weight hold NaN; scores must be numbers: look at"):
+        itop_prune.apply(model, 0.5, **{argument: found})
+    assert itop_prune.find_masks(model) == {}
+
+
+@pytest.mark.parametrize("argument", ["scores", "method"])
+def test_magnitude_of_a_weight_that_is_nan_is_refused_with_the_names_of_both(argument: str) -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"^magnitude gave NaN for 2\.weight; scores must be numbers: look at"):
+        itop_prune.apply(model, 0.5, **{argument: "magnitude"})
+
+
+@pytest.mark.parametrize("argument", ["scores", "method"])
+def test_scores_that_are_arrays_are_refused_by_name(argument: str) -> None:
+    found = {name: tensor.numpy() for name, tensor in scores_of("snip").items()}
+    with pytest.raises(
+        ValueError, match=r"scores for 0\.weight must be a tensor .*; given: ndarray of shape \(16, 20\)"
+    ):
         itop_prune.apply(mlp(), 0.5, **{argument: found})
+
+
+def test_the_name_of_a_method_by_scores_is_ratios() -> None:
+    assert ratios({}).__name__ == "ratios"
