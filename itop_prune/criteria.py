@@ -73,9 +73,8 @@ def mest(weight: Tensor, grad: Tensor, strength: float = 0.01) -> Tensor:
     """Return |w| + strength * |dL/dw|: a small weight that is moving stays (MEST: Yuan et al., 2021, arXiv 2110.14032).
 
     The weight is the one after the step, the gradient that of the weight before it. The strength is our choice; for
-    another one: `functools.partial(mest, strength=0.1)`. It is a number for unscaled gradients: under a GradScaler,
-    which float16 needs, the gradient is its scale (65,536 at first) times as large and the weight counts for nothing:
-    train in bfloat16, or divide the strength by the scale.
+    another: `functools.partial(mest, strength=0.1)`. A GradScaler (float16) makes the gradient up to 65,536 times as
+    large, and the weight count for nothing: train in bfloat16, or divide the strength by the scale.
 
     >>> mest(torch.tensor([-2.0, 0.5]), torch.tensor([0.0, -100.0]))
     tensor([2.0000, 1.5000])
@@ -212,7 +211,8 @@ def find(criterion: str | Criterion, role: str) -> tuple[Criterion, tuple[str, .
     """
     menu, other, others = (PRUNE, GROW, "growth") if role == "prune" else (GROW, PRUNE, "pruning")
     if role == "grow" and isinstance(criterion, str) and criterion.count("+") == 1:
-        criterion = mix(*criterion.split("+"))
+        first, second = criterion.split("+")
+        criterion = mix(first, second)
     strangers = [entry for name, function in other.items() if name not in menu for entry in (name, function)]
     if criterion in strangers or getattr(criterion, "role", role) != role:
         name = criterion if isinstance(criterion, str) else describe(criterion)
@@ -235,7 +235,7 @@ def _of_inactive(criterion: Criterion, scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def _places(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the place of each score in ascending order, from 0; which of those that tie is first is drawn."""
+    """Return the place of each score in ascending order, from 0; those that tie get theirs by lot."""
     shuffled = torch.randperm(len(scores), generator=generator, device=scores.device)
     order = shuffled[scores[shuffled].argsort(stable=True)]
     places = torch.empty(len(scores), device=scores.device)

@@ -166,14 +166,14 @@ def place_masks(
         name = settings.get(key)
         if isinstance(name, str) and name in saliency.SALIENCY:
             del settings[key]
-            if data is not None:
-                wanted[key] = name
+            wanted[key] = name
     try:
         found = {
             name: score(name, accelerator, model, data, 1.0 - settings["sparsity"])
             for name in dict.fromkeys(wanted.values())  # in one order on all ranks, which exchange gradients
+            if data is not None
         }
-        return itop_prune.apply(model, **settings | {key: found[name] for key, name in wanted.items()})
+        return itop_prune.apply(model, **settings | {key: found[name] for key, name in wanted.items() if found})
     except ValueError as error:
         raise RunError(f"masks: {error}") from None
 
