@@ -863,7 +863,7 @@ def test_own_functions_get_what_their_parameters_name() -> None:
 
 
 def test_a_criterion_for_pruning_may_ask_for_the_gradient() -> None:
-    run = Run(prune="gradient", every=1)
+    run = Run(prune="taylor", every=1)
     before = run.positions()
     run.backward()
     assert run.regrow.step()
