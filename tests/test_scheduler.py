@@ -880,12 +880,13 @@ def test_a_criterion_that_gives_something_else_is_refused(answer: Callable) -> N
         run.regrow.step()
 
 
-@pytest.mark.parametrize("role", ["prune", "grow"])
-def test_an_unknown_criterion_is_answered_with_the_menu(role: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"unknown {role} 'magnitud'; known are magnitude, set, .*, random, unexplored \(nearest"
-    ):
-        Run(**{role: "magnitud"})
+@pytest.mark.parametrize(
+    ("role", "name", "known"),
+    [("prune", "magnitud", "magnitude, set, .*, random"), ("grow", "randm", "random, gradient")],
+)
+def test_an_unknown_criterion_is_answered_with_the_menu(role: str, name: str, known: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown {role} '{name}'; known are {known}.* \(nearest"):
+        Run(**{role: name})
 
 
 def test_an_unknown_schedule_is_answered_with_the_menu() -> None:
