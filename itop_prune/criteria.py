@@ -4,7 +4,7 @@ A criterion is a function whose parameter names say what it needs, each a tensor
 
 | name | what it is |
 |---|---|
-| `weight` | the effective weight, float32 |
+| `weight` | the effective weight after this step, float32 |
 | `mask` | bool, True = active; for growth after pruning |
 | `grad` | the dense gradient of this step, float32: sum over micro-batches, mean over ranks, scaled by a GradScaler |
 | `momentum` | its moving average, of which a step keeps 0.9: listened for at every step, 4 bytes per weight |
@@ -13,15 +13,16 @@ A criterion is a function whose parameter names say what it needs, each a tensor
 
 Asking for `grad` is all it takes to get it: the scheduler reads the signature and listens on the steps that need it
 (with `gradient_steps=n` it is the sum of the last n). A parameter with a default is the criterion's own.
+Pruning and growth have a menu each: by the size of weights nothing would grow but what has just been pruned.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from itop_prune.menu import choose
+from itop_prune.menu import choose, describe, needed
 
 Criterion = Callable[..., Tensor]
 
@@ -37,29 +38,30 @@ def magnitude(weight: Tensor) -> Tensor:
     return weight.abs()
 
 
-def by_sign(weight: Tensor, mask: Tensor) -> Tensor:
+def by_sign(weight: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     """Return each active weight's rank in size among those of its sign, as a share of them; 0 for a weight of 0.
 
-    So an update prunes the same share of the smallest positive weights as of the negative ones nearest to 0.
+    So an update prunes the same share of the smallest positive weights as of the negative ones nearest to 0. Weights of
+    one size, of which half precision has many, get their ranks by lot.
 
     Reference: SET, Mocanu et al., 2018, arXiv 1707.04780. The ITOP authors' code takes the same number of each sign,
     and so misses the count where a sign has fewer.
 
     >>> weight = torch.tensor([0.1, 0.2, 0.3, 0.4, -5.0, -6.0])
-    >>> by_sign(weight, torch.ones(6, dtype=torch.bool))
+    >>> by_sign(weight, torch.ones(6, dtype=torch.bool), torch.Generator())
     tensor([0.2500, 0.5000, 0.7500, 1.0000, 0.5000, 1.0000])
     """
     scores = torch.zeros_like(weight)
     for side in (mask & (weight > 0), mask & (weight < 0)):
-        sizes = weight[side].abs()
-        rank = torch.empty_like(sizes)
-        rank[sizes.argsort()] = torch.arange(1, len(sizes) + 1, dtype=sizes.dtype, device=sizes.device)
-        scores[side] = rank / max(1, len(sizes))
+        sizes = weight.masked_select(side).abs()
+        scores.masked_scatter_(side, (_places(sizes, generator) + 1) / max(1, len(sizes)))
     return scores
 
 
 def taylor(weight: Tensor, grad: Tensor) -> Tensor:
     """Return (w dL/dw)^2, what the loss would change to first order (Molchanov et al., 2019, arXiv 1906.10771).
+
+    The weight is the one after the step, the gradient that of the weight before it.
 
     >>> taylor(torch.tensor([2.0, 3.0]), torch.tensor([-1.0, 0.5]))
     tensor([4.0000, 2.2500])
@@ -70,7 +72,9 @@ def taylor(weight: Tensor, grad: Tensor) -> Tensor:
 def mest(weight: Tensor, grad: Tensor, strength: float = 0.01) -> Tensor:
     """Return |w| + strength * |dL/dw|: a small weight that is moving stays (MEST: Yuan et al., 2021, arXiv 2110.14032).
 
-    The strength is our choice. For another one: `functools.partial(mest, strength=0.1)`.
+    The weight is the one after the step, the gradient that of the weight before it. The strength is our choice; for
+    another: `functools.partial(mest, strength=0.1)`. A GradScaler (float16) makes the gradient up to 65,536 times as
+    large, and the weight count for nothing: train in bfloat16, or divide the strength by the scale.
 
     >>> mest(torch.tensor([-2.0, 0.5]), torch.tensor([0.0, -100.0]))
     tensor([2.0000, 1.5000])
@@ -128,7 +132,9 @@ def random(mask: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def unexplored(mask: Tensor, explored: Tensor, generator: torch.Generator) -> Tensor:
-    """Return uniform numbers, those of weights that were never active above all others (in the ITOP authors' code).
+    """Return uniform numbers, those of weights that were never active above all others.
+
+    Reference: in the code of the ITOP authors, Liu et al., 2021, arXiv 2102.02887.
 
     >>> explored = torch.tensor([True, False])
     >>> bool((unexplored(explored, explored, torch.Generator()) >= 1).tolist() == [False, True])
@@ -140,90 +146,101 @@ def unexplored(mask: Tensor, explored: Tensor, generator: torch.Generator) -> Te
 def mix(first: "str | Criterion", second: "str | Criterion", share: float = 0.5) -> Criterion:
     """Return the criterion for growth that gives a share of the places to one criterion and the rest to another.
 
-    Places go to the two in turns: `share` of them to the best of the first, the others to the best of the second.
+    Places go to the two in turns, what ties is drawn. For an equal mix two names will do: "gradient+random". Ours.
 
     Args:
-        first: A key of `CRITERIA` or a function.
-        second: The same.
+        first: A key of `GROW` or a function; it gets `share` of the places.
+        second: The same; it gets the others.
         share: In (0, 1).
 
     Raises:
-        ValueError: A name is unknown, or the share is out of range.
+        ValueError: A name is unknown, or the share is out of range; in use: one gives NaN, or not one score per weight.
 
-    >>> half = mix("magnitude", "gradient")
-    >>> tensors = {"weight": torch.tensor([4.0, 3.0, 2.0, 1.0]), "grad": torch.tensor([0.1, 0.2, 0.3, 0.4])}
-    >>> half(mask=torch.zeros(4, dtype=torch.bool), **tensors).argsort(descending=True, stable=True)
-    tensor([0, 3, 1, 2])
+    >>> tensors = {"grad": torch.tensor([4.0, 3.0, 2.0, 1.0]), "momentum": torch.tensor([0.0, 0.1, 0.2, 0.3])}
+    >>> scores = mix("gradient", "momentum")(mask=torch.tensor([False] * 4), generator=torch.Generator(), **tensors)
+    >>> (scores == scores.max()).tolist()
+    [True, False, False, True]
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"share is {share!r}; allowed is a number in (0, 1)")
     parts = [(*find(criterion, "grow"), part) for criterion, part in ((first, share), (second, 1.0 - share))]
 
-    def mixed(mask: Tensor, **offered: Tensor) -> Tensor:
-        offered = {"mask": mask, **offered}
+    def mixed(mask: Tensor, generator: torch.Generator, **offered: Tensor) -> Tensor:
+        given = {"mask": mask, "generator": generator, **offered}
         turns = []
         for criterion, needs, part in parts:
-            scores = criterion(**{name: offered[name] for name in needs})[~mask]
-            turn = torch.empty(len(scores), device=scores.device)
-            order = scores.argsort(descending=True, stable=True)
-            turn[order] = torch.arange(len(scores), dtype=turn.dtype, device=scores.device) / part
-            turns.append(turn)
-        result = torch.zeros(mask.shape, device=mask.device)
-        result[~mask] = -torch.minimum(*turns)
-        return result
+            scores = _of_inactive(criterion, criterion(**{name: given[name] for name in needs}), mask)
+            turns.append((len(scores) - 1 - _places(scores, generator)) / part)
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter_(~mask, -torch.minimum(*turns))
 
-    names = dict.fromkeys(("mask", *(name for _, needs, _ in parts for name in needs)))
+    names = dict.fromkeys(("mask", "generator", *(name for _, needs, _ in parts for name in needs)))
     mixed.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
     )
     mixed.__name__ = f"mix({describe(parts[0][0])}, {describe(parts[1][0])}, {share})"
+    mixed.role = "grow"  # type: ignore[attr-defined]  # it ranks what is inactive; to pruning all would be alike
     return mixed
 
 
-CRITERIA: dict[str, Criterion] = {
+PRUNE: dict[str, Criterion] = {
     "magnitude": magnitude,
     "set": by_sign,
     "taylor": taylor,
     "mest": mest,
     "sampled_magnitude": sampled_magnitude,
+    "random": random,
+}
+GROW: dict[str, Criterion] = {
+    "random": random,
     "gradient": gradient,
     "momentum": momentum,
-    "sampled_gradient": sampled_gradient,
-    "random": random,
     "unexplored": unexplored,
+    "sampled_gradient": sampled_gradient,
 }
-
-
-def needed(function: Callable[..., object], offered: Mapping[str, object], what: str) -> tuple[str, ...]:
-    """Return the names that a function asks for: its parameters without a default, which are its own.
-
-    Raises:
-        ValueError: It asks for something that is not offered.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    needs = tuple(p.name for p in parameters if p.default is p.empty)
-    for name in needs:
-        choose(name, offered, f"parameter of the {what} {describe(function)}")
-    return needs
 
 
 def find(criterion: str | Criterion, role: str) -> tuple[Criterion, tuple[str, ...]]:
     """Return the criterion behind a name or a function, and the names that it asks for.
 
     Args:
-        criterion: A key of `CRITERIA`, or a function of some of `OFFERED`.
-        role: "prune" or "grow", for the message.
+        criterion: A key of `PRUNE` or `GROW`, or a function of some of `OFFERED`; for growth also two keys with a "+".
+        role: "prune" or "grow".
 
     Raises:
-        ValueError: The name is unknown, or the function asks for something that is not offered.
+        ValueError: The name is unknown or of the other menu, or the function asks for something that is not offered.
     """
-    function = choose(criterion, CRITERIA, role)
+    menu, other, others = (PRUNE, GROW, "growth") if role == "prune" else (GROW, PRUNE, "pruning")
+    if role == "grow" and isinstance(criterion, str) and criterion.count("+") == 1:
+        first, second = criterion.split("+")
+        criterion = mix(first, second)
+    strangers = [entry for name, function in other.items() if name not in menu for entry in (name, function)]
+    if criterion in strangers or getattr(criterion, "role", role) != role:
+        name = criterion if isinstance(criterion, str) else describe(criterion)
+        raise ValueError(f"{role} is {name!r}, which is for {others}; known are {', '.join(menu)}; choose one of them")
+    function = choose(criterion, menu, role)
     return function, needed(function, dict.fromkeys(OFFERED), f"{role} criterion")
 
 
-def describe(function: Callable[..., object]) -> str:
-    """Return the name of a function, for a `repr` or a message."""
-    return getattr(function, "__name__", repr(function))
+def _of_inactive(criterion: Criterion, scores: Tensor, mask: Tensor) -> Tensor:
+    """Return the scores of what a mask leaves out, checked: a rank hides what they are."""
+    if not isinstance(scores, Tensor) or scores.shape != mask.shape or scores.device != mask.device:
+        seen = f"{tuple(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else repr(scores)
+        raise ValueError(
+            f"{describe(criterion)} gave {seen}; a mix needs one score per weight, {tuple(mask.shape)} on {mask.device}"
+        )
+    scores = scores.masked_select(~mask)
+    if scores.isnan().any():
+        raise ValueError(f"{describe(criterion)} gave NaN; scores must be numbers")
+    return scores
+
+
+def _places(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the place of each score in ascending order, from 0; those that tie get theirs by lot."""
+    shuffled = torch.randperm(len(scores), generator=generator, device=scores.device)
+    order = shuffled[scores[shuffled].argsort(stable=True)]
+    places = torch.empty(len(scores), device=scores.device)
+    places[order] = torch.arange(len(scores), dtype=places.dtype, device=scores.device)
+    return places
 
 
 def _exponential(like: Tensor, generator: torch.Generator) -> Tensor:

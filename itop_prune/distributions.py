@@ -9,8 +9,9 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 
-from itop_prune.menu import choose
+from itop_prune.menu import choose, describe
 
 Shapes = Mapping[str, tuple[int, ...]]
 Distribution = Callable[[Shapes, float], dict[str, float]]
@@ -19,6 +20,8 @@ NOTHING: Mapping[str, float] = {}
 
 def uniform(shapes: Shapes, density: float) -> dict[str, float]:
     """Return the same density for every layer.
+
+    Reference: Zhu & Gupta, "To prune, or not to prune", 2017, arXiv 1710.01878.
 
     >>> uniform({"a": (4, 3), "b": (2, 4)}, 0.5)
     {'a': 0.5, 'b': 0.5}
@@ -181,7 +184,7 @@ def active_counts(
     densities = (with_fixed(fixed, distribution) if fixed else distribution)(shapes, density)
     weights = {name: math.prod(shape) for name, shape in shapes.items()}
     total = round(density * sum(weights.values()))
-    _check(densities, weights, density, total)
+    _check(describe(distribution), densities, weights, density, total)
     shares = {name: densities[name] * weights[name] for name in weights}
     own = {name: max(1, round(share * weights[name])) for name, share in fixed.items()}
     return apportion(shares, total, dict.fromkeys(weights, 1) | own, weights | own)
@@ -224,17 +227,19 @@ def apportion(
     return counts
 
 
-def _check(densities: Mapping[str, float], weights: Mapping[str, int], density: float, total: int) -> None:
+def _check(method: str, densities: object, weights: Mapping[str, int], density: float, total: int) -> None:
+    if not isinstance(densities, Mapping):
+        raise ValueError(f"{method} gave {densities!r}; a method must give one density per layer, by name")
     if set(densities) != set(weights):
         missing, extra = sorted(set(weights) - set(densities)), sorted(set(densities) - set(weights))
-        raise ValueError(f"method must give one density per layer; missing: {missing}; not masked: {extra}")
+        raise ValueError(f"{method} must give one density per layer; missing: {missing}; not masked: {extra}")
     for name, share in densities.items():
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"method gave {name} the density {share}; allowed is 0 to 1")
+        if not isinstance(share, Real) or not 0.0 <= float(share) <= 1.0:
+            raise ValueError(f"{method} gave {name} the density {share}; allowed is a number from 0 to 1")
     kept = sum(densities[name] * weights[name] for name in weights)
     if abs(kept - total) > len(weights):
         raise ValueError(
-            f"method keeps {kept:,.0f} weights, but density {density:.6g} of {sum(weights.values()):,} is {total:,}; "
+            f"{method} keeps {kept:,.0f} weights, but density {density:.6g} of {sum(weights.values()):,} is {total:,}; "
             "scale its densities to the budget"
         )
     if total < len(weights):

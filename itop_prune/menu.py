@@ -1,7 +1,8 @@
-"""Picking from a menu by name, with an answer that teaches when the name is unknown."""
+"""Picking from a menu by name, or taking a function instead: what it is called and what it asks for."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -27,3 +28,39 @@ def choose(wanted: object, menu: Mapping[str, T], what: str) -> T:
     if isinstance(wanted, str) and wanted in menu:
         return menu[wanted]
     raise ValueError(f"unknown {what} {wanted!r}; known are {', '.join(menu)}{nearest(wanted, menu)}")
+
+
+def needed(function: Callable[..., object], offered: Mapping[str, object], what: str) -> tuple[str, ...]:
+    """Return the names that a function asks for: its parameters without a default, which are its own.
+
+    Args:
+        function: Of some of what is offered.
+        offered: What it may ask for, by name.
+        what: The part it plays, for the message.
+
+    Raises:
+        ValueError: It asks for something that is not offered, or has no signature to read.
+
+    >>> needed(lambda weight, grad, strength=0.1: weight, {"weight": 0, "mask": 0, "grad": 0}, "criterion")
+    ('weight', 'grad')
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # many that are written in C, torch's own among them
+        raise ValueError(
+            f"the {what} {describe(function)} has no signature to read what it asks for; known are "
+            f"{', '.join(offered)}: wrap it in a function whose parameters have some of these names"
+        ) from None
+    needs = tuple(p.name for p in parameters if p.default is p.empty)
+    for name in needs:
+        choose(name, offered, f"parameter of the {what} {describe(function)}")
+    return needs
+
+
+def describe(function: object) -> str:
+    """Return the name of a function, for a `repr` or a message.
+
+    >>> describe(describe)
+    'describe'
+    """
+    return getattr(function, "__name__", repr(function))

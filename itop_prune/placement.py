@@ -107,10 +107,12 @@ def _initial_scores(
     scores: str | Mapping[str, Tensor], name: str, parameter: nn.Parameter, centred: bool, generator: torch.Generator
 ) -> Tensor:
     if isinstance(scores, Mapping):
-        if name not in scores or scores[name].shape != parameter.shape:
-            given = f"shape {tuple(scores[name].shape)}" if name in scores else f"only {sorted(scores)}"
-            raise ValueError(f"scores for {name} must be a tensor of shape {tuple(parameter.shape)}; given: {given}")
-        return scores[name].detach().float().cpu()
+        given = scores.get(name)
+        if not isinstance(given, Tensor) or given.shape != parameter.shape:
+            kind = f"{type(given).__name__} of shape {tuple(getattr(given, 'shape', ()))}"
+            seen = kind if name in scores else f"only {sorted(scores)}"
+            raise ValueError(f"scores for {name} must be a tensor of shape {tuple(parameter.shape)}; given: {seen}")
+        return _numbers(given.detach().float().cpu(), f"scores for {name} hold NaN")
     if scores not in SCORES:
         raise ValueError(
             f"unknown scores {scores!r}; known are {', '.join(SCORES)}{nearest(scores, SCORES)}; or tensors by name, "
@@ -121,4 +123,12 @@ def _initial_scores(
     if scores == "random":
         return torch.rand(parameter.shape, generator=generator)
     weight = parameter.detach().float()
-    return effective(weight, torch.ones_like(weight, dtype=torch.bool), centred).abs().cpu()
+    sizes = effective(weight, torch.ones_like(weight, dtype=torch.bool), centred).abs().cpu()
+    return _numbers(sizes, f"magnitude gave NaN for {name}")
+
+
+def _numbers(scores: Tensor, otherwise: str) -> Tensor:
+    """Return scores as they are if they can be ranked, or raise what is otherwise the case."""
+    if scores.isnan().any():
+        raise ValueError(f"{otherwise}; scores must be numbers: look at the function that made them and at the weight")
+    return scores

@@ -52,8 +52,8 @@ class MaskScheduler:
             `final_sparsity`.
         min_rate: The same at the end; in [0, rate].
         schedule: Of the rate: a key of `itop_prune.schedules.SCHEDULES` or a function of progress in [0, 1].
-        prune: A key of `itop_prune.criteria.CRITERIA`, or a function of some of `itop_prune.criteria.OFFERED`.
-        grow: The same menu. A criterion that asks for `grad` gets the dense gradient of the update step.
+        prune: A key of `itop_prune.criteria.PRUNE`, or a function of some of `itop_prune.criteria.OFFERED`.
+        grow: A key of its `GROW`, or a function likewise. One that asks for `grad` gets the dense gradient of the step.
         redistribute: Which layers get what grows: "none", each what it has pruned; a key of
             `itop_prune.redistribution.REDISTRIBUTIONS`, or a function of some of its `OFFERED`.
         scope: "layer", each prunes its own share; or "global", the lowest scores of all layers together leave, and

@@ -1,5 +1,6 @@
 """From a recipe to what trains: in the right order, with the learning rates that the recipe says, epoch by epoch."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from build import Run, build, build_loss, build_lr_schedule, build_model, check_fit
+from build import Run, build, build_loss, build_lr_schedule, build_model, check_fit, place_masks
 from data import Data, open_data
 from runs import RunError
 from source import CPU
@@ -315,3 +316,25 @@ def test_a_dense_checkpoint_is_loaded_before_the_masks_are_placed(tmp_path: Path
 
 def test_a_dry_run_builds_without_data() -> None:
     assert isinstance(build_model(recipe(), None, CPU), nn.Module)
+
+
+def masks_of(name: str, model: nn.Module) -> dict[str, itop_prune.ITOP]:
+    wanted = recipe(masks={"sparsity": 0.98, "method": name, "scores": name})
+    return place_masks(wanted, Accelerator(cpu=True), model, digits())
+
+
+def test_synflow_of_a_recipe_takes_a_hundred_rounds_to_its_density() -> None:
+    model, same = (build_model(recipe(), None, CPU) for _ in range(2))
+    scores = itop_prune.saliency.synflow(same, digits().shape, density=0.02, iterations=100)
+    expected = itop_prune.apply(same, 0.98, method=scores, scores=scores)
+    found = masks_of("synflow", model)
+    assert all(torch.equal(found[key].mask, itop.mask) for key, itop in expected.items())
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp", "synflow"])
+def test_a_model_that_can_not_be_scored_ends_the_run_with_one_line(name: str) -> None:
+    model = build_model(recipe(), None, CPU)
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = math.nan
+    with pytest.raises(RunError, match=r"^masks: the gradient of .* is not finite; look at"):
+        masks_of(name, model)

@@ -1,5 +1,6 @@
 """Criteria: scores by plain tensors, and what a function's signature asks for."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,12 @@ import torch
 from torch import Tensor
 
 from itop_prune import criteria, topology
+
+MENUS = {"prune": criteria.PRUNE, "grow": criteria.GROW}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def test_magnitude_is_the_absolute_weight() -> None:
@@ -38,10 +45,43 @@ def test_random_leaves_the_global_generator_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "needs"), [("magnitude", ("weight",)), ("gradient", ("grad",)), ("random", ("mask", "generator"))]
+    ("role", "name", "needs"),
+    [("prune", "magnitude", ("weight",)), ("grow", "gradient", ("grad",)), ("grow", "random", ("mask", "generator"))],
 )
-def test_find_reads_what_a_criterion_needs(name: str, needs: tuple[str, ...]) -> None:
-    assert criteria.find(name, "grow") == (criteria.CRITERIA[name], needs)
+def test_find_reads_what_a_criterion_needs(role: str, name: str, needs: tuple[str, ...]) -> None:
+    assert criteria.find(name, role) == (MENUS[role][name], needs)
+
+
+def test_the_menus_are_those_of_the_literature() -> None:
+    assert set(criteria.PRUNE) == {"magnitude", "set", "taylor", "mest", "sampled_magnitude", "random"}
+    assert set(criteria.GROW) == {"random", "gradient", "momentum", "unexplored", "sampled_gradient"}
+
+
+@pytest.mark.parametrize("name", [name for name in criteria.PRUNE if name != "random"])
+@pytest.mark.parametrize("as_function", [False, True])
+def test_growth_by_what_only_what_was_pruned_has_is_refused(name: str, as_function: bool) -> None:
+    """It would grow exactly what an update has just pruned, and R_s would stay where it is."""
+    wanted = criteria.PRUNE[name] if as_function else name
+    with pytest.raises(ValueError, match=r"grow is '\w+', which is for pruning; known are random, gradient, momentum"):
+        criteria.find(wanted, "grow")
+
+
+@pytest.mark.parametrize("name", [name for name in criteria.GROW if name != "random"])
+def test_pruning_by_a_criterion_for_growth_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"prune is '{name}', which is for growth; known are magnitude, set"):
+        criteria.find(name, "prune")
+
+
+def test_pruning_by_a_mix_is_refused() -> None:
+    """It ranks what is inactive: all active weights would be alike, and leave at random."""
+    with pytest.raises(ValueError, match=r"prune is 'mix\(gradient, random, 0\.5\)', which is for growth"):
+        criteria.find(criteria.mix("gradient", "random"), "prune")
+
+
+@pytest.mark.parametrize("role", ["prune", "grow"])
+def test_a_function_without_a_signature_is_refused_with_its_role_and_name(role: str) -> None:
+    with pytest.raises(ValueError, match=rf"the {role} criterion abs has no signature .*known are weight, .*wrap it"):
+        criteria.find(torch.abs, role)
 
 
 # --- the criteria of the literature, by hand -------------------------------------------------------------------------
@@ -57,18 +97,45 @@ def test_set_prunes_the_same_share_of_each_sign() -> None:
     """Half of four positive and of two negative weights: the two smallest and the one nearest to 0."""
     weight = torch.tensor([0.4, 0.1, 0.3, 0.2, -9.0, -8.0, 0.0, 5.0])
     mask = torch.tensor([True] * 6 + [False] * 2)
-    assert leaves(criteria.by_sign(weight, mask), mask, 3) == [1, 3, 5]
+    assert leaves(criteria.by_sign(weight, mask, generator()), mask, 3) == [1, 3, 5]
 
 
 def test_set_prunes_a_weight_of_zero_first() -> None:
-    weight = torch.tensor([0.4, 0.0, -0.3])
-    assert leaves(criteria.by_sign(weight, torch.ones(3, dtype=torch.bool)), torch.ones(3, dtype=torch.bool), 1) == [1]
+    weight, mask = torch.tensor([0.4, 0.0, -0.3]), torch.ones(3, dtype=torch.bool)
+    assert leaves(criteria.by_sign(weight, mask, generator()), mask, 1) == [1]
 
 
 def test_set_counts_exactly_where_all_weights_have_one_sign_or_none() -> None:
     for weight in (torch.arange(1.0, 9.0), -torch.arange(1.0, 9.0), torch.zeros(8)):
         mask = torch.ones(8, dtype=torch.bool)
-        assert len(leaves(criteria.by_sign(weight, mask), mask, 3)) == 3
+        assert len(leaves(criteria.by_sign(weight, mask, generator()), mask, 3)) == 3
+
+
+def test_set_draws_among_weights_of_one_size() -> None:
+    """40 equal weights, and 4,000: who leaves is drawn, every place by some seed."""
+    mask = torch.ones(40, dtype=torch.bool)
+    drawn = [leaves(criteria.by_sign(torch.ones(40), mask, generator(seed)), mask, 10) for seed in range(40)]
+    assert {place for one in drawn for place in one} == set(range(40))
+    scores = criteria.by_sign(torch.ones(4000), torch.ones(4000, dtype=torch.bool), generator())
+    assert abs(torch.corrcoef(torch.stack([scores, torch.arange(4000.0)]))[0, 1]) < 0.1
+
+
+def test_set_prunes_the_same_share_of_each_sign_where_all_sizes_tie() -> None:
+    weight, mask = torch.tensor([1.0, -1.0]).repeat(20), torch.ones(40, dtype=torch.bool)
+    gone = leaves(criteria.by_sign(weight, mask, generator()), mask, 10)
+    assert [int(weight[place]) for place in gone].count(1) == 5
+
+
+def test_set_ranks_weights_of_half_precision_by_size_and_ties_by_lot() -> None:
+    """bfloat16 has 8 bits: of 1,000 weights from 1 to 2 there are 129 sizes, and no smaller one stays."""
+    weight = (1 + torch.rand(1000, generator=generator())).bfloat16().float()
+    mask = torch.ones(1000, dtype=torch.bool)
+    gone = {seed: leaves(criteria.by_sign(weight, mask, generator(seed)), mask, 300) for seed in (1, 2)}
+    for places in gone.values():
+        stays = torch.ones(1000, dtype=torch.bool)
+        stays[places] = False
+        assert weight[places].max() <= weight[stays].min()
+    assert gone[1] != gone[2]
 
 
 def test_taylor_prunes_what_changes_the_loss_least() -> None:
@@ -106,26 +173,87 @@ def test_unexplored_comes_first_and_at_random() -> None:
     assert len(scores.unique()) == 100
 
 
+def falling(count: int) -> dict[str, Tensor]:
+    """Two sizes that want opposite ends."""
+    return {"momentum": torch.arange(float(count)), "grad": torch.arange(float(count), 0.0, -1.0)}
+
+
 def test_a_mix_takes_its_share_from_each() -> None:
     """Of 8 places a quarter to the best of the first, the rest to the best of the second."""
-    tensors = {"weight": torch.arange(40.0), "grad": torch.arange(40.0, 0.0, -1.0)}
     mask = torch.zeros(40, dtype=torch.bool)
-    chosen = topology.grow(mask, criteria.mix("magnitude", "gradient", 0.25)(mask=mask, **tensors), 8)
-    assert chosen.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 38, 39]
+    scores = criteria.mix("momentum", "gradient", 0.25)(mask=mask, generator=generator(), **falling(40))
+    assert topology.grow(mask, scores, 8).nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 38, 39]
 
 
 def test_a_mix_does_not_count_places_that_are_taken() -> None:
-    tensors = {"weight": torch.arange(10.0), "grad": torch.arange(10.0, 0.0, -1.0)}
     mask = torch.zeros(10, dtype=torch.bool)
     mask[[9, 8]] = True
-    chosen = topology.grow(mask, criteria.mix("magnitude", "gradient")(mask=mask, **tensors), 4) & ~mask
-    assert chosen.nonzero().flatten().tolist() == [0, 1, 6, 7]
+    scores = criteria.mix("momentum", "gradient")(mask=mask, generator=generator(), **falling(10))
+    assert (topology.grow(mask, scores, 4) & ~mask).nonzero().flatten().tolist() == [0, 1, 6, 7]
+
+
+def test_a_mix_draws_among_what_ties() -> None:
+    """Zero gradients, and all weights explored: no place is better than another."""
+    mask, zeros = torch.zeros(40, dtype=torch.bool), torch.zeros(40)
+    mixed = criteria.mix("gradient", "momentum")
+    drawn = [
+        topology.grow(mask, mixed(mask=mask, generator=generator(seed), grad=zeros, momentum=zeros), 10, generator())
+        for seed in range(40)
+    ]
+    assert torch.stack(drawn).any(dim=0).all()
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_a_mix_is_a_function_of_its_generator() -> None:
+    mask, zeros = torch.zeros(40, dtype=torch.bool), torch.zeros(40)
+    mixed = criteria.mix("gradient", "random")
+    first, second = (mixed(mask=mask, generator=generator(3), grad=zeros) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_a_mix_asks_for_what_both_ask_for() -> None:
     mixed = criteria.mix("gradient", "unexplored")
-    assert criteria.find(mixed, "grow")[1] == ("mask", "grad", "explored", "generator")
+    assert criteria.find(mixed, "grow")[1] == ("mask", "generator", "grad", "explored")
     assert criteria.describe(mixed) == "mix(gradient, unexplored, 0.5)"
+
+
+def test_two_names_with_a_plus_are_an_equal_mix() -> None:
+    mixed, needs = criteria.find("gradient+random", "grow")
+    assert criteria.describe(mixed) == "mix(gradient, random, 0.5)"
+    assert needs == ("mask", "generator", "grad")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gradient+randon", r"unknown grow 'randon'; known are .*nearest: 'random'"),
+        ("gradient+magnitude", r"grow is 'magnitude', which is for pruning"),
+        ("gradient+random+momentum", r"unknown grow 'gradient\+random\+momentum'; known are"),
+    ],
+)
+def test_a_mix_of_other_names_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        criteria.find(name, "grow")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda grad: grad * math.nan, "broken gave NaN; scores must be numbers"),
+        (lambda grad: torch.where(grad > 8.5, math.nan, grad), "broken gave NaN; scores must be numbers"),
+        (lambda grad: grad[0], r"broken gave \(\) on cpu; a mix needs one score per weight, \(10,\) on cpu"),
+        (lambda grad: None, r"broken gave None; a mix needs one score per weight"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_mix_names_the_one_whose_scores_are_none(answer: Callable, message: str, first: bool) -> None:
+    def broken(grad: Tensor) -> Tensor:
+        return answer(grad)
+
+    both = (broken, "random") if first else ("random", broken)
+    mask = torch.zeros(10, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        criteria.mix(*both)(mask=mask, generator=generator(), grad=torch.arange(10.0))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0])
@@ -134,16 +262,30 @@ def test_a_mix_of_one_is_refused(share: float) -> None:
         criteria.mix("gradient", "random", share)
 
 
-@pytest.mark.parametrize("name", criteria.CRITERIA)
-def test_every_criterion_ranks_half_precision_and_ties_and_zeros(name: str) -> None:
-    criterion, needs = criteria.find(name, "prune")
-    for sizes in (torch.zeros(4, 6), torch.ones(4, 6), torch.randn(4, 6)):
-        offered = {need: sizes.bfloat16().float() for need in ("weight", "grad", "momentum")}
-        offered |= {"mask": torch.ones(4, 6, dtype=torch.bool), "explored": torch.zeros(4, 6, dtype=torch.bool)}
-        offered["generator"] = torch.Generator().manual_seed(0)
-        scores = criterion(**{need: offered[need] for need in needs})
-        assert scores.shape == (4, 6)
-        assert int(topology.best(scores, 7).sum()) == 7
+@pytest.mark.parametrize(("role", "name"), [(role, name) for role, menu in MENUS.items() for name in menu])
+@pytest.mark.parametrize("sizes", [torch.zeros(4, 6), torch.ones(4, 6), torch.randn(4, 6, generator=generator())])
+def test_every_criterion_ranks_half_precision_and_ties_and_zeros(role: str, name: str, sizes: Tensor) -> None:
+    criterion, needs = criteria.find(name, role)
+    mask = torch.tensor([True, False, True]).repeat(8).view(4, 6)
+    offered = {need: sizes.bfloat16().float() for need in ("weight", "grad", "momentum")}
+    offered |= {"mask": mask, "explored": mask, "generator": generator()}
+    scores = criterion(**{need: offered[need] for need in needs})
+    assert scores.shape == (4, 6)
+    assert scores.isfinite().all()
+    change = topology.prune(mask, scores, 5) if role == "prune" else topology.grow(mask, scores, 5)
+    assert int(change.sum()) == 16 + (-5 if role == "prune" else 5)
+
+
+@pytest.mark.parametrize("criterion", [criteria.taylor, criteria.mest])
+def test_a_gradient_of_zero_leaves_the_weight_to_decide_or_nothing(criterion: Callable[..., Tensor]) -> None:
+    """By hand: (w 0)^2 is 0 for all; |w| + 0.01 * 0 is the magnitude."""
+    weight = torch.tensor([3.0, -1.0])
+    expected = [0.0, 0.0] if criterion is criteria.taylor else [3.0, 1.0]
+    assert criterion(weight, torch.zeros(2)).tolist() == expected
+
+
+def test_momentum_is_the_absolute_moving_average() -> None:
+    assert criteria.momentum(torch.tensor([-2.0, 0.5])).tolist() == [2.0, 0.5]
 
 
 def test_find_takes_a_function_of_all_that_is_offered() -> None:
@@ -156,7 +298,7 @@ def test_find_takes_a_function_of_all_that_is_offered() -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_menu_and_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"unknown grow 'gradients'; known are magnitude, set, .*'gradient'"):
+    with pytest.raises(ValueError, match=r"unknown grow 'gradients'; known are random, gradient, .*'gradient'"):
         criteria.find("gradients", "grow")
 
 

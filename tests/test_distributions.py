@@ -257,9 +257,21 @@ def test_an_unknown_method_is_answered_with_the_menu() -> None:
         active_counts(SMALL, 0.5, "erk")
 
 
+@pytest.mark.parametrize("answer", [None, 0.5, [0.5, 0.5, 0.5]])
+def test_what_is_no_mapping_is_refused_with_the_name_of_the_function(answer: object) -> None:
+    def mine(shapes: Mapping[str, tuple[int, ...]], density: float) -> object:
+        return answer
+
+    with pytest.raises(ValueError, match=r"mine gave .*; a method must give one density per layer, by name"):
+        active_counts(SMALL, 0.5, mine)
+
+
 def test_a_missing_layer_is_named() -> None:
-    with pytest.raises(ValueError, match=r"one density per layer; missing: \['fc2'\]; not masked: \[\]"):
-        active_counts(SMALL, 0.5, lambda *_: {"conv": 0.5, "fc1": 0.5})
+    def mine(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:
+        return {"conv": 0.5, "fc1": 0.5}
+
+    with pytest.raises(ValueError, match=r"mine must give one density per layer; missing: \['fc2'\]; not masked: \[\]"):
+        active_counts(SMALL, 0.5, mine)
 
 
 def test_an_extra_layer_is_named() -> None:
@@ -267,15 +279,21 @@ def test_an_extra_layer_is_named() -> None:
         active_counts(SMALL, 0.5, lambda shapes, density: {**uniform(shapes, density), "fc3": 0.5})
 
 
-@pytest.mark.parametrize("bad", [-0.1, 1.5, math.nan, math.inf])
-def test_a_density_out_of_range_is_named(bad: float) -> None:
-    with pytest.raises(ValueError, match=f"gave fc1 the density {bad}; allowed is 0 to 1"):
-        active_counts(SMALL, 0.5, lambda shapes, density: {**uniform(shapes, density), "fc1": bad})
+@pytest.mark.parametrize("bad", [-0.1, 1.5, math.nan, math.inf, None, "half"])
+def test_a_density_out_of_range_is_named(bad: object) -> None:
+    def mine(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, object]:
+        return {**uniform(shapes, density), "fc1": bad}
+
+    with pytest.raises(ValueError, match=f"mine gave fc1 the density {bad}; allowed is a number from 0 to 1"):
+        active_counts(SMALL, 0.5, mine)
 
 
 def test_densities_that_miss_the_budget_are_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match=r"keeps 311 weights, but density 0.5 of 1,038 is 519; scale"):
-        active_counts(SMALL, 0.5, lambda shapes, density: uniform(shapes, 0.3))
+    def mine(shapes: Mapping[str, tuple[int, ...]], density: float) -> dict[str, float]:
+        return uniform(shapes, 0.3)
+
+    with pytest.raises(ValueError, match=r"mine keeps 311 weights, but density 0.5 of 1,038 is 519; scale"):
+        active_counts(SMALL, 0.5, mine)
 
 
 def test_a_budget_below_one_weight_per_layer_is_refused_with_the_numbers() -> None:

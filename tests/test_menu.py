@@ -1,8 +1,22 @@
 """Menus: a name is looked up, a function is taken, and a mistake is answered with what is known."""
 
+from collections.abc import Callable
+
 import pytest
 
-from itop_prune.menu import choose, nearest
+from itop_prune import criteria, distributions, redistribution, saliency, schedules
+from itop_prune.menu import choose, describe, nearest, needed
+
+MENUS: dict[str, dict[str, Callable]] = {
+    "prune": criteria.PRUNE,
+    "grow": criteria.GROW,
+    "method": distributions.DISTRIBUTIONS,
+    "redistribute": redistribution.REDISTRIBUTIONS,
+    "schedule": schedules.SCHEDULES,
+    "scores": saliency.SALIENCY,
+    "beside them": {"mix": criteria.mix, "ratios": saliency.ratios},
+}
+FUNCTIONS = {f"{menu} {name}": function for menu, entries in MENUS.items() for name, function in entries.items()}
 
 
 def test_choose_by_name() -> None:
@@ -35,3 +49,36 @@ def test_nearest_names_the_most_alike() -> None:
 
 def test_nearest_is_silent_where_nothing_is_alike() -> None:
     assert nearest("xyz", ["constant", "linear"]) == ""
+
+
+def test_needed_are_the_parameters_without_a_default() -> None:
+    def mine(weight: int, grad: int, strength: float = 0.1) -> None: ...
+
+    assert needed(mine, {"weight": 1, "mask": 1, "grad": 1}, "criterion") == ("weight", "grad")
+
+
+def test_a_function_without_a_signature_is_refused_with_its_part_and_name() -> None:
+    with pytest.raises(
+        ValueError, match=r"^the redistribution max has no signature .*; known are active, pruned: wrap"
+    ):
+        needed(max, {"active": 1, "pruned": 1}, "redistribution")
+
+
+def test_describe_is_the_name_or_else_the_repr() -> None:
+    class Nameless:
+        def __repr__(self) -> str:
+            return "Nameless(2)"
+
+    assert describe(choose) == "choose"
+    assert describe(Nameless()) == "Nameless(2)"
+
+
+def test_there_are_menus() -> None:
+    assert all(MENUS.values())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_of_a_menu_has_an_example_and_a_reference(name: str) -> None:
+    text = FUNCTIONS[name].__doc__ or ""
+    assert ">>>" in text
+    assert "arXiv" in " ".join(text.split()) or "Ours" in text

@@ -33,6 +33,7 @@ MORE: dict[str, dict[str, Any]] = {
     "sampled": {"prune": "sampled_magnitude", "grow": "sampled_gradient"},
     "random": {"prune": "random", "grow": "unexplored"},
     "mix": {"grow": criteria.mix("gradient", "random", 0.25)},
+    "mix by name": {"grow": "gradient+unexplored"},
     "several gradients": {"grow": "gradient", "gradient_steps": 3},
     "global": {"scope": "global", "floor": 0.1},
     "global, by magnitude": {"scope": "global", "redistribute": "magnitude"},
@@ -363,6 +364,17 @@ def test_a_criterion_that_gives_nan_is_named_with_the_layer(role: str, scope: st
     run = Run("survival")
     run.regrow = MaskScheduler(run.masks, run.optimizer, total_steps=9, every=1, scope=scope, **{role: broken})
     with pytest.raises(ValueError, match=r"broken.*0\.weight.*numbers"):
+        run.train(range(1))
+
+
+def test_a_mix_that_gives_nan_is_named_with_the_layer() -> None:
+    def broken(weight: Tensor) -> Tensor:
+        return weight * math.nan
+
+    run = Run("survival")
+    grow = criteria.mix(broken, "random")
+    run.regrow = MaskScheduler(run.masks, run.optimizer, total_steps=9, every=1, grow=grow)
+    with pytest.raises((ValueError, RuntimeError), match=r"broken.*0\.weight.*numbers|broken.*0\.weight.*NaN"):
         run.train(range(1))
 
 

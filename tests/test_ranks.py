@@ -123,6 +123,18 @@ def score_on_a_rank(rank: int) -> dict[str, Any]:
     return found
 
 
+def score_without_a_batch_on_one_rank(rank: int) -> dict[str, str]:
+    """What is raised where only the first rank has something to look at."""
+    raised = {}
+    for name in ("snip", "grasp"):
+        batches = [data(0, rank, 0, (20,))] if rank == 0 else []
+        try:
+            saliency.SALIENCY[name](mlp(), batches, F.cross_entropy)
+        except ValueError as refused:
+            raised[name] = str(refused)
+    return raised
+
+
 def starve_a_layer(rank: int) -> list[str]:
     """What is warned of when a layer has fewer active weights than outputs."""
     model = mlp()
@@ -185,6 +197,7 @@ TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "diverged": (diverge, {"check_ranks": True}),
     "diverged, not looked at": (diverge, {"check_ranks": False}),
     "saliency": (score_on_a_rank, {}),
+    "no batch": (score_without_a_batch_on_one_rank, {}),
     "starved": (starve_a_layer, {}),
     "magnitude": (masks_by_magnitude_of_other_weights, {}),
 }
@@ -288,6 +301,12 @@ def test_scores_before_training_are_of_the_batches_of_all_ranks(name: str, resul
     together = [data(0, rank, 0, (20,)) for rank in range(len(results))]
     for key, expected in saliency.SALIENCY[name](mlp(), together, F.cross_entropy).items():
         torch.testing.assert_close(first["scores"][key], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_rank_without_a_batch_is_told_to_all_and_none_waits(results: list) -> None:
+    for result in results:
+        assert result["no batch"].keys() == {"snip", "grasp"}
+        assert all("no batch, here or on another rank" in message for message in result["no batch"].values())
 
 
 def test_a_run_that_diverged_is_stopped_at_the_next_update_on_all_ranks_with_the_name_of_the_layer(

@@ -76,7 +76,8 @@ def test_the_menus_name_every_built_in():
     import itop_prune
 
     for menu in (
-        itop_prune.criteria.CRITERIA,
+        itop_prune.criteria.PRUNE,
+        itop_prune.criteria.GROW,
         itop_prune.distributions.DISTRIBUTIONS,
         itop_prune.schedules.SCHEDULES,
         itop_prune.redistribution.REDISTRIBUTIONS,

@@ -875,7 +875,7 @@ def test_own_functions_get_what_their_parameters_name() -> None:
 
 
 def test_a_criterion_for_pruning_may_ask_for_the_gradient() -> None:
-    run = Run(prune="gradient", every=1)
+    run = Run(prune="taylor", every=1)
     before = run.positions()
     run.backward()
     assert run.regrow.step()
@@ -892,12 +892,13 @@ def test_a_criterion_that_gives_something_else_is_refused(answer: Callable) -> N
         run.regrow.step()
 
 
-@pytest.mark.parametrize("role", ["prune", "grow"])
-def test_an_unknown_criterion_is_answered_with_the_menu(role: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"unknown {role} 'magnitud'; known are magnitude, set, .*, random, unexplored \(nearest"
-    ):
-        Run(**{role: "magnitud"})
+@pytest.mark.parametrize(
+    ("role", "name", "known"),
+    [("prune", "magnitud", "magnitude, set, .*, random"), ("grow", "randm", "random, gradient")],
+)
+def test_an_unknown_criterion_is_answered_with_the_menu(role: str, name: str, known: str) -> None:
+    with pytest.raises(ValueError, match=rf"unknown {role} '{name}'; known are {known}.* \(nearest"):
+        Run(**{role: name})
 
 
 def test_an_unknown_schedule_is_answered_with_the_menu() -> None:
