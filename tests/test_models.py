@@ -96,8 +96,8 @@ def test_every_convolution_of_a_cifar_resnet_and_its_classifier_are_masked() -> 
     assert sum(itop.active for itop in masks.values()) == round(0.02 * 21_311_168)
 
 
-# Numbers of parameters, by hand: out * in * kernel for a convolution, out * in for a map, out for a bias, and 2 * out for
-# the batch norm of so many channels.
+# Numbers of parameters, by hand: out * in * kernel for a convolution, out * in for a map, out for a bias,
+# 2 * out for batch norm.
 
 
 def test_the_mlp_for_cifar_has_3072_1024_512_10_units() -> None:
