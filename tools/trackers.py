@@ -54,8 +54,6 @@ class Trackers:
         of_each = {
             "tensorboard": {"purge_step": step + 1},
             "wandb": {"dir": folder, "name": "/".join(self._folder.parts[-2:])},
-            "dvclive": {"dir": str(self._folder / "dvclive"), "resume": resumed},
-            "swanlab": {"logdir": str(self._folder / "swanlab")},
         }
         settings = None if resumed else flat(yaml.safe_load(self._recipe.as_yaml()))
         self._accelerator.project_configuration.set_directories(folder)

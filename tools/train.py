@@ -28,7 +28,7 @@ from checkpoint import CheckpointError, Checkpoints, save_result
 from data import Data, augmentation_of, open_data
 from display import Display
 from evaluation import evaluate, evaluate_only
-from plan import dry_run
+from plan import dry_run, without_updates
 from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
 from safetensors import SafetensorError
 from seeds import train_seeds
@@ -110,7 +110,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
         check_equal(tensors, "before the first step; is the run folder on a disk that all see?")
     total_steps = run.epochs * run.steps_per_epoch
     display = Display(str(folder), run.epochs, total_steps, progress.step, speaks=accelerator.is_main_process)
-    for note in notes:
+    for note in filter(None, (*notes, without_updates(run, recipe))):
         display.say(note)
     for past in (on_main(accelerator, lambda: metrics.cut(progress.epoch)) if resume else None) or ():
         display.remember(past)
