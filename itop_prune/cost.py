@@ -97,7 +97,8 @@ def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
     except Exception as error:  # whatever a model raises at inputs that are not its own
         raise ValueError(
             f"{type(model).__name__} can't be run with inputs of shape "
-            f"{[tuple(t.shape) for t in arguments if isinstance(t, Tensor)]}: {error}; give what its forward takes"
+            f"{[tuple(t.shape) for t in arguments if isinstance(t, Tensor)]}: {error}; give what its forward takes, "
+            "a tensor or a tuple of arguments"
         ) from error
     finally:
         for module, training in modes:

@@ -121,6 +121,12 @@ def _make_optimizer(parameters: list[torch.nn.Parameter], opt: str = "sgd", **ar
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, **arguments: Any) -> None:
+    needed = {"multistep": "decay_milestones", "step": "decay_epochs"}.get(str(arguments.get("sched")))
+    if needed and arguments.get(needed) is None:
+        raise ValueError(
+            f"sched {arguments['sched']} has no {needed}, and timm's default is of another run, which no multiplier "
+            "stretches; say after how many epochs the learning rate falls"
+        )
     schedule, _ = timm.scheduler.create_scheduler_v2(optimizer, **arguments, updates_per_epoch=1)
     if schedule is None and arguments.get("sched") != "none":
         raise ValueError(f"timm knows no sched {arguments.get('sched')!r}")

@@ -146,3 +146,61 @@ def test_inputs_that_do_not_fit_are_one_clear_error() -> None:
     ):
         flops(model, torch.zeros(1, 7))
     assert model.training
+
+
+class Pair(nn.Module):
+    """Wants two inputs, one of them whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.image, self.head = nn.Embedding(9, 6), nn.Linear(4, 6, bias=False), nn.Linear(6, 3, bias=False)
+
+    def forward(self, words: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(words).mean(1) + self.image(image))
+
+
+INPUTS = (torch.tensor([[1, 2, 8]]), torch.zeros(1, 4))
+
+
+def test_a_model_of_several_inputs_takes_a_tuple_of_them() -> None:
+    model = Pair()
+    masks = itop_prune.apply(model, 0.5, "uniform")
+    cost = flops(model, INPUTS)
+    assert (cost.dense_forward, cost.sparse_forward) == (2 * (24 + 18), 24 + 18)
+    assert itop_prune.summarize(model, example_inputs=INPUTS).flops == cost
+    assert list(masks) == ["image.weight", "head.weight"]
+
+
+class Batch(nn.Module):
+    """Wants a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3, bias=False)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.fc(batch["image"])
+
+
+def test_a_model_of_a_mapping_takes_a_mapping() -> None:
+    assert flops(Batch(), {"image": INPUTS[1]}).dense_forward == 24
+    with pytest.raises(ValueError, match="Batch can't be run with inputs of shape"):
+        flops(Batch(), INPUTS[1])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        (INPUTS[0], "missing 1 required positional argument: 'image'"),
+        (INPUTS[::-1], "Long"),
+        ((*INPUTS, INPUTS[0]), "takes 3 positional arguments but 4 were given"),
+    ],
+    ids=["one", "exchanged", "three"],
+)
+def test_a_model_of_several_inputs_says_what_is_wrong_with_others(inputs: object, reason: str) -> None:
+    model = Pair()
+    itop_prune.apply(model, 0.5, "uniform")
+    for count in (flops, lambda model, inputs: itop_prune.summarize(model, example_inputs=inputs)):
+        with pytest.raises(ValueError, match=rf"Pair can't be run with inputs of shape .*{reason}") as caught:
+            count(model, inputs)
+        assert str(caught.value).endswith("give what its forward takes, a tensor or a tuple of arguments")

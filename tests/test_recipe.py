@@ -253,6 +253,19 @@ def test_a_smoothed_loss_beside_mixup_is_refused(path: Path) -> None:
     assert mistake.startswith("loss: mixup makes soft labels")
 
 
+@pytest.mark.parametrize("extended", [(), ("multiplier=3",)])
+@pytest.mark.parametrize(("sched", "key"), [("multistep", "decay_milestones"), ("step", "decay_epochs")])
+def test_a_schedule_in_steps_must_say_where_they_are(
+    path: Path, sched: str, key: str, extended: tuple[str, ...]
+) -> None:
+    """Those that timm would take, of epoch 90, no multiplier stretches."""
+    (mistake,) = mistakes_of(path, f"lr_schedule={{sched: {sched}}}", *extended)
+    assert mistake.startswith(
+        f"lr_schedule: sched {sched} has no {key}, and timm's default is of another run, which no multiplier "
+    )
+    read_recipe(path, f"lr_schedule={{sched: {sched}, {key}: {[5] if sched == 'multistep' else 5}}}", *extended)
+
+
 # YAML
 
 

@@ -219,7 +219,28 @@ def test_evaluate_of_a_checkpoint_with_an_average_tests_the_average(tmp_path, ca
 
 def test_a_dry_run_says_when_the_masks_would_never_move(capsys):
     assert train.main([QUICKSTART, "regrow.every=4000", "--dry-run"]) == 0
-    assert "no update of the masks: regrow.every is longer than the run" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no update of the masks: regrow.every is 4000, and the run has 3800 steps; lower regrow.every" in out
+
+
+def test_a_run_whose_masks_never_move_says_so_and_trains(tmp_path, capsys):
+    assert run(tmp_path, "regrow.every=50", "regrow.stop=0.5") == 0
+    never = "no update of the masks: regrow.every is 50, and up to regrow.stop, 0.5, the run has 38 steps; lower"
+    assert capsys.readouterr().out.count(never) == 1
+    *_, last, _ = metrics(tmp_path)
+    assert last["exploration_rate"] == round(0.05 * 50_200) / 50_200
+    assert run(tmp_path, "regrow.every=38", "regrow.stop=0.5", out="moved") == 0
+    assert "no update" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "schedule", ["null", "{sched: cosine}", "{sched: constant}", "{sched: multistep, decay_milestones: []}"]
+)
+def test_an_extended_run_may_have_no_milestones(tmp_path, schedule):
+    assert run(tmp_path, "epochs=1", "multiplier=2", f"lr_schedule={schedule}") == 0
+    first, second, _ = metrics(tmp_path)
+    assert (first["step"], second["step"]) == (38, 76)
+    assert (first["lr"] == second["lr"] == 0.1) == ("cosine" not in schedule)
 
 
 def test_evaluate_takes_a_dense_run_too(tmp_path, capsys):

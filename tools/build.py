@@ -22,6 +22,7 @@ from runs import RunError
 from sharded import check
 from source import seed_everything
 from torch import Tensor, nn
+from trackers import asked_for
 
 import itop_prune
 from itop_prune import saliency
@@ -86,8 +87,11 @@ class Run:
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Make the recipe's Accelerator; without `cpu` it would leave ranks on a CPU to train each by itself."""
+    asked_for(recipe)
+    settings = {"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})}
+    settings.pop("log_with", None)  # trackers want the run folder, which is there when training begins
     try:
-        accelerator = Accelerator(**{"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})})
+        accelerator = Accelerator(**settings)
     except ValueError as error:
         raise RunError(f"accelerator: {error}") from None
     if find_spec("lomo_optim") is None:  # Accelerate asks for it twice a step: where it isn't, answer without the disk

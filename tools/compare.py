@@ -71,15 +71,14 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def read(folder: Path) -> Runs:
-    """Return what is known of one experiment: a folder of seed<k> runs.
+def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
+    """Return what is known of one experiment: a folder of seed<k> runs, all of them or these.
 
     Raises:
         RunError: No run in the folder is finished.
     """
-    finished = [
-        lines for seed in sorted(folder.glob("seed*")) if "test_top1" in (lines := Metrics(seed).read() or [{}])[-1]
-    ]
+    found = seeds or sorted(folder.glob("seed*"))
+    finished = [lines for seed in found if "test_top1" in (lines := Metrics(seed).read() or [{}])[-1]]
     if not finished:
         raise RunError(f"{folder} holds no finished run; give folders of seed<k>/, such as runs/quickstart")
     epochs = [lines[-2] for lines in finished]

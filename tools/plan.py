@@ -1,8 +1,10 @@
 """What a recipe would do: its layers and its plan, without training."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
-from build import build, open_for, steps_per_epoch
+from build import Run, build, open_for, steps_per_epoch
 from display import Display
 from source import DataError
 
@@ -28,8 +30,8 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
         display.say(f"the number of steps is not known without the data: {missing}")
         return 0
     display.say(f"{run.epochs} epochs of {steps} steps, {run.epochs * steps} in all")
-    if run.regrow and not run.regrow.update_steps():
-        display.say("no update of the masks: regrow.every is longer than the run")
+    if never := without_updates(run, recipe):
+        display.say(never)
     elif run.regrow:
         plan = run.regrow.update_steps()
         shown = [*plan[:3], "...", plan[-1]] if len(plan) > 4 else list(plan)
@@ -37,3 +39,16 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
             display.say(f"sparsity {last:.4f} after the last update")
         display.say(f"{len(plan)} updates of the masks, after steps {', '.join(map(str, shown))}")
     return 0
+
+
+def without_updates(run: Run, recipe: Recipe) -> str | None:
+    """Return why the masks of a run would never move, or None where they do, or are not meant to."""
+    if run.regrow is None or run.regrow.update_steps():
+        return None
+    regrow: dict[str, Any] = recipe.regrow or {}
+    steps, stop = run.epochs * run.steps_per_epoch, regrow.get("stop", 1.0)
+    until = "the run has" if stop == 1.0 else f"up to regrow.stop, {stop}, the run has"
+    return (
+        f"no update of the masks: regrow.every is {regrow['every']}, and {until} {int(stop * steps)} steps; lower "
+        "regrow.every, or train longer"
+    )

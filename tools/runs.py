@@ -38,6 +38,16 @@ def run_folder(recipe: Path, overrides: Sequence[str], seed: int) -> Path:
     return Path("runs") / "-".join([recipe.stem, *safe]) / f"seed{seed}"
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds anything.
+
+    Raises:
+        RunError: This one does.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists; continue that run with --resume, or write elsewhere with --out FOLDER")
+
+
 def start(folder: Path, recipe: Recipe) -> None:
     """Make the folder and write the recipe into it.
 
@@ -45,8 +55,7 @@ def start(folder: Path, recipe: Recipe) -> None:
         RunError: The folder holds a run already, or can't be written.
     """
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"{folder} exists; continue that run with --resume, or write elsewhere with --out FOLDER")
+        check_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder.with_name(f"{folder.name}.unfinished")  # beside: an empty folder may be started in again
         unfinished.write_text(recipe.as_yaml(), encoding="utf-8")

@@ -4,6 +4,7 @@
   accelerate launch tools/train.py recipes/quickstart.yaml
   accelerate launch tools/train.py recipes/resnet50.yaml data.root=/data/imagenet masks.sparsity=0.8 seed=1
   torchrun --nproc_per_node 2 tools/train.py recipes/quickstart.yaml        # two processes on a CPU
+  accelerate launch tools/train.py recipes/quickstart.yaml --seeds 3        # mean and spread of seeds 0, 1 and 2
 
 A run writes runs/<recipe>[-key=value...]/seed<k>/: recipe.yaml (as it was resolved), metrics.jsonl (a line an
 epoch; the test set is used once, at the end), checkpoints/ and model.safetensors. Ctrl-C leaves a checkpoint, and the
@@ -27,12 +28,14 @@ from checkpoint import CheckpointError, Checkpoints, save_result
 from data import Data, augmentation_of, open_data
 from display import Display
 from evaluation import evaluate, evaluate_only
-from plan import dry_run
+from plan import dry_run, without_updates
 from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
 from safetensors import SafetensorError
+from seeds import train_seeds
 from sharded import model_state
 from source import DataError, seed_everything
 from state import BadLosses, OtherRankFailed, on_main, restore, save
+from trackers import Trackers
 
 import itop_prune
 from itop_prune.ranks import RanksDiffer, check_equal
@@ -46,9 +49,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="in place of what the recipe says")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the run, in place of runs/...")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run")
+    parser.add_argument("--seeds", type=int, metavar="N", help="train N seeds one after another; their mean and spread")
     parser.add_argument("--dry-run", action="store_true", help="build, check, print layers and plan; train nothing")
     parser.add_argument("--evaluate", type=Path, metavar="PATH", help="test the weights in a file, checkpoint or run")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.seeds is not None and (args.seeds < 1 or args.evaluate):
+        parser.error("--seeds is a number from 1, and trains; leave it out with --evaluate")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,15 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         recipe = read(args.recipe, args.overrides, data=open_data, augment=augmentation_of)
-        accelerator = make_accelerator(recipe)
+        folder = run_folder(args.recipe, args.overrides, recipe.seed)
         if args.dry_run:
-            return dry_run(recipe, accelerator)
-        data = open_for(recipe, accelerator)
+            return dry_run(recipe, make_accelerator(recipe))
         if args.evaluate:
-            return evaluate_only(recipe, accelerator, data, args.evaluate)
-        run = build(recipe, accelerator, data, steps_per_epoch(data, accelerator))
-        folder = args.out or run_folder(args.recipe, args.overrides, recipe.seed)
-        return train(run, recipe, accelerator, data, folder, args.resume)
+            accelerator = make_accelerator(recipe)
+            return evaluate_only(recipe, accelerator, open_for(recipe, accelerator), args.evaluate)
+        if args.seeds:
+            return train_seeds(recipe, args.seeds, args.out or folder.parent, args.resume, train_recipe)
+        return train_recipe(recipe, args.out or folder, args.resume)
     except (RecipeError, DataError, RunError, CheckpointError, RanksDiffer, OSError, SafetensorError) as error:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not isinstance(error, (RecipeError, RanksDiffer)):  # these all ranks see alike
@@ -74,12 +81,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
+def train_recipe(recipe: Recipe, folder: Path, resume: bool) -> int:
+    """Build what a recipe says and train it into a folder; return the exit status."""
+    accelerator = make_accelerator(recipe)
+    data = open_for(recipe, accelerator)
+    run = build(recipe, accelerator, data, steps_per_epoch(data, accelerator))
+    return train(run, recipe, accelerator, data, folder, resume)
+
+
 def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder: Path, resume: bool) -> int:
     """Train from where the run stands to its end."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
     micro_batches, progress = accelerator.gradient_accumulation_steps, run.progress
     checkpointing = {"every": 1, "keep": 2, **(recipe.checkpoint or {})}
     metrics, checkpoints = Metrics(folder), Checkpoints(folder / "checkpoints", checkpointing["keep"])
+    trackers = Trackers(accelerator, recipe, folder)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     images_per_step, notes = micro_batches * data.batch_size * ranks, []
     if resume:
@@ -94,11 +110,16 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
         check_equal(tensors, "before the first step; is the run folder on a disk that all see?")
     total_steps = run.epochs * run.steps_per_epoch
     display = Display(str(folder), run.epochs, total_steps, progress.step, speaks=accelerator.is_main_process)
-    for note in notes:
+    for note in filter(None, (*notes, without_updates(run, recipe))):
         display.say(note)
     for past in (on_main(accelerator, lambda: metrics.cut(progress.epoch)) if resume else None) or ():
         display.remember(past)
     bad_losses = BadLosses(recipe.stop_after_bad_losses, run.bare, accelerator)
+    on_main(accelerator, lambda: trackers.start(progress.step, resume))
+
+    def record(line: dict[str, Any]) -> None:
+        metrics.append(line)
+        trackers.log(line)
 
     def leave() -> int:
         bad = bad_losses.spoil()
@@ -107,7 +128,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
         display.say(f"stopped at step {progress.step}; the same command with --resume goes on from {origin}")
         return 130
 
-    with display, StopRequest(ranks) as stop:
+    with display, StopRequest(ranks) as stop, trackers:
         for epoch in range(progress.epoch, run.epochs):
             first = progress.step - epoch * run.steps_per_epoch
             batches = data.epoch(epoch, start=first * micro_batches, rank=rank, ranks=ranks)
@@ -169,21 +190,17 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
             progress.best = line["val_top1"] if best else progress.best
             progress.epoch_seconds = 0.0
             loss_sum.zero_()
-            on_main(accelerator, lambda: metrics.append(line))  # noqa: B023  (called at once)
+            on_main(accelerator, lambda: record(line))  # noqa: B023  (called at once)
             display.epoch(line)
             if not bad and (best or progress.epoch % checkpointing["every"] == 0 or progress.epoch == run.epochs):
                 save(run, accelerator, checkpoints, loss_sum, images_per_step, best)
         tested = evaluate(run.averaged, accelerator, data, data.test, "test", stop)
         if tested is None:
             return leave()
+        on_main(accelerator, lambda: record({"epoch": progress.epoch, "step": progress.step, **tested}))
 
     weights = model_state(run.averaged, keep=accelerator.is_main_process)
-
-    def finish() -> None:
-        metrics.append({"epoch": progress.epoch, "step": progress.step, **tested})
-        save_result(weights, folder / "model.safetensors")
-
-    on_main(accelerator, finish)
+    on_main(accelerator, lambda: save_result(weights, folder / "model.safetensors"))
     display.table(itop_prune.summarize(run.bare, run.regrow.explored if run.regrow else None))
     display.finish({**tested, **sparse_numbers(run)}, progress.seconds)
     return 0
