@@ -123,8 +123,14 @@ def test_patterns_are_not_judged_against_a_model_that_can_not_be_made() -> None:
 def test_wrong_values_of_masks_and_regrow_are_reported_together() -> None:
     masks, regrow = problems_of(model=MODEL, masks={"sparsity": 1.5}, regrow={"every": 5, "grow": "gradeint"})
     assert masks.startswith("masks: sparsity is 1.5; allowed is a number in [0, 1)")
-    assert regrow.startswith("regrow: unknown grow 'gradeint'; known are magnitude, ")
+    assert regrow.startswith("regrow: unknown grow 'gradeint'; known are random, gradient, ")
     assert regrow.endswith("(nearest: 'gradient')")
+
+
+def test_a_mix_can_be_said_in_a_recipe_and_is_checked() -> None:
+    assert problems_of(regrow={"every": 5, "grow": "gradient+random"}) == []
+    (problem,) = problems_of(regrow={"every": 5, "grow": "gradient+randm"})
+    assert problem.startswith("regrow: unknown grow 'randm'; known are random, gradient, ")
 
 
 def test_one_wrong_value_of_regrow_does_not_hide_the_others() -> None:
