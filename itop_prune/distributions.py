@@ -114,8 +114,11 @@ def with_fixed(fixed: Mapping[str, float], distribution: Distribution) -> Distri
                 f"{sum(weights.values()):,}: the other layers hold {room:,}; fix others, or change the sparsity"
             )
         shares = distribution(others, min(1.0, max(0.0, left))) if others else {}
+        if not isinstance(shares, Mapping):
+            return shares  # whoever asked says what is wrong with it
         return {name: fixed[name] if name in fixed else shares[name] for name in shapes}
 
+    shared.__name__ = describe(distribution)
     return shared
 
 

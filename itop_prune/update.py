@@ -158,11 +158,11 @@ def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> Tensor:
     """
     mask, role = layer.itop.mask, rules.prune
     try:
-        scores = layer.scores(rules.prune, rules.prune_needs, mask, "prune")
-        kept = topology.prune(mask, scores, leaving, layer.generator("prune", "ties"))
+        worst = layer.generator("prune", "ties")
+        kept = topology.prune(mask, layer.scores(rules.prune, rules.prune_needs, mask, "prune"), leaving, worst)
         role = rules.grow
-        generator = layer.generator("ties")
-        return topology.grow(kept, layer.scores(rules.grow, rules.grow_needs, kept), entering, generator)
+        best = layer.generator("ties")
+        return topology.grow(kept, layer.scores(rules.grow, rules.grow_needs, kept), entering, best)
     except ValueError as error:
         if "NaN" not in str(error):
             raise

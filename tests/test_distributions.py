@@ -142,6 +142,14 @@ def test_fixing_a_layer_does_not_make_another_one_the_first_or_the_last() -> Non
     assert densities == pytest.approx({"first": 0.5, "middle": 0.5, "last": 0.5})
 
 
+def test_a_function_that_gives_no_densities_is_named_also_where_some_are_fixed() -> None:
+    def forgetful(shapes: Mapping, density: float) -> None:
+        return None
+
+    with pytest.raises(ValueError, match="forgetful gave None; a method must give one density per layer"):
+        active_counts(SMALL, 0.5, forgetful, fixed={"conv": 0.5})
+
+
 def test_where_only_layers_without_a_say_have_room_left_they_share_by_it() -> None:
     assert scaled({"a": 1.0, "b": 0.0, "c": 0.0}, {"a": 10, "b": 30, "c": 10}, 30) == {"a": 1.0, "b": 0.5, "c": 0.5}
 
