@@ -135,6 +135,7 @@ class MaskScheduler:
         self._dense = DenseGradients(self._masks, self._rules.needs, gradient_steps)
         self._explored = {name: itop.mask.clone() for name, itop in masks.items()}
         self._survival = Survival() if survival else None
+        self._entered: dict[str, Tensor | int] = {}
         self._without_gradient = set(self._movable())
         self._warned: set[str] = set()
         self._to_say: list[str] = []
@@ -165,6 +166,14 @@ class MaskScheduler:
         """Return R_s: the share of the masked weights that were active at least once (Liu et al., 2021)."""
         total = sum(explored.numel() for explored in self.explored.values())
         return sum(int(explored.sum()) for explored in self.explored.values()) / total
+
+    def entered(self) -> dict[str, int]:
+        """Return, by layer, how many weights entered its mask at the last update: active now, and not before it.
+
+        Over how many are active that is the share of the mask that changed, at most `rate` where the density is
+        constant; less where pruned weights grew again. Empty before the first update.
+        """
+        return {name: int(self._entered.get(name, 0)) for name in self._masks} if self.updates else {}
 
     def survival_rates(self) -> dict[str, float]:
         """Return, by layer, what share of the weights grown at the last update but one survived the last.
@@ -217,6 +226,7 @@ class MaskScheduler:
             "explored": {name: explored.clone() for name, explored in self.explored.items()},
             "first_counts": dict(self._density.first),
             "dense": self._dense.state_dict(),
+            "entered": self.entered(),
         }
         return state | ({"survival": self._survival.state_dict()} if self._survival else {})
 
@@ -237,6 +247,7 @@ class MaskScheduler:
         self._without_gradient = set(state["without_gradient"])
         self._density.first = dict(state["first_counts"])
         self._dense.load_state_dict(state["dense"])
+        self._entered = dict(state["entered"])
         if self._survival and "survival" in state:
             self._survival.load_state_dict(state["survival"])
         self._prepare_next_step()
@@ -298,6 +309,7 @@ class MaskScheduler:
         progress = min(1.0, self._step / self.update_steps()[-1])
         target = self._density.targets(active, progress, in_total=self._rules.shares_layers)
         leaving, entering = counts(self._rules, layers, active, target, self.rate)
+        self._entered = {}
         for name, layer in layers.items():
             if leaving[name] or entering[name]:
                 self._move(layer, exchange(self._rules, layer, leaving[name], entering[name]))
@@ -320,6 +332,7 @@ class MaskScheduler:
         layer.explored.logical_or_(mask | moved)
         if self._survival:
             self._survival.note(layer.name, mask, moved)
+        self._entered[layer.name] = (moved & ~mask).sum()
         mask.copy_(moved)
 
     def _say(self, key: str, message: str) -> None:

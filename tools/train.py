@@ -6,9 +6,9 @@
   torchrun --nproc_per_node 2 tools/train.py recipes/quickstart.yaml        # two processes on a CPU
 
 A run writes runs/<recipe>[-key=value...]/seed<k>/: recipe.yaml (as it was resolved), metrics.jsonl (a line an
-epoch; the test set is used once, at the end), checkpoints/ and model.safetensors. Ctrl-C leaves a checkpoint, and the
-same command with --resume goes on from it. The sections of a recipe are keyword arguments: itop_prune/sections.py says
-of what.
+epoch; the test set is used once, at the end), layers.jsonl (the masks after every update), checkpoints/,
+model.safetensors and report.html, all of it to look at. Ctrl-C leaves a checkpoint, and the same command with --resume
+goes on from it. The sections of a recipe are keyword arguments: itop_prune/sections.py says of what.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from checkpoint import CheckpointError, Checkpoints, save_result
 from data import Data, augmentation_of, open_data
 from display import Display
 from evaluation import evaluate, evaluate_only
+from layers import Layers
 from plan import dry_run
+from report import attempt
 from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
 from safetensors import SafetensorError
 from sharded import model_state
@@ -80,6 +82,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
     micro_batches, progress = accelerator.gradient_accumulation_steps, run.progress
     checkpointing = {"every": 1, "keep": 2, **(recipe.checkpoint or {})}
     metrics, checkpoints = Metrics(folder), Checkpoints(folder / "checkpoints", checkpointing["keep"])
+    layers = Layers(folder, run, data.shape, ranks, takes_notes=accelerator.is_main_process)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     images_per_step, notes = micro_batches * data.batch_size * ranks, []
     if resume:
@@ -98,10 +101,13 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
         display.say(note)
     for past in (on_main(accelerator, lambda: metrics.cut(progress.epoch)) if resume else None) or ():
         display.remember(past)
+    if resume:
+        on_main(accelerator, layers.cut)
     bad_losses = BadLosses(recipe.stop_after_bad_losses, run.bare, accelerator)
 
     def leave() -> int:
         bad = bad_losses.spoil()
+        on_main(accelerator, layers.write)
         saved = checkpoints.last() if bad else save(run, accelerator, checkpoints, loss_sum, images_per_step)
         origin = saved or "the beginning"
         display.say(f"stopped at step {progress.step}; the same command with --resume goes on from {origin}")
@@ -132,6 +138,8 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                     loss_sum += loss.detach() * len(x)
                     bad_losses.see(loss)
                 progress.step += 1
+                if moved:
+                    layers.update()
                 if run.cost:
                     progress.train_flops += run.cost.step(listens)
                     run.cost.forward = run.cost.share(run.bare) if moved else run.cost.forward
@@ -170,6 +178,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
             progress.epoch_seconds = 0.0
             loss_sum.zero_()
             on_main(accelerator, lambda: metrics.append(line))  # noqa: B023  (called at once)
+            on_main(accelerator, layers.write)
             display.epoch(line)
             if not bad and (best or progress.epoch % checkpointing["every"] == 0 or progress.epoch == run.epochs):
                 save(run, accelerator, checkpoints, loss_sum, images_per_step, best)
@@ -186,6 +195,8 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
     on_main(accelerator, finish)
     display.table(itop_prune.summarize(run.bare, run.regrow.explored if run.regrow else None))
     display.finish({**tested, **sparse_numbers(run)}, progress.seconds)
+    if accelerator.is_main_process:
+        display.say(attempt(folder))
     return 0
 
 

@@ -1,0 +1,99 @@
+"""Pictures of a run over its steps: accuracy, loss, rate and learning rate, FLOPs.
+
+A picture is a function of the history that returns a figure, or a sentence that says why there is none.
+"""
+
+import numpy as np
+from history import History
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from style import BLACK, BLUE, GREEN, GREY, VERMILLION, WIDE, marked, panels, steps_below
+
+
+def accuracy(history: History) -> Figure | str:
+    """Draw validation accuracy over steps, and the test set's at the end."""
+    if not history.has("val_top1"):
+        tested = f": {history.test['test_top1']:.2f} %" if history.test else "; this run has not come so far"
+        return f"No images are held out (data.validation): accuracy is measured at the end, on the test set{tested}."
+    figure, (axes,) = panels()
+    values = history.column("val_top1")
+    axes.plot(history.steps, values, color=BLUE, label="validation", **marked(values))
+    best = int(np.nanargmax(values))
+    axes.plot(
+        history.steps[best], values[best], "D", color=BLUE, markerfacecolor="white", label=f"best {values[best]:.2f}"
+    )
+    add_test(axes, history, "test_top1", "{:.2f}")
+    axes.set(ylabel="top-1 accuracy, %")
+    lowest = np.nanquantile(values, 0.1)  # the first epochs would press all others flat
+    highest = max(np.nanmax(values), history.last.get("test_top1", 0.0))
+    if highest - lowest > 0:
+        room = 0.12 * (highest - lowest)
+        axes.set_ylim(
+            max(0.0, min(lowest, history.last.get("test_top1", 100.0)) - 3 * room), min(100.0, highest + room)
+        )
+    steps_below(axes, history.steps[-1])
+    axes.legend(loc="lower right")
+    return figure
+
+
+def loss(history: History) -> Figure | str:
+    """Draw training and validation loss over steps, and the test set's at the end."""
+    if not history.has("train_loss"):
+        return "The loss was not finite in any epoch."
+    figure, (axes,) = panels()
+    values = history.column("train_loss")
+    axes.plot(history.steps, values, color=VERMILLION, label="training, mean of the epoch", **marked(values))
+    if history.has("val_loss"):
+        axes.plot(history.steps, history.column("val_loss"), "--", color=BLUE, label="validation", **marked(values))
+    add_test(axes, history, "test_loss", "{:.4f}")
+    axes.set(ylabel="cross-entropy loss, nats")
+    low, high = np.nanmin(values), np.nanmax(values)
+    if low > 0 and high / low > 20:
+        axes.set_yscale("log")
+    steps_below(axes, history.steps[-1])
+    axes.legend(loc="upper right")
+    return figure
+
+
+def add_test(axes: Axes, history: History, key: str, form: str) -> None:
+    """Draw the number of the test set at the last step, if it is there."""
+    if history.test and np.isfinite(value := float(history.test.get(key, np.nan))):
+        label = f"test {form.format(value)}"
+        axes.plot(history.steps[-1], value, "*", color=BLACK, markersize=11, label=label, clip_on=False, linestyle="")
+
+
+def rates(history: History) -> Figure | str:
+    """Draw the learning rate, and beside it the share of active weights that an update exchanges."""
+    moves = history.has("rate")
+    figure, axes = panels(2 if moves else 1, width=WIDE if moves else WIDE / 2, height=2.8)
+    values = history.column("lr")
+    axes[0].plot(history.steps, values, color=BLUE, drawstyle="steps-pre", **marked(values))
+    axes[0].set(ylabel="learning rate")
+    if np.nanmin(values) > 0 and np.nanmax(values) / np.nanmin(values) > 5:
+        axes[0].set_yscale("log")
+    if moves:
+        axes[1].plot(history.steps, history.column("rate"), color=VERMILLION, **marked(values))
+        axes[1].set(ylabel="rate, share of active weights", ylim=(0, None))
+    for panel in axes:
+        steps_below(panel, history.steps[-1])
+    return figure
+
+
+def cost(history: History) -> Figure | str:
+    """Draw the FLOPs of a forward, and of the training so far, as shares of what the dense model costs."""
+    if not history.has("forward_flops"):
+        return "FLOPs were not counted: the model can't be run on one image."
+    if history.masks is None or history.masks.names:
+        figure, (axes,) = panels()
+    else:
+        return "No masks, so a forward and the training cost what the dense model costs."
+    axes.axhline(1.0, color=GREY, linewidth=1.2, linestyle=":")
+    axes.text(0.01, 0.98, "dense", transform=axes.get_yaxis_transform(), color=GREY, va="top")
+    for key, label, line, color in (("forward_flops", "forward", "-", BLUE), ("train_flops", "training", "--", GREEN)):
+        values = history.column(key)
+        label = f"{label}, {values[-1]:.4f} at the end"
+        axes.plot(history.steps, values, line, color=color, label=label, **marked(values))
+    axes.set(ylabel="FLOPs, share of dense", ylim=(0, max(1.08, 1.08 * np.nanmax(history.column("train_flops")))))
+    steps_below(axes, history.steps[-1])
+    axes.legend(loc="center right")
+    return figure
