@@ -7,7 +7,7 @@ import numpy as np
 from history import History
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from style import BLACK, BLUE, GREEN, GREY, VERMILLION, WIDE, marked, panels, steps_below
+from style import BLACK, BLUE, GREY, SKY, VERMILLION, marked, panels, powers_beside, steps_below
 
 
 def accuracy(history: History) -> Figure | str:
@@ -24,7 +24,7 @@ def accuracy(history: History) -> Figure | str:
     )
     add_test(axes, history, "test_top1", "{:.2f}")
     axes.set(ylabel="top-1 accuracy, %")
-    lowest = np.nanquantile(values, 0.1)  # the first epochs would press all others flat
+    lowest = np.nanquantile(values, 0.1 if len(values) > 20 else 0.0)  # the first of many would press all others flat
     highest = max(np.nanmax(values), history.last.get("test_top1", 0.0))
     if highest - lowest > 0:
         room = 0.12 * (highest - lowest)
@@ -49,7 +49,7 @@ def loss(history: History) -> Figure | str:
     axes.set(ylabel="cross-entropy loss, nats")
     low, high = np.nanmin(values), np.nanmax(values)
     if low > 0 and high / low > 20:
-        axes.set_yscale("log")
+        powers_beside(axes)
     steps_below(axes, history.steps[-1])
     axes.legend(loc="upper right")
     return figure
@@ -65,17 +65,18 @@ def add_test(axes: Axes, history: History, key: str, form: str) -> None:
 def rates(history: History) -> Figure | str:
     """Draw the learning rate, and beside it the share of active weights that an update exchanges."""
     moves = history.has("rate")
-    figure, axes = panels(2 if moves else 1, width=WIDE if moves else WIDE / 2, height=2.8)
+    figure, axes = panels(down=2 if moves else 1, sharex=True)
     values = history.column("lr")
     axes[0].plot(history.steps, values, color=BLUE, drawstyle="steps-pre", **marked(values))
     axes[0].set(ylabel="learning rate")
     if np.nanmin(values) > 0 and np.nanmax(values) / np.nanmin(values) > 5:
-        axes[0].set_yscale("log")
+        powers_beside(axes[0])
+    else:
+        axes[0].set_ylim(0, 1.1 * float(np.nanmax(values)) or None)
     if moves:
         axes[1].plot(history.steps, history.column("rate"), color=VERMILLION, **marked(values))
-        axes[1].set(ylabel="rate, share of active weights", ylim=(0, None))
-    for panel in axes:
-        steps_below(panel, history.steps[-1])
+        axes[1].set(ylabel="rate of exchange", ylim=(0, None))
+    steps_below(axes[-1], history.steps[-1])
     return figure
 
 
@@ -89,10 +90,11 @@ def cost(history: History) -> Figure | str:
         return "No masks, so a forward and the training cost what the dense model costs."
     axes.axhline(1.0, color=GREY, linewidth=1.2, linestyle=":")
     axes.text(0.01, 0.98, "dense", transform=axes.get_yaxis_transform(), color=GREY, va="top")
-    for key, label, line, color in (("forward_flops", "forward", "-", BLUE), ("train_flops", "training", "--", GREEN)):
+    kinds = (("forward_flops", "forward", "-", SKY, 5), ("train_flops", "training so far", "--", BLACK, 1.9))
+    for key, label, line, color, linewidth in kinds:  # one over the other: static and random growth cost the same
         values = history.column(key)
         label = f"{label}, {values[-1]:.4f} at the end"
-        axes.plot(history.steps, values, line, color=color, label=label, **marked(values))
+        axes.plot(history.steps, values, line, color=color, label=label, linewidth=linewidth, **marked(values))
     axes.set(ylabel="FLOPs, share of dense", ylim=(0, max(1.08, 1.08 * np.nanmax(history.column("train_flops")))))
     steps_below(axes, history.steps[-1])
     axes.legend(loc="center right")

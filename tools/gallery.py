@@ -29,6 +29,8 @@ PICTURES: tuple[tuple[str, str, str, bool, Drawing], ...] = (
         False,
         topographies.changes,
     ),
+    ("flops", "FLOPs", "With kernels that skip every zero; training so far, a mean over steps.", False, curves.cost),
+    ("rates", "Learning rate, rate of exchange", "Of the step after each epoch.", False, curves.rates),
     (
         "exploration_by_layer",
         "R_s by layer",
@@ -44,8 +46,6 @@ PICTURES: tuple[tuple[str, str, str, bool, Drawing], ...] = (
         True,
         masks_seen.first_layer,
     ),
-    ("flops", "FLOPs", "With kernels that skip every zero; training so far, a mean over steps.", False, curves.cost),
-    ("rates", "Learning rate and rate of exchange", "Of the step after each epoch.", True, curves.rates),
 )
 
 

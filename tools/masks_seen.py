@@ -66,7 +66,8 @@ def matrix(name: str, mask: NDArray[np.bool_], image: list[int]) -> Figure:
     drawn = axes[-1].imshow(cells, cmap=SHADES, vmin=0, aspect="auto", extent=extent, interpolation="nearest")
     axes[-1].set(title=f"{short(name)}: {outputs}×{inputs}, {mask.mean():.1%} active", xlabel="input", ylabel="output")
     axes[-1].grid(visible=False)
-    figure.colorbar(drawn, ax=axes[-1], label="share active" if cells.shape != mask.shape else "active", shrink=0.9)
+    if cells.shape != mask.shape:
+        figure.colorbar(drawn, ax=axes[-1], label="share active", shrink=0.9)
     return figure
 
 

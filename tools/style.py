@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: for every eye
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS
@@ -47,10 +47,12 @@ def look() -> AbstractContextManager[None]:
     return matplotlib.style.context(["default", SETTINGS])
 
 
-def panels(count: int = 1, width: float = HALF, height: float = 3.3, **settings: Any) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its axes, side by side; nobody else holds it, so it is gone when it is no longer used."""
+def panels(
+    across: int = 1, down: int = 1, width: float = HALF, height: float = 3.3, **settings: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its axes, row by row; nobody else holds it, so it is gone when it is no longer used."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, count, **settings)))
+    return figure, list(np.ravel(figure.subplots(down, across, **settings)))
 
 
 def steps_below(axes: Axes, last: float) -> None:
@@ -58,6 +60,13 @@ def steps_below(axes: Axes, last: float) -> None:
     axes.set(xlabel="optimizer steps", xlim=(0, max(1.0, last) * 1.02))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def powers_beside(axes: Axes) -> None:
+    """Make the axis on the left logarithmic, its numbers written out."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def marked(values: Sized) -> dict[str, Any]:

@@ -120,16 +120,22 @@ def changes(history: History) -> Figure | str:
     if len(masks.names) > 1 and len(steps) > 1:
         draw_bands(axes, steps, masks.changed, kind=None)
     axes.plot(steps, masks.rates, ":", color=GREY, label="rate: pruned, and may grow again")
-    axes.plot(steps, overall, color=BLACK, label=f"new in all masks, {overall[-1]:.4f} at the end", **marked(steps))
-    if np.isfinite(masks.survival).any():
-        survived = history.column("survival") if history.has("survival") else np.array([])
-        if len(survived):
-            label = f"survived the update after, {survived[-1]:.3f} at the end"
-            axes.plot(history.steps, survived, "--", color=VERMILLION, label=label, **marked(survived))
-    axes.set(ylabel="share of active weights", ylim=(0, None))
+    axes.plot(steps, overall, color=BLACK, label=f"new in the masks, {overall[-1]:.4f} at the end", **marked(steps))
+    if len(survived := survival(masks)):
+        label = f"of what grew, survived the next, {survived[-1]:.3f} at the end"
+        axes.plot(steps[1:], survived, "--", color=VERMILLION, label=label, **marked(steps))
+    axes.set(ylabel="share of active weights" + ", or of grown" * (len(survived) > 0), ylim=(0, None))
     steps_below(axes, history.steps[-1])
-    axes.legend(loc="upper right")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+def survival(masks: Masks) -> Numbers:
+    """Return, from the second update on, which share of what grew in all layers survived it; empty if not counted."""
+    if not np.isfinite(masks.survival).any():
+        return np.array([])
+    grown = masks.entered[:-1]
+    return np.nansum(masks.survival[1:] * grown, 1) / np.maximum(1, grown.sum(1))
 
 
 def sparsity(history: History) -> Figure | str:
@@ -157,9 +163,9 @@ def bars(names: list[str], values: Numbers, before: Numbers, dense: list[str], o
     places = np.arange(len(names))
     axes.barh(places, values, color=BLUE, height=0.7)
     for place, (value, word) in enumerate(zip(values, dense, strict=True)):
-        axes.text(
-            value, place, f" {word or f'{value:.4f}'}", va="center", style="italic" if word else "normal", fontsize=9
-        )
+        inside = value > 0.2  # at its beginning: the line of all masks crosses its end
+        where, color = (0.01, "white") if inside else (value + 0.005, BLACK)
+        axes.text(where, place, word or f"{value:.4f}", va="center", fontsize=9, color=color)
     if np.abs(values - before).max() > 1e-3:
         axes.plot(before, places, "D", color=BLACK, markerfacecolor="white", label="at the beginning", linestyle="")
     axes.axvline(overall, color=BLACK, linestyle="--", linewidth=1.2, label=f"all masks, {overall:.4f}")
