@@ -7,7 +7,7 @@ import numpy as np
 from history import History
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from style import BLACK, BLUE, GREY, SKY, VERMILLION, marked, panels, powers_beside, steps_below
+from style import BLACK, BLUE, GREY, SKY, VERMILLION, legend_below, logarithmic, marked, panels, steps_below
 
 
 def accuracy(history: History) -> Figure | str:
@@ -32,7 +32,7 @@ def accuracy(history: History) -> Figure | str:
             max(0.0, min(lowest, history.last.get("test_top1", 100.0)) - 3 * room), min(100.0, highest + room)
         )
     steps_below(axes, history.steps[-1])
-    axes.legend(loc="lower right")
+    legend_below(figure, columns=3)
     return figure
 
 
@@ -42,16 +42,16 @@ def loss(history: History) -> Figure | str:
         return "The loss was not finite in any epoch."
     figure, (axes,) = panels()
     values = history.column("train_loss")
-    axes.plot(history.steps, values, color=VERMILLION, label="training, mean of the epoch", **marked(values))
+    axes.plot(history.steps, values, color=VERMILLION, label="training", **marked(values))
     if history.has("val_loss"):
         axes.plot(history.steps, history.column("val_loss"), "--", color=BLUE, label="validation", **marked(values))
     add_test(axes, history, "test_loss", "{:.4f}")
     axes.set(ylabel="cross-entropy loss, nats")
     low, high = np.nanmin(values), np.nanmax(values)
     if low > 0 and high / low > 20:
-        powers_beside(axes)
+        logarithmic(axes, "y")
     steps_below(axes, history.steps[-1])
-    axes.legend(loc="upper right")
+    legend_below(figure, columns=3)
     return figure
 
 
@@ -67,10 +67,11 @@ def rates(history: History) -> Figure | str:
     moves = history.has("rate")
     figure, axes = panels(down=2 if moves else 1, sharex=True)
     values = history.column("lr")
-    axes[0].plot(history.steps, values, color=BLUE, drawstyle="steps-pre", **marked(values))
+    steps, held = [0, *history.steps], [values[0], *values]  # an epoch's number holds from its beginning
+    axes[0].plot(steps, held, color=BLUE, drawstyle="steps-pre")
     axes[0].set(ylabel="learning rate")
-    if np.nanmin(values) > 0 and np.nanmax(values) / np.nanmin(values) > 5:
-        powers_beside(axes[0])
+    if np.nanmin(values) > 0 and np.nanmax(values) / np.nanmin(values) > 20:
+        logarithmic(axes[0], "y")
     else:
         axes[0].set_ylim(0, 1.1 * float(np.nanmax(values)) or None)
     if moves:
@@ -93,9 +94,9 @@ def cost(history: History) -> Figure | str:
     kinds = (("forward_flops", "forward", "-", SKY, 5), ("train_flops", "training so far", "--", BLACK, 1.9))
     for key, label, line, color, linewidth in kinds:  # one over the other: static and random growth cost the same
         values = history.column(key)
-        label = f"{label}, {values[-1]:.4f} at the end"
+        label = f"{label}, {values[-1]:.4f}"
         axes.plot(history.steps, values, line, color=color, label=label, linewidth=linewidth, **marked(values))
     axes.set(ylabel="FLOPs, share of dense", ylim=(0, max(1.08, 1.08 * np.nanmax(history.column("train_flops")))))
     steps_below(axes, history.steps[-1])
-    axes.legend(loc="center right")
+    legend_below(figure)
     return figure

@@ -25,12 +25,13 @@ PICTURES: tuple[tuple[str, str, str, bool, Drawing], ...] = (
     (
         "changes",
         "Changes of the masks",
-        "Of the active weights, the share that was not active before the update; bands are layers.",
+        "New: of the active weights, those that were not active before the update. Survived: of those that grew at "
+        "an update, the ones still active after the next. Bands are layers.",
         False,
         topographies.changes,
     ),
     ("flops", "FLOPs", "With kernels that skip every zero; training so far, a mean over steps.", False, curves.cost),
-    ("rates", "Learning rate, rate of exchange", "Of the step after each epoch.", False, curves.rates),
+    ("rates", "Learning rate, rate of exchange", "Of each epoch's last step.", False, curves.rates),
     (
         "exploration_by_layer",
         "R_s by layer",
@@ -41,7 +42,7 @@ PICTURES: tuple[tuple[str, str, str, bool, Drawing], ...] = (
     ("sparsity", "Sparsity by layer", "Share of zeros in each layer as the run left it.", True, topographies.sparsity),
     (
         "first_layer",
-        "Mask of the first layer",
+        "Mask of the first masked layer",
         "As the run left it; darker is more active weights.",
         True,
         masks_seen.first_layer,

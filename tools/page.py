@@ -37,7 +37,8 @@ class Picture(NamedTuple):
 def page(history: History, pictures: list[Picture]) -> str:
     """Return the page as text."""
     title = html.escape(history.title)
-    sections = [section(picture) for picture in pictures]
+    drawn = [section(picture) for picture in pictures if isinstance(picture.drawn, bytes)]
+    absent = [section(picture) for picture in pictures if isinstance(picture.drawn, str)]
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -49,8 +50,9 @@ def page(history: History, pictures: list[Picture]) -> str:
             notice(history),
             f'<dl class="numbers">{"".join(headline(history))}</dl></header>',
             "<main>",
-            *sections,
+            *drawn,
             table_of_layers(history),
+            *absent,
             settings(history),
             final_numbers(history),
             "</main>",
@@ -117,11 +119,11 @@ def tile(label: str, key: str, text: str) -> str:
 def duration(seconds: float) -> str:
     """Return a time in two units.
 
-    >>> duration(59.9), duration(3725), duration(200000)
-    ('60 s', '1 h 2 min', '2 d 7 h')
+    >>> duration(5.24), duration(59.9), duration(3725), duration(200000)
+    ('5.2 s', '60 s', '1 h 2 min', '2 d 7 h')
     """
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"
@@ -131,19 +133,17 @@ def duration(seconds: float) -> str:
 
 def section(picture: Picture) -> str:
     """Return a picture with its title, inline, or the sentence that stands for it."""
-    title, says = html.escape(picture.title), html.escape(picture.says)
-    content = f'<p class="absent">{html.escape(str(picture.drawn))}</p>'
-    if isinstance(picture.drawn, bytes):
-        data = base64.b64encode(picture.drawn).decode()
-        image = f'<img alt="{title}. {says}" src="data:image/png;base64,{data}">'
-        content = f"<figure>{image}<figcaption>{says}</figcaption></figure>"
-    return block(picture.name, picture.title, content, picture.wide)
+    if isinstance(picture.drawn, str):
+        return block(picture.name, picture.title, f"<p>{html.escape(picture.drawn)}</p>", "absent wide")
+    title, says, data = html.escape(picture.title), html.escape(picture.says), base64.b64encode(picture.drawn).decode()
+    image = f'<img alt="{title}. {says}" src="data:image/png;base64,{data}">'
+    figure = f"<figure>{image}<figcaption>{says}</figcaption></figure>"
+    return block(picture.name, picture.title, figure, "wide" if picture.wide else "")
 
 
-def block(name: str, title: str, content: str, wide: bool = False) -> str:
-    """Return a section around HTML."""
-    kind = ' class="wide"' if wide else ""
-    return f'<section id="{name}"{kind}><h2>{html.escape(title)}</h2>{content}</section>'
+def block(name: str, title: str, content: str, kind: str = "") -> str:
+    """Return a section around HTML, of a kind that page.css knows."""
+    return f'<section id="{name}" class="{kind}"><h2>{html.escape(title)}</h2>{content}</section>'
 
 
 def table_of_layers(history: History) -> str:
@@ -164,7 +164,7 @@ def table_of_layers(history: History) -> str:
     rows.append(("all masks", f"{total:,}", f"{active:,}", f"{1 - active / total:.4f}", f"{explored / total:.4f}"))
     is_open = " open" if len(rows) <= OPEN_LAYERS else ""
     says = f'<summary class="note">{len(rows) - 2} layers, as the run left them</summary>'
-    return block("layers", "Layers", f"<details{is_open}>{says}{table(rows, total=True)}</details>", wide=True)
+    return block("layers", "Layers", f"<details{is_open}>{says}{table(rows, total=True)}</details>", "wide")
 
 
 def settings(history: History) -> str:

@@ -3,14 +3,14 @@
 import io
 from collections.abc import Sized
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: for every eye
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS
@@ -33,7 +33,7 @@ SETTINGS = {
     "axes.edgecolor": GREY,
     "grid.color": PALE,
     "lines.linewidth": 1.9,
-    "lines.markersize": 5,
+    "lines.markersize": 5.5,
     "legend.frameon": False,
     "legend.fontsize": 9.5,
     "figure.facecolor": "white",
@@ -48,7 +48,7 @@ def look() -> AbstractContextManager[None]:
 
 
 def panels(
-    across: int = 1, down: int = 1, width: float = HALF, height: float = 3.3, **settings: Any
+    across: int = 1, down: int = 1, width: float = HALF, height: float = 3.6, **settings: Any
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure and its axes, row by row; nobody else holds it, so it is gone when it is no longer used."""
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -62,16 +62,24 @@ def steps_below(axes: Axes, last: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def powers_beside(axes: Axes) -> None:
-    """Make the axis on the left logarithmic, its numbers written out."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
+    """Make an axis on which all is drawn logarithmic, its numbers written out."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def marked(values: Sized) -> dict[str, Any]:
     """Return the settings under which the points of a short line are seen, one alone too."""
     return {"marker": "o" if len(values) <= 30 else ""}
+
+
+def legend_below(figure: Figure, columns: int = 2) -> None:
+    """Say what the lines are under the picture, where nothing can lie beneath."""
+    figure.legend(loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.4)
 
 
 def thinned(count: int, most: int) -> range:

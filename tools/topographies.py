@@ -10,7 +10,22 @@ import numpy as np
 from history import History, Masks, Numbers
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from style import BLACK, BLUE, COLORS, GREY, LINES, SHADES, SKY, VERMILLION, WIDE, marked, panels, steps_below, thinned
+from style import (
+    BLACK,
+    BLUE,
+    COLORS,
+    GREY,
+    LINES,
+    SHADES,
+    SKY,
+    VERMILLION,
+    WIDE,
+    legend_below,
+    marked,
+    panels,
+    steps_below,
+    thinned,
+)
 
 LINES_AT_MOST = 8
 BARS_AT_MOST = 40
@@ -58,13 +73,12 @@ def exploration(history: History) -> Figure | str:
     by_layer = masks.exploration_rates
     if len(masks.names) > LINES_AT_MOST:
         draw_bands(axes, *held(masks, by_layer, history))
-        axes.legend(loc="lower right")
     else:
         for place in np.argsort(-by_layer[-1], kind="stable"):  # so the legend is in the order of the lines
             label = f"{short(masks.names[place], 22)}, {by_layer[-1, place]:.3f}"
             style = {"color": COLORS[place % 6], "linestyle": LINES[place % len(LINES)], "linewidth": 1.6}
             draw_held(axes, masks, by_layer[:, place], history, label=label, **style)
-        figure.legend(loc="outside lower center", ncols=2)
+    legend_below(figure)
     axes.set(ylabel="R_s, share of weights explored", ylim=(0, 1.02))
     steps_below(axes, history.steps[-1])
     return figure
@@ -119,14 +133,14 @@ def changes(history: History) -> Figure | str:
     overall = masks.entered.sum(1) / np.maximum(1, masks.active[1:].sum(1))
     if len(masks.names) > 1 and len(steps) > 1:
         draw_bands(axes, steps, masks.changed, kind=None)
-    axes.plot(steps, masks.rates, ":", color=GREY, label="rate: pruned, and may grow again")
-    axes.plot(steps, overall, color=BLACK, label=f"new in the masks, {overall[-1]:.4f} at the end", **marked(steps))
+    axes.plot(steps, masks.rates, ":", color=GREY, label="rate, which bounds it")
+    axes.plot(steps, overall, color=BLACK, label=f"new, all layers, {overall[-1]:.4f} at the end", **marked(steps))
     if len(survived := survival(masks)):
-        label = f"of what grew, survived the next, {survived[-1]:.3f} at the end"
+        label = f"survived, {survived[-1]:.3f} at the end"
         axes.plot(steps[1:], survived, "--", color=VERMILLION, label=label, **marked(steps))
-    axes.set(ylabel="share of active weights" + ", or of grown" * (len(survived) > 0), ylim=(0, None))
+    axes.set(ylabel="share of active weights", ylim=(0, None))
     steps_below(axes, history.steps[-1])
-    figure.legend(loc="outside lower center", ncols=2)
+    legend_below(figure)
     return figure
 
 
