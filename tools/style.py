@@ -94,5 +94,5 @@ def thinned(count: int, most: int) -> range:
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG, sharp on a fine screen and on paper."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
     return buffer.getvalue()
