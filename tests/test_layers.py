@@ -112,7 +112,9 @@ def test_a_damaged_line_that_must_stay_is_one_error_and_without_the_file_the_run
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:2], "?\n", *lines[3:]]))
     assert run(copy, "--resume") == 1
-    assert capsys.readouterr().err.startswith(f"error: {path} is damaged in line 3, and the run goes on after step 76; ")
+    assert capsys.readouterr().err.startswith(
+        f"error: {path} is damaged in line 3, and the run goes on after step 76; "
+    )
     path.unlink()
     assert run(copy, "--resume") == 0
     assert notes(copy) == [notes(whole)[0], *(line for line in notes(whole)[1:] if line["step"] > 76)]

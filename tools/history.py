@@ -1,9 +1,10 @@
 """What a run folder tells about its run: read and checked, for the report."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
@@ -12,6 +13,7 @@ from runs import Metrics, RunError
 from safetensors import SafetensorError, safe_open
 
 Numbers = NDArray[np.float64]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,24 @@ def read(folder: Path) -> History:
     if not epochs:
         raise RunError(f"{folder} holds no finished epoch, so there is nothing to draw; go on with --resume")
     test = lines[-1] if "test_top1" in lines[-1] else None
+    as_written(folder / "metrics.jsonl", lambda: check_numbers(epochs))
     notes = lines_of(Metrics(folder, "layers.jsonl"))
-    try:
-        masks = gather(notes) if notes else None
-        check_numbers(epochs)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{folder} is damaged: a line of its metrics.jsonl or layers.jsonl lacks {error}") from None
+    masks = as_written(folder / "layers.jsonl", lambda: gather(notes)) if notes else None
     return History(folder, recipe, text, epochs, test, notes[0] if notes else None, masks)
+
+
+def as_written(path: Path, look: Callable[[], Result]) -> Result:
+    """Return what a look at a file's lines gives.
+
+    Raises:
+        RunError: They are not as the runner writes them.
+    """
+    try:
+        return look()
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{path} is damaged: it is not as a run writes it ({type(error).__name__}: {error}); put it right"
+        ) from None
 
 
 def lines_of(file: Metrics) -> list[dict[str, Any]]:
