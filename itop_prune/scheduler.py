@@ -143,6 +143,7 @@ class MaskScheduler:
         self._dense = DenseGradients(self._masks, self._rules.needs, gradient_steps)
         self._explored = {name: itop.mask.clone() for name, itop in masks.items()}
         self._survival = Survival() if survival else None
+        self._entered: dict[str, Tensor | int] = {}
         self._without_gradient = set(self._movable())
         self._warned: set[str] = set()
         self._to_say: list[str] = []
@@ -173,6 +174,14 @@ class MaskScheduler:
         """Return R_s: the share of the masked weights that were active at least once (Liu et al., 2021)."""
         total = sum(explored.numel() for explored in self.explored.values())
         return sum(int(explored.count_nonzero()) for explored in self.explored.values()) / total
+
+    def entered(self) -> dict[str, int]:
+        """Return, by layer, how many weights entered its mask at the last update: active now, and not before it.
+
+        Over how many are active that is the share of the mask that changed, at most `rate` where the density is
+        constant; less where pruned weights grew again. Empty before the first update.
+        """
+        return {name: int(self._entered.get(name, 0)) for name in self._masks} if self.updates else {}
 
     def survival_rates(self) -> dict[str, float]:
         """Return, by layer, what share of the weights grown at the last update but one survived the last.
@@ -225,6 +234,7 @@ class MaskScheduler:
             "explored": {name: explored.clone() for name, explored in self.explored.items()},
             "first_counts": dict(self._density.first),
             "dense": self._dense.state_dict(),
+            "entered": self.entered(),
         }
         return state | ({"survival": self._survival.state_dict()} if self._survival else {})
 
@@ -245,6 +255,7 @@ class MaskScheduler:
         self._without_gradient = set(state["without_gradient"])
         self._density.first = dict(state["first_counts"])
         self._dense.load_state_dict(state["dense"])
+        self._entered = dict(state["entered"])
         if self._survival and "survival" in state:
             self._survival.load_state_dict(state["survival"])
         self._prepare_next_step()
@@ -306,6 +317,7 @@ class MaskScheduler:
         last = (self.update_steps() or (self._step,))[-1]  # resumed with a larger `every`, an update may still be due
         target = self._density.targets(active, min(1.0, self._step / last))
         leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)
+        self._entered = {}
         for name, itop in masks.items():
             if leaving.get(name) or entering.get(name):
                 self._move(layers[name], exchange(self._rules, layers[name], leaving[name], entering[name]))
@@ -331,6 +343,7 @@ class MaskScheduler:
         layer.explored.logical_or_(mask | moved)
         if self._survival:
             self._survival.note(layer.name, mask, moved)
+        self._entered[layer.name] = (moved & ~mask).count_nonzero()
         mask.copy_(moved)
 
     def _say(self, key: str, message: str) -> None:

@@ -1,5 +1,15 @@
 """One thread: the models of the tests are small, and threads that wait for each other cost more than they bring."""
 
+import sys
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs in this process end without a report, which takes longer than they do, but where reports are tested."""
+    if "train" in sys.modules and not request.node.get_closest_marker("reports"):
+        monkeypatch.setattr(sys.modules["train"], "attempt", lambda folder: f"no report of {folder}: this is a test")

@@ -93,6 +93,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def assert_same_end(one: Path, other: Path) -> None:
     assert metrics(one) == metrics(other)
+    assert (one / "layers.jsonl").read_text() == (other / "layers.jsonl").read_text()
     weights, others = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
 

@@ -779,6 +779,30 @@ def test_resume_is_bit_exact(build: Callable, grow: str, stop_after: int) -> Non
 
 
 @growths
+def test_what_entered_is_active_now_and_was_not_before_the_update(grow: str) -> None:
+    run, positions = Run(grow=grow, every=3), []
+    assert run.regrow.entered() == {}
+    for step in range(9):
+        before = run.positions()
+        run.train(range(step, step + 1))
+        if moved(run, before):
+            positions.append({name: int((itop.mask & ~before[name]).sum()) for name, itop in run.masks.items()})
+            assert run.regrow.entered() == positions[-1]
+    assert len(positions) == 3
+    assert all(counts[name] for counts in positions for name in ("0.weight", "2.weight"))
+    assert run.regrow.entered() == resumed(run, grow=grow, every=3).regrow.entered() == positions[-1]
+
+
+def test_where_nothing_is_exchanged_nothing_entered() -> None:
+    run = Run(rate=0.5, min_rate=0.0, schedule="linear", total_steps=4)
+    run.train(range(2))
+    assert any(run.regrow.entered().values())
+    run.train(range(2, 4))  # at a rate of 0
+    assert run.regrow.updates == 2
+    assert run.regrow.entered() == dict.fromkeys(run.masks, 0)
+
+
+@growths
 def test_resume_with_an_update_that_is_still_due_is_bit_exact(grow: str) -> None:
     run, _ = poisoned(poison_gradient, math.nan, grow)
     with pytest.warns(UserWarning, match="not finite"):

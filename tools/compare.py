@@ -19,8 +19,6 @@ from typing import Any
 from runs import Metrics, RunError
 
 HEADER = ("run", "seeds", "test top-1", "each seed", "R_s", "survival", "sparsity", "train FLOPs", "steps")
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito: for every eye
-MARKERS = "osD^vP*X<>"
 
 
 @dataclass(frozen=True)
@@ -95,29 +93,28 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
 
 def draw(found: Sequence[Runs], path: Path) -> None:
     """Draw accuracy against R_s, FLOPs and steps: a point an experiment, with the deviation over its seeds."""
-    os.environ.setdefault("MPLBACKEND", "Agg")
-    import matplotlib.pyplot as plt
+    import style  # needs matplotlib, which the table does without
 
     prefix = os.path.commonprefix([runs.name for runs in found])  # noqa: RUF071  (letter by letter is meant)
     shared = prefix.rfind("_") + 1
-    figure, axes = plt.subplots(1, 3, sharey=True, figsize=(14, max(4.5, 0.24 * len(found))), layout="constrained")
-    for place, runs in enumerate(found):
-        style: dict[str, Any] = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
-        height = statistics.mean(runs.top1)
-        error = statistics.stdev(runs.top1) if len(runs.top1) > 1 else None
-        for axis, value in zip(axes, (statistics.mean(runs.explored), runs.dense_steps, runs.steps), strict=True):
-            if value is not None:
-                axis.errorbar(value, height, error, capsize=3, linestyle="", label=runs.name[shared:], **style)
-    axes[0].set(xlabel="R_s, share of weights explored", ylabel="test top-1, %")
-    axes[1].set(xlabel="training FLOPs, in steps of dense training", xscale="log")
-    axes[2].set(xlabel="training steps", xscale="log")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize="small", frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with style.look():
+        figure, axes = style.panels(3, sharey=True, width=14, height=max(4.5, 0.24 * len(found)))
+        for place, runs in enumerate(found):
+            look: dict[str, Any] = {"color": style.COLORS[place % len(style.COLORS)]}
+            look["marker"] = style.MARKERS[place % len(style.MARKERS)]
+            height = statistics.mean(runs.top1)
+            error = statistics.stdev(runs.top1) if len(runs.top1) > 1 else None
+            for axis, value in zip(axes, (statistics.mean(runs.explored), runs.dense_steps, runs.steps), strict=True):
+                if value is not None:
+                    axis.errorbar(value, height, error, capsize=3, linestyle="", label=runs.name[shared:], **look)
+        axes[0].set(xlabel="R_s, share of weights explored", ylabel="test top-1, %")
+        axes[1].set(xlabel="training FLOPs, in steps of dense training")
+        axes[2].set(xlabel="training steps")
+        for axis in axes[1:]:
+            style.logarithmic(axis, "x")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper")
+        figure.savefig(path, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

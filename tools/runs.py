@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -98,18 +98,18 @@ def _bound(key: str, value: Any) -> Any:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line."""
+    """metrics.jsonl, or another file of the run that has one JSON object a line, each with `epoch` and `step`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, name: str = "metrics.jsonl") -> None:
+        self.path = folder / name
 
-    def append(self, line: dict[str, Any]) -> None:
-        """Add a line, all of it or nothing.
+    def append(self, *lines: dict[str, Any]) -> None:
+        """Add lines, all of them or nothing.
 
         Raises:
-            RunError: It can't be written, on a full disk for one; the lines before it stay.
+            RunError: They can't be written, on a full disk for one; the lines before them stay.
         """
-        text = json.dumps(line).encode() + b"\n"
+        text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
         try:
             with self.path.open("ab", buffering=0) as file:  # or closing it would try to write the rest again
                 before = file.tell()
@@ -142,11 +142,30 @@ class Metrics:
         Raises:
             RunError: One that must stay is damaged, or the rest can't be written; the file is as it was.
         """
+        return self.keep(
+            lambda line: line["epoch"] <= epoch and "test_top1" not in line,
+            lambda lines: (lines[-1]["epoch"] if lines else 0) >= epoch,
+            f"epoch {epoch}",
+        )
+
+    def keep(
+        self, stays: Callable[[dict[str, Any]], bool], is_whole: Callable[[list[dict[str, Any]]], bool], last: str
+    ) -> list[dict[str, Any]]:
+        """Drop the lines that do not stay; return the others.
+
+        Args:
+            stays: Whether a line does.
+            is_whole: Whether those that stay are all there; asked where a line is damaged.
+            last: After what the run goes on, for the message.
+
+        Raises:
+            RunError: As `cut`.
+        """
         found = self.read()
-        lines = [line for line in found if line["epoch"] <= epoch and "test_top1" not in line]
-        if len(found) < len(self._texts()) and (lines[-1]["epoch"] if lines else 0) < epoch:
+        lines = [line for line in found if stays(line)]
+        if len(found) < self.count() and not is_whole(lines):
             raise RunError(
-                f"{self.path} is damaged in line {len(found) + 1}, and the run goes on after epoch {epoch}; put the "
+                f"{self.path} is damaged in line {len(found) + 1}, and the run goes on after {last}; put the "
                 "line right, or remove the file to go on without what it holds"
             )
         unfinished = self.path.with_suffix(".unfinished")
@@ -158,6 +177,10 @@ class Metrics:
                 unfinished.unlink()
             raise self._not_written(error) from None
         return lines
+
+    def count(self) -> int:
+        """Return how many lines there are, damaged ones too."""
+        return len(self._texts())
 
     def _texts(self) -> list[bytes]:
         return self.path.read_bytes().splitlines() if self.path.exists() else []

@@ -7,9 +7,9 @@
   accelerate launch tools/train.py recipes/quickstart.yaml --seeds 3        # mean and spread of seeds 0, 1 and 2
 
 A run writes runs/<recipe>[-key=value...]/seed<k>/: recipe.yaml (as it was resolved), metrics.jsonl (a line an
-epoch; the test set is used once, at the end), checkpoints/ and model.safetensors. Ctrl-C leaves a checkpoint, and the
-same command with --resume goes on from it. The sections of a recipe are keyword arguments: itop_prune/sections.py says
-of what.
+epoch; the test set is used once, at the end), layers.jsonl (the masks after every update), checkpoints/,
+model.safetensors and report.html, all of it to look at. Ctrl-C leaves a checkpoint, and the same command with --resume
+goes on from it. The sections of a recipe are keyword arguments: itop_prune/sections.py says of what.
 """
 
 import argparse
@@ -28,7 +28,9 @@ from checkpoint import CheckpointError, Checkpoints, save_result
 from data import Data, augmentation_of, open_data
 from display import Display
 from evaluation import evaluate, evaluate_only
+from layers import Layers
 from plan import dry_run, without_updates
+from report import attempt
 from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
 from safetensors import SafetensorError
 from seeds import train_seeds
@@ -96,6 +98,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
     checkpointing = {"every": 1, "keep": 2, **(recipe.checkpoint or {})}
     metrics, checkpoints = Metrics(folder), Checkpoints(folder / "checkpoints", checkpointing["keep"])
     trackers = Trackers(accelerator, recipe, folder)
+    layers = Layers(folder, run, data.shape, ranks, takes_notes=accelerator.is_main_process)
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     images_per_step, notes = micro_batches * data.batch_size * ranks, []
     if resume:
@@ -114,6 +117,8 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
         display.say(note)
     for past in (on_main(accelerator, lambda: metrics.cut(progress.epoch)) if resume else None) or ():
         display.remember(past)
+    if resume:
+        on_main(accelerator, layers.cut)
     bad_losses = BadLosses(recipe.stop_after_bad_losses, run.bare, accelerator)
     on_main(accelerator, lambda: trackers.start(progress.step, resume))
 
@@ -123,6 +128,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
 
     def leave() -> int:
         bad = bad_losses.spoil()
+        on_main(accelerator, layers.write)
         saved = checkpoints.last() if bad else save(run, accelerator, checkpoints, loss_sum, images_per_step)
         origin = saved or "the beginning"
         display.say(f"stopped at step {progress.step}; the same command with --resume goes on from {origin}")
@@ -153,6 +159,8 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                     loss_sum += loss.detach() * len(x)
                     bad_losses.see(loss)
                 progress.step += 1
+                if moved:
+                    layers.update()
                 if run.cost:
                     progress.train_flops += run.cost.step(listens)
                     run.cost.forward = run.cost.share(run.bare) if moved else run.cost.forward
@@ -191,6 +199,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
             progress.epoch_seconds = 0.0
             loss_sum.zero_()
             on_main(accelerator, lambda: record(line))  # noqa: B023  (called at once)
+            on_main(accelerator, layers.write)
             display.epoch(line)
             if not bad and (best or progress.epoch % checkpointing["every"] == 0 or progress.epoch == run.epochs):
                 save(run, accelerator, checkpoints, loss_sum, images_per_step, best)
@@ -203,6 +212,8 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
     on_main(accelerator, lambda: save_result(weights, folder / "model.safetensors"))
     display.table(itop_prune.summarize(run.bare, run.regrow.explored if run.regrow else None))
     display.finish({**tested, **sparse_numbers(run)}, progress.seconds)
+    if accelerator.is_main_process:
+        display.say(attempt(folder))
     return 0
 
 
