@@ -39,7 +39,7 @@ def short(name: str, most: int = 30) -> str:
     """Return a weight's name without what all share, from behind where it is long.
 
     >>> short("layers.0.weight"), short("stages.2.blocks.17.mixer.attention.qkv.weight")
-    ('layers.0', '…s.17.mixer.attention.qkv')
+    ('layers.0', '…blocks.17.mixer.attention.qkv')
     """
     name = name.removesuffix(".weight")
     return name if len(name) <= most else f"…{name[1 - most :]}"
