@@ -196,7 +196,7 @@ def test_given_scores_must_hold_every_masked_weight() -> None:
 
 
 def test_given_scores_must_have_the_shape_of_the_weight() -> None:
-    with pytest.raises(ValueError, match=r"scores for 0\.weight .*\(16, 20\); given: shape \(20, 16\)"):
+    with pytest.raises(ValueError, match=r"scores for 0\.weight .*\(16, 20\); given: Tensor of shape \(20, 16\)"):
         itop_prune.apply(mlp(), 0.75, scores={"0.weight": torch.rand(20, 16)}, include="0")
 
 
