@@ -77,6 +77,18 @@ def test_the_picture_holds_a_point_for_each_experiment(tmp_path, capsys, experim
     assert all(f"<!-- {label} -->" in picture.read_text() for label in labels)
 
 
+def test_experiments_that_differ_in_what_varies_alone_are_one_line_with_its_values_beside_it(tmp_path, capsys):
+    names = [f"{kind}-every={every}-epochs=2" for kind in ("erk_set", "erk_rigl") for every in (50, 1500, 200)]
+    for place, name in enumerate(names):
+        write(tmp_path / name / "seed0", 80.0 + place / 10, 0.1 + place / 100)
+    picture = tmp_path / "vary.svg"
+    given = [str(tmp_path / name) for name in names]
+    assert compare.main([*given, "--vary", "every", "--picture", str(picture)]) == 0
+    drawn = picture.read_text()
+    assert all(drawn.count(f"<!-- {label} -->") == 1 for label in ("set-epochs=2", "rigl-epochs=2"))
+    assert all(drawn.count(f"<!-- {value} -->") == 2 for value in (50, 200, 1500))
+
+
 @pytest.mark.parametrize("name", ["nowhere/compare.png", "compare.doc"])
 def test_a_picture_that_can_not_be_written_is_one_line(tmp_path, capsys, name):
     write(tmp_path / "set" / "seed0", 87.0)

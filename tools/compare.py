@@ -2,22 +2,29 @@
 """Put finished runs side by side: mean and spread over their seeds, as a Markdown table and a picture.
 
   python tools/compare.py runs/fashion_mnist_* --picture compare.png
+  python tools/compare.py runs/*every=* --vary regrow.every --picture interval.png
 
 The picture has the paper's figure, test accuracy against R_s, and beside it accuracy against the cost of the training,
-in FLOPs and in steps.
+in FLOPs and in steps. Experiments that differ in what --vary names, and in nothing else, are joined by a line.
 """
 
 import argparse
 import os
+import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runs import Metrics, RunError
 
+PLACES: tuple[Callable[["Runs"], float | None], ...] = (
+    lambda runs: statistics.mean(runs.explored),
+    lambda runs: runs.dense_steps,
+    lambda runs: runs.steps,
+)
 HEADER = ("run", "seeds", "test top-1", "each seed", "R_s", "survival", "sparsity", "train FLOPs", "steps")
 
 
@@ -31,7 +38,7 @@ class Runs:
     explored: list[float]
     """R_s at the end, by seed."""
     survival: list[float]
-    """The share of what grew that survived the update after, at the last update; [] where nobody counted."""
+    """The share of what grew that survived the update after, mean over epochs, by seed; [] where nobody counted."""
     sparsities: list[float]
     """Every sparsity that an epoch of any seed had, each once, in the order of the run."""
     train_flops: list[float]
@@ -80,33 +87,60 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
     if not finished:
         raise RunError(f"{folder} holds no finished run; give folders of seed<k>/, such as runs/quickstart")
     epochs = [lines[-2] for lines in finished]
+    counted = [[line["survival"] for line in lines[:-1] if "survival" in line] for lines in finished]
     return Runs(
         name=folder.name,
         top1=[lines[-1]["test_top1"] for lines in finished],
         explored=[last["exploration_rate"] for last in epochs],
-        survival=[last["survival"] for last in epochs if "survival" in last],
+        survival=[statistics.mean(rates) for rates in counted if rates],
         sparsities=list(dict.fromkeys(line["sparsity"] for lines in finished for line in lines[:-1])),
         train_flops=[last["train_flops"] for last in epochs if "train_flops" in last],
         steps=finished[0][-1]["step"],
     )
 
 
-def draw(found: Sequence[Runs], path: Path) -> None:
-    """Draw accuracy against R_s, FLOPs and steps: a point an experiment, with the deviation over its seeds."""
+def families(found: Sequence[Runs], vary: str | None) -> dict[str, list[tuple[str, Runs]]]:
+    """Group experiments whose names differ in one override alone; each comes with its value of that one, by its size.
+
+    >>> runs = [Runs(f"set-every={every}-seeds", *[[]] * 5, steps=9) for every in (50, 1500, 200)]
+    >>> {name: [value for value, _ in members] for name, members in families(runs, "every").items()}
+    {'set-seeds': ['50', '200', '1500']}
+    """
+    groups: dict[str, list[tuple[str, Runs]]] = {}
+    for runs in found:
+        override = re.search(rf"-{re.escape(vary)}=([^-]*)", runs.name) if vary else None
+        name = runs.name.replace(override[0], "") if override else runs.name
+        groups.setdefault(name, []).append((override[1] if override else "", runs))
+    return {name: sorted(members, key=lambda member: (len(member[0]), member[0])) for name, members in groups.items()}
+
+
+def draw(found: Sequence[Runs], path: Path, vary: str | None = None) -> None:
+    """Draw accuracy against R_s, FLOPs and steps: a point an experiment, with the deviation over its seeds.
+
+    Args:
+        found: What to draw.
+        path: Where to; the ending says what kind of file.
+        vary: An override, such as "regrow.every": points that differ in it alone are joined, its value beside them.
+    """
     import style  # needs matplotlib, which the table does without
 
-    prefix = os.path.commonprefix([runs.name for runs in found])  # noqa: RUF071  (letter by letter is meant)
+    groups = families(found, vary)
+    prefix = os.path.commonprefix(list(groups))  # noqa: RUF071  (letter by letter is meant)
     shared = prefix.rfind("_") + 1
     with style.look():
-        figure, axes = style.panels(3, sharey=True, width=14, height=max(4.5, 0.24 * len(found)))
-        for place, runs in enumerate(found):
+        figure, axes = style.panels(3, sharey=True, width=14, height=max(4.5, 0.24 * len(groups)))
+        for place, (name, members) in enumerate(groups.items()):
             look: dict[str, Any] = {"color": style.COLORS[place % len(style.COLORS)]}
-            look["marker"] = style.MARKERS[place % len(style.MARKERS)]
-            height = statistics.mean(runs.top1)
-            error = statistics.stdev(runs.top1) if len(runs.top1) > 1 else None
-            for axis, value in zip(axes, (statistics.mean(runs.explored), runs.dense_steps, runs.steps), strict=True):
-                if value is not None:
-                    axis.errorbar(value, height, error, capsize=3, linestyle="", label=runs.name[shared:], **look)
+            look |= {"marker": style.MARKERS[place % len(style.MARKERS)], "label": name[shared:]}
+            for axis, place_of in zip(axes, PLACES, strict=True):
+                points = [(x, value, runs) for value, runs in members if (x := place_of(runs)) is not None]
+                heights = [statistics.mean(runs.top1) for _, _, runs in points]
+                errors = [statistics.stdev(runs.top1) if len(runs.top1) > 1 else 0.0 for _, _, runs in points]
+                line = "" if axis is not axes[0] else style.LINES[place % len(style.LINES)]
+                if points:
+                    axis.errorbar([x for x, _, _ in points], heights, errors, capsize=3, linestyle=line, **look)
+                for (x, value, _), height in zip(points, heights, strict=True) if axis is axes[0] else ():
+                    axis.annotate(value, (x, height), (4, 4), textcoords="offset points", fontsize=8)
         axes[0].set(xlabel="R_s, share of weights explored", ylabel="test top-1, %")
         axes[1].set(xlabel="training FLOPs, in steps of dense training")
         axes[2].set(xlabel="training steps")
@@ -122,6 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that hold seed<k>/ runs of one recipe each")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them too: .png, .svg or .pdf")
+    parser.add_argument(
+        "--vary", metavar="KEY", help="an override, such as regrow.every, to join by a line what it varies"
+    )
     options = parser.parse_args(argv)
     found = []
     for folder in options.runs:
@@ -135,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"| {' | '.join(line)} |")
     if options.picture:
         try:
-            draw(found, options.picture)
+            draw(found, options.picture, options.vary)
         except (OSError, ValueError) as error:
             print(f"error: {options.picture} can't be written: {error}", file=sys.stderr)
             return 1
