@@ -210,6 +210,9 @@ class MaskScheduler:
         """
         self._step += 1
         self._due = self._due or self._step in self.update_steps()
+        if not (self._due or self._dense.listens or self._without_gradient or self._step == 1):
+            self._prepare_next_step()
+            return False
         masks = self._movable()
         with_gradient = [name for name, itop in masks.items() if itop.parameter.grad is not None]
         if (self._due or self._step == 1) and masks and not with_gradient:

@@ -1,5 +1,6 @@
 """What every kind of data has in common: batches by index, one error, and seeds made of words."""
 
+import functools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -36,7 +37,11 @@ def seed_everything(*words: object) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
-    if (
-        torch.accelerator.is_available()
-    ):  # torch.manual_seed asks every kind of device, which takes as long as a small step
+    if has_accelerator():  # torch.manual_seed asks every kind of device, which takes as long as a small step
         torch.get_device_module().manual_seed_all(seed)
+
+
+@functools.cache
+def has_accelerator() -> bool:
+    """Return whether there is more than the CPU; asked once."""
+    return torch.accelerator.is_available()
