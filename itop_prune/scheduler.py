@@ -178,8 +178,8 @@ class MaskScheduler:
     def entered(self) -> dict[str, int]:
         """Return, by layer, how many weights entered its mask at the last update: active now, and not before it.
 
-        Over how many are active that is the share of the mask that changed, at most `rate` where the density is
-        constant; less where pruned weights grew again. Empty before the first update.
+        Over how many are active that is the share of the mask that changed: of a layer that keeps its density at most
+        what was exchanged, `ceil(rate * active)`; less where pruned weights grew again. Empty before the first update.
         """
         return {name: int(self._entered.get(name, 0)) for name in self._masks} if self.updates else {}
 
@@ -258,7 +258,7 @@ class MaskScheduler:
         self._without_gradient = set(state["without_gradient"])
         self._density.first = dict(state["first_counts"])
         self._dense.load_state_dict(state["dense"])
-        self._entered = dict(state["entered"])
+        self._entered = dict(state.get("entered", {}))
         if self._survival and "survival" in state:
             self._survival.load_state_dict(state["survival"])
         self._prepare_next_step()

@@ -93,7 +93,7 @@ def row_of(measured: Measured) -> Row:
     ours = statistics.median(measured.ours)
     other = statistics.median(measured.other) if measured.other else None
     if measured.faster:
-        ratio = (other or measured.target) / ours
+        ratio = statistics.median(measured.other) / ours
         return Row(measured.name, ours, other, measured.unit, ratio, f"≥ {measured.target:g}", ratio >= measured.target)
     ratio = ours / other if other else ours
     target = f"≤ {measured.target:g}" + ("" if other else f" {measured.unit}")

@@ -9,6 +9,7 @@ in FLOPs and in steps. Experiments that differ in what --vary names, and in noth
 """
 
 import argparse
+import math
 import os
 import re
 import statistics
@@ -83,7 +84,7 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
         RunError: No run in the folder is finished.
     """
     found = seeds or sorted(folder.glob("seed*"))
-    finished = [lines for seed in found if "test_top1" in (lines := Metrics(seed).read() or [{}])[-1]]
+    finished = [lines for seed in found if len(lines := Metrics(seed).read()) > 1 and "test_top1" in lines[-1]]
     if not finished:
         raise RunError(f"{folder} holds no finished run; give folders of seed<k>/, such as runs/quickstart")
     epochs = [lines[-2] for lines in finished]
@@ -102,16 +103,26 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
 def families(found: Sequence[Runs], vary: str | None) -> dict[str, list[tuple[str, Runs]]]:
     """Group experiments whose names differ in one override alone; each comes with its value of that one, by its size.
 
-    >>> runs = [Runs(f"set-every={every}-seeds", *[[]] * 5, steps=9) for every in (50, 1500, 200)]
-    >>> {name: [value for value, _ in members] for name, members in families(runs, "every").items()}
-    {'set-seeds': ['50', '200', '1500']}
+    >>> runs = [Runs(f"set-lr={rate}-every=9", *[[]] * 5, steps=9) for rate in ("1e-1", "0.05", "1e-3")]
+    >>> {name: [value for value, _ in members] for name, members in families(runs, "lr").items()}
+    {'set-every=9': ['1e-3', '0.05', '1e-1']}
     """
     groups: dict[str, list[tuple[str, Runs]]] = {}
     for runs in found:
-        override = re.search(rf"-{re.escape(vary)}=([^-]*)", runs.name) if vary else None
+        override = re.search(rf"-{re.escape(vary)}=(.*?)(?=-[A-Za-z_.]+=|$)", runs.name) if vary else None
         name = runs.name.replace(override[0], "") if override else runs.name
         groups.setdefault(name, []).append((override[1] if override else "", runs))
-    return {name: sorted(members, key=lambda member: (len(member[0]), member[0])) for name, members in groups.items()}
+    return {
+        name: sorted(members, key=lambda member: (as_number(member[0]), member[0])) for name, members in groups.items()
+    }
+
+
+def as_number(text: str) -> float:
+    """Return the number that a text is, infinity for other texts."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.inf
 
 
 def draw(found: Sequence[Runs], path: Path, vary: str | None = None) -> None:

@@ -31,7 +31,7 @@ PICTURES: tuple[tuple[str, str, str, bool, Drawing], ...] = (
         topographies.changes,
     ),
     ("flops", "FLOPs", "With kernels that skip every zero; training so far, a mean over steps.", False, curves.cost),
-    ("rates", "Learning rate, rate of exchange", "At the last step of each epoch.", False, curves.rates),
+    ("rates", "Learning rate, rate of exchange", "At the end of each epoch.", False, curves.rates),
     (
         "exploration_by_layer",
         "R_s by layer",

@@ -11,7 +11,6 @@ from topographies import masks_of, short
 
 FILTERS_AT_MOST = 256
 CELLS_AT_MOST = (300, 800)
-SQUARE_AT_MOST = 64
 
 
 def first_layer(history: History) -> Figure | str:

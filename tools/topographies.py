@@ -57,6 +57,10 @@ def masks_of(history: History, moving: bool) -> Masks | str:
     if not history.recipe.get("regrow"):
         return f"The masks are static: R_s stays at the density, {history.last['exploration_rate']:.4f}."
     every = history.recipe["regrow"].get("every")
+    if every <= history.steps[-1]:
+        return (
+            f"No update of the masks was made in {history.steps[-1]:,} steps: numbers were not finite when one was due."
+        )
     return (
         f"No update of the masks was made: regrow.every is {every}, and the run has made {history.steps[-1]:,} steps."
     )
@@ -133,10 +137,10 @@ def changes(history: History) -> Figure | str:
     overall = masks.entered.sum(1) / np.maximum(1, masks.active[1:].sum(1))
     if len(masks.names) > 1 and len(steps) > 1:
         draw_bands(axes, steps, masks.changed, kind=None)
-    axes.plot(steps, masks.rates, ":", color=GREY, label="rate, which bounds it")
+    axes.plot(steps, masks.rates, ":", color=GREY, label="rate")
     axes.plot(steps, overall, color=BLACK, label=f"new, all layers, {overall[-1]:.4f} at the end", **marked(steps))
     if len(survived := survival(masks)):
-        label = f"survived, {survived[-1]:.3f} at the end"
+        label = f"survived, {survived[np.isfinite(survived)][-1]:.3f} at the end"
         axes.plot(steps[1:], survived, "--", color=VERMILLION, label=label, **marked(steps))
     axes.set(ylabel="share of active weights", ylim=(0, None))
     steps_below(axes, history.steps[-1])
@@ -145,11 +149,12 @@ def changes(history: History) -> Figure | str:
 
 
 def survival(masks: Masks) -> Numbers:
-    """Return, from the second update on, which share of what grew in all layers survived it; empty if not counted."""
+    """Return, from the second update on, which share of what grew in all layers survived it; NaN where nothing grew."""
     if not np.isfinite(masks.survival).any():
         return np.array([])
     grown = masks.entered[:-1]
-    return np.nansum(masks.survival[1:] * grown, 1) / np.maximum(1, grown.sum(1))
+    total = grown.sum(1)
+    return np.where(total > 0, np.nansum(masks.survival[1:] * grown, 1) / np.maximum(1, total), np.nan)
 
 
 def sparsity(history: History) -> Figure | str:

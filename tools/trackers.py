@@ -73,7 +73,9 @@ class Trackers:
         try:
             self._accelerator.log(numbers, step=line["step"])
         except Exception as error:
-            raise RunError(f"{self._named()} failed: {error}; go on with --resume, with or without log_with") from None
+            raise RunError(
+                f"{self._named()} failed: {error}; go on with --resume, and with --out where log_with is left out"
+            ) from None
 
     def __enter__(self) -> "Trackers":
         return self

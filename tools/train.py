@@ -218,7 +218,7 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
 
 
 def learning_rate(run: Run) -> float:
-    """Return the learning rate of the next step."""
+    """Return the learning rate that the optimizer holds."""
     return float(run.optimizer.param_groups[0]["lr"])
 
 
