@@ -58,9 +58,8 @@ def masks_of(history: History, moving: bool) -> Masks | str:
         return f"The masks are static: R_s stays at the density, {history.last['exploration_rate']:.4f}."
     every = history.recipe["regrow"].get("every")
     if every <= history.steps[-1]:
-        return (
-            f"No update of the masks was made in {history.steps[-1]:,} steps: numbers were not finite when one was due."
-        )
+        why = "none was due up to regrow.stop, or numbers were not finite when it was"
+        return f"No update of the masks was made in {history.steps[-1]:,} steps: {why}."
     return (
         f"No update of the masks was made: regrow.every is {every}, and the run has made {history.steps[-1]:,} steps."
     )
