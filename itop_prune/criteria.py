@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from itop_prune.menu import choose, describe, needed
+from itop_prune.values import check_scores
 
 Criterion = Callable[..., Tensor]
 
@@ -223,11 +224,7 @@ def find(criterion: str | Criterion, role: str) -> tuple[Criterion, tuple[str, .
 
 def _of_inactive(criterion: Criterion, scores: Tensor, mask: Tensor) -> Tensor:
     """Return the scores of what a mask leaves out, checked: a rank hides what they are."""
-    if not isinstance(scores, Tensor) or scores.shape != mask.shape or scores.device != mask.device:
-        seen = f"{tuple(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else repr(scores)
-        raise ValueError(
-            f"{describe(criterion)} gave {seen}; a mix needs one score per weight, {tuple(mask.shape)} on {mask.device}"
-        )
+    check_scores(scores, mask, criterion, "", "a mix needs")
     scores = scores.masked_select(~mask)
     if scores.isnan().any():
         raise ValueError(f"{describe(criterion)} gave NaN; scores must be numbers")

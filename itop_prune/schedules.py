@@ -7,7 +7,7 @@ The rate is `min_rate + (rate - min_rate) * factor`, progress counted in steps u
 import math
 from collections.abc import Callable
 
-from itop_prune.menu import choose
+from itop_prune.menu import choose, describe
 
 Schedule = Callable[[float], float]
 
@@ -23,7 +23,7 @@ def factor(schedule: Schedule, progress: float) -> float:
     """
     value = schedule(progress)
     if not isinstance(value, (int, float)) or not -1e-9 <= value <= 1.0 + 1e-9:
-        name = getattr(schedule, "__name__", repr(schedule))
+        name = describe(schedule)
         raise ValueError(
             f"the schedule {name} gave {value!r} at progress {progress:g}; it must give a number in [0, 1]"
         )

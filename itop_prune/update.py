@@ -16,6 +16,7 @@ from itop_prune.mask import ITOP
 from itop_prune.menu import choose
 from itop_prune.redistribution import Redistribution
 from itop_prune.sharding import whole
+from itop_prune.values import check_scores
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,7 @@ class Layer:
                 f"{criteria.describe(criterion)} wrote into {', '.join(written)} of {self.name}; a criterion may only "
                 "read: copy the tensor first (and go back to a checkpoint, for it is changed)"
             )
-        if not isinstance(scores, Tensor) or scores.shape != mask.shape or scores.device != mask.device:
-            seen = f"{tuple(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else repr(scores)
-            raise ValueError(
-                f"{criteria.describe(criterion)} gave {seen} for {self.name}; it must give one score per weight, "
-                f"{tuple(mask.shape)} on {mask.device}"
-            )
+        check_scores(scores, mask, criterion, f" for {self.name}", "it must give")
         return scores
 
     def generator(self, *words: object) -> torch.Generator:

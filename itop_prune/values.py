@@ -1,6 +1,11 @@
 """Numbers that a user gives, checked: what was seen, what is allowed."""
 
+from collections.abc import Callable
 from numbers import Integral
+
+from torch import Tensor
+
+from itop_prune.menu import describe
 
 
 def check_steps(total_steps: int, every: int, gradient_steps: int) -> None:
@@ -28,6 +33,16 @@ def check_shares(
         raise ValueError(f"scope is {scope!r}; allowed are 'layer' and 'global'")
     if not is_number(floor) or not 0.0 <= floor < 1.0 or (floor and scope == "layer"):
         raise ValueError(f"floor is {floor!r}; allowed is a number in [0, 1), with scope='global'")
+
+
+def check_scores(scores: object, mask: Tensor, criterion: Callable[..., object], where: str, needs: str) -> None:
+    """Refuse scores that are not one number per position of a mask, on its device; `needs` says who needs them."""
+    if not isinstance(scores, Tensor) or scores.shape != mask.shape or scores.device != mask.device:
+        seen = f"{tuple(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else repr(scores)
+        raise ValueError(
+            f"{describe(criterion)} gave {seen}{where}; {needs} one score per weight, "
+            f"{tuple(mask.shape)} on {mask.device}"
+        )
 
 
 def is_number(value: object) -> bool:

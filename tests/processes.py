@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +26,13 @@ PATIENCE = 180.0
 gloo = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="this torch has no gloo"
 )
+
+
+def without_last_checkpoint(whole: Path, folder: Path) -> Path:
+    """Copy a run as if it had been killed before its last checkpoint; return the copy."""
+    shutil.copytree(whole, folder)
+    shutil.rmtree(Checkpoints(folder / "checkpoints", 3).all()[-1])
+    return folder
 
 
 def start(command: Sequence[str]) -> subprocess.Popen[str]:

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 import runs
 import torch
 import train
-from checkpoint import Checkpoints
 from processes import (
     PATIENCE,
     QUICKSTART,
@@ -24,6 +22,7 @@ from processes import (
     on_ranks,
     photos,
     whole_checkpoints,
+    without_last_checkpoint,
 )
 from runs import Metrics
 
@@ -228,10 +227,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
     """A run that could be resumed after its second epoch."""
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    shutil.rmtree(Checkpoints(folder / "checkpoints", 3).all()[-1])
-    return folder
+    return without_last_checkpoint(whole, tmp_path / "run")
 
 
 def refuse_to_write(monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:

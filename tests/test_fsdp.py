@@ -1,8 +1,6 @@
 """FSDP2 on two processes: the numbers of one process with the whole model, masks equal, parts written in place."""
 
 import datetime
-import json
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from measure import highest
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -214,20 +213,6 @@ def forward_first(part: int) -> dict[str, Any]:
     return {"told": told, "moved": moved}
 
 
-def peak(call: Callable[[], Any]) -> int:
-    """Bytes of tensors held at once while `call` runs, beside those of before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
-    held = highest = 0
-    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        highest = max(highest, held)
-    return highest
-
-
 def update(part: int, grow: str, layers: int) -> float:
     """What an update holds at once, in the bytes of the largest layer, of which there are so many."""
     torch.manual_seed(0)
@@ -241,7 +226,7 @@ def update(part: int, grow: str, layers: int) -> float:
         x, y = data(step, 0, part, (256,))
         F.cross_entropy(network(x), y).backward()
         optimizer.step()
-        peaks.append(peak(regrow.step))
+        peaks.append(highest(regrow.step))
         optimizer.zero_grad()
     return min(peaks) / (4 * 256 * 256)  # gloo's own threads free what they sent a little sooner or later
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import shutil
 import types
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import pytest
 import runs
 import train
-from checkpoint import Checkpoints
-from processes import QUICKSTART, finished, gloo, metrics, on_ranks
+from processes import QUICKSTART, finished, gloo, metrics, on_ranks, without_last_checkpoint
 from safetensors.torch import load_file
 
 SETTINGS = ("epochs=3", "checkpoint={every: 1, keep: 3}", "regrow={every: 7, grow: gradient, survival: true}")
@@ -37,10 +35,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
     """A run that was killed in its third epoch, after the last checkpoint."""
-    folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
-    shutil.rmtree(Checkpoints(folder / "checkpoints", 3).all()[-1])
-    return folder
+    return without_last_checkpoint(whole, tmp_path / "run")
 
 
 def test_the_first_line_says_what_the_run_is_made_of(whole: Path) -> None:

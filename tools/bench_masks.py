@@ -1,17 +1,14 @@
 """What an update costs in time and memory. Timed are the calls alone, not what prepares them."""
 
 import gc
-import json
 import math
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import models  # noqa: F401  (registers LeNet-300-100 with timm)
 import timm
 import torch
-from measure import Measured, Settings, clock
+from measure import Measured, Settings, clock, highest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -161,20 +158,6 @@ def held() -> int:
         if type(thing) in (Tensor, nn.Parameter):
             storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return sum(storages.values())
-
-
-def highest(call: Callable[[], object]) -> int:
-    """Return the bytes of tensors that a call on the CPU holds at once, beside those of before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
-    now = most = 0
-    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        now += event["args"]["Bytes"]
-        most = max(most, now)
-    return most
 
 
 def memory(settings: Settings) -> Iterator[Measured]:

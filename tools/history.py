@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from runs import Metrics, RunError
+from runs import Metrics, RunError, in_a_line
 from safetensors import SafetensorError, safe_open
 
 Numbers = NDArray[np.float64]
@@ -132,7 +132,7 @@ def read(folder: Path) -> History:
     except FileNotFoundError:
         raise RunError(f"{folder} holds no run: no recipe.yaml; give a folder such as runs/quickstart/seed0") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{path} can't be read: {' '.join(str(error).split())}") from None
+        raise RunError(f"{path} can't be read: {in_a_line(error)}") from None
     if not isinstance(recipe, dict):
         raise RunError(f"{path} is damaged: it holds no sections; put back the one that the run wrote")
     lines = lines_of(Metrics(folder))

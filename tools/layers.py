@@ -84,7 +84,7 @@ class Layers:
 
     def _explored(self) -> list[int]:
         explored = self._run.regrow.explored if self._run.regrow else {}
-        return self._by_layer({name: int(mask.sum()) for name, mask in explored.items()}, self._weights)
+        return self._by_layer({name: int(mask.count_nonzero()) for name, mask in explored.items()}, self._weights)
 
     def _by_layer(self, counts: dict[str, int], otherwise: dict[str, int] | None = None) -> list[int]:
         return [counts.get(name, otherwise[name] if otherwise else 0) for name in self._weights]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import history
-from runs import RunError
+from runs import RunError, in_a_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,11 +69,6 @@ def write(folder: Path) -> Path:
     unfinished.write_text(page(found, pictures), encoding="utf-8")
     unfinished.replace(path)
     return path
-
-
-def in_a_line(error: Exception) -> str:
-    """Return an error's message without its line breaks."""
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

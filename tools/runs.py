@@ -27,6 +27,11 @@ class RunError(Exception):
     """A run that can't start or go on; the message says why and what to do."""
 
 
+def in_a_line(error: Exception) -> str:
+    """Return an error's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def run_folder(recipe: Path, overrides: Sequence[str], seed: int) -> Path:
     """Return runs/<recipe>[-key=value...]/seed<k>; where the data lie and the seed are not part of the name.
 

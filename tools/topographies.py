@@ -149,7 +149,7 @@ def changes(history: History) -> Figure | str:
 
 def survival(masks: Masks) -> Numbers:
     """Return, from the second update on, which share of what grew in all layers survived it; NaN where nothing grew."""
-    if not np.isfinite(masks.survival).any():
+    if not np.isfinite(masks.survival[1:]).any():
         return np.array([])
     grown = masks.entered[:-1]
     total = grown.sum(1)

@@ -83,9 +83,8 @@ class Trackers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for (
-            tracker
-        ) in self._accelerator.trackers:  # `end_training` would end the ranks too, and another seed may follow
+        # `end_training` would end the ranks too, and another seed may follow
+        for tracker in self._accelerator.trackers:
             tracker.finish()
 
     def _named(self) -> str:
