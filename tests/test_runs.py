@@ -258,12 +258,15 @@ def test_one_rank_asked_to_stop_stops_all(monkeypatch: pytest.MonkeyPatch, this:
         assert group == "between hosts"
         tensor.clamp_(min=int(other))
 
+    ended: list[object] = []
     monkeypatch.setattr(torch.distributed, "new_group", lambda backend: "between hosts")
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", ended.append)
     with StopRequest(ranks=2) as stop:
         if this:
             os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wanted() == (this or other)
+    assert ended == ["between hosts"]
 
 
 @pytest.mark.parametrize(

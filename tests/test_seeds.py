@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import runs
 import train
-from processes import assert_same_end, finished, gloo, metrics, on_ranks
+from processes import assert_same_end, changed_runner, finished, gloo, metrics, on_ranks
 
 QUICKSTART = str(Path(__file__).parent.parent / "recipes" / "quickstart.yaml")
 
@@ -95,8 +95,14 @@ def test_more_seeds_can_be_asked_for_later(tmp_path, capsys):
 
 @gloo
 def test_two_ranks_train_several_seeds(tmp_path):
-    """With everything on, as processes.py has it: growth by gradient, an average, checkpoints."""
-    out = finished(on_ranks("epochs=1", "--seeds", "2", "--out", str(tmp_path / "all")))
+    """With everything on, as processes.py has it: growth by gradient, an average, checkpoints.
+
+    No thread of gloo's is left when the interpreter ends, which it would abort now and then.
+    """
+    look = "import atexit, torch; atexit.register(lambda: print(f'group left: {torch.distributed.is_initialized()}'))"
+    runner = changed_runner(tmp_path / "changed.py", look)
+    out = finished(on_ranks("epochs=1", "--seeds", "2", "--out", str(tmp_path / "all"), runner=runner))
+    assert re.findall("group left: (.*)", out) == ["False", "False"]
     assert len(re.findall("2 seeds of all: ", out)) == 1
     finished(on_ranks("epochs=1", "seed=1", "--out", str(tmp_path / "one")))
     assert_same_end(tmp_path / "all" / "seed1", tmp_path / "one")

@@ -1,5 +1,6 @@
 """From a recipe to what trains, in the one right order: model, masks, average, optimizer, ranks, mask scheduler."""
 
+import atexit
 import itertools
 import sys
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from costs import Cost
 from data import Data, open_data
-from runs import RunError
+from runs import RunError, end_gloo
 from sharded import check
 from source import seed_everything
 from torch import Tensor, nn
@@ -96,6 +97,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise RunError(f"accelerator: {error}") from None
     if find_spec("lomo_optim") is None:  # Accelerate asks for it twice a step: where it isn't, answer without the disk
         sys.modules["lomo_optim"] = None  # type: ignore[assignment]
+    atexit.register(end_gloo)
     check(recipe, accelerator)
     return accelerator
 

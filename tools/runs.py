@@ -211,6 +211,8 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = True
@@ -224,3 +226,9 @@ class StopRequest:
         received = torch.tensor(int(self._received))
         torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(received)
+
+
+def end_gloo() -> None:
+    """Join gloo's threads before the interpreter ends: one that still works then aborts the process."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
