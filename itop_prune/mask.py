@@ -105,7 +105,7 @@ class ITOP(prune.BasePruningMethod):
 
     def __call__(self, module: nn.Module, inputs: object) -> None:
         """Do nothing: the layer's property is always current. Masks without positions are not computed with."""
-        if not self.mask.is_meta:
+        if self._planned is not None and not self.mask.is_meta:
             self.check_drawn()
 
     def remove(self, module: nn.Module) -> None:

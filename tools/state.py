@@ -100,7 +100,8 @@ class BadLosses:
 
     def see(self, loss: Tensor) -> None:
         """Take in the loss of a micro-batch."""
-        self._in_this_step |= ~loss.detach().isfinite()
+        if self._allowed:
+            self._in_this_step |= ~loss.detach().isfinite()
 
     def end_step(self, step: int, checkpoints: Checkpoints) -> None:
         """Count the step.
@@ -109,9 +110,11 @@ class BadLosses:
             RunError: There were too many in a row on one of the ranks; elsewhere than on the main process
                 OtherRankFailed.
         """
+        if not self._allowed:
+            return
         self._in_a_row = torch.where(self._in_this_step, self._in_a_row + 1, 0)
         self._in_this_step.zero_()
-        if self._allowed and step % self._allowed == 0 and (longest := self._longest(self._in_a_row)) >= self._allowed:
+        if step % self._allowed == 0 and (longest := self._longest(self._in_a_row)) >= self._allowed:
 
             def refuse() -> None:
                 good = checkpoints.last_before(step - longest) or "none"

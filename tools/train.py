@@ -153,10 +153,11 @@ def train(run: Run, recipe: Recipe, accelerator: Accelerator, data: Data, folder
                         if accelerator.sync_gradients and recipe.clip_grad_norm:
                             accelerator.clip_grad_norm_(run.bare.parameters(), recipe.clip_grad_norm)
                         run.optimizer.step()
-                        if run.regrow and accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
-                            moved = run.regrow.step()
-                        run.optimizer.zero_grad()
-                    loss_sum += loss.detach() * len(x)
+                        if accelerator.sync_gradients:
+                            if run.regrow and not accelerator.optimizer_step_was_skipped:
+                                moved = run.regrow.step()
+                            run.optimizer.optimizer.zero_grad()  # Accelerate's looks up a signature at every call
+                    loss_sum.add_(loss.detach(), alpha=len(x))
                     bad_losses.see(loss)
                 progress.step += 1
                 if moved:
