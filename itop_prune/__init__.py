@@ -3,6 +3,10 @@
 `apply` places the masks, `MaskScheduler` moves them. What differs between papers is a function of plain tensors or
 plain numbers: see `itop_prune.criteria`, `.distributions`, `.redistribution`, `.saliency`, `.schedules` and, for the
 algorithm itself, `.topology`.
+
+To read the code, begin with five files: `topology` (the algorithm), `layer` and `mask` (where it acts), `update` (what
+happens at one) and `scheduler` (when). The menus above are lists of small functions, read as they are needed; all else
+is checks, ranks and files.
 """
 
 from itop_prune import criteria, distributions, redistribution, saliency, schedules, topology

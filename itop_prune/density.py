@@ -7,6 +7,7 @@ from itop_prune.criteria import describe
 from itop_prune.distributions import Distribution
 from itop_prune.mask import ITOP
 from itop_prune.schedules import Schedule, constant, factor, find
+from itop_prune.values import is_number
 
 
 class Density:
@@ -30,9 +31,11 @@ class Density:
             in_total: Whether only the sum over the layers counts; they keep their proportion then.
 
         Raises:
-            ValueError: A path without an end or the reverse, an unknown name, an end that can't be shared out, a path
-                that leaves [0, 1], or a layer that can't move.
+            ValueError: An end out of range, a path without an end or the reverse, an unknown name, an end that can't be
+                shared out, a path that leaves [0, 1], or a layer that can't move.
         """
+        if final_sparsity is not None and (not is_number(final_sparsity) or not 0.0 <= final_sparsity < 1.0):
+            raise ValueError(f"final_sparsity is {final_sparsity!r}; allowed is a number in [0, 1), or None")
         self._path, self._in_total = find(path, "density"), in_total
         if (final_sparsity is None) != (self._path is constant):
             raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from itop_prune import ranks
 from itop_prune.mask import ITOP
+from itop_prune.values import is_count
 
 DECAY = 0.9
 """Of the moving average: what stays of it at each step."""
@@ -21,7 +22,12 @@ class DenseGradients:
     listens the gradient itself takes 4 as well, until the step is over.
     """
 
-    def __init__(self, masks: Mapping[str, ITOP], needs: Collection[str], steps: int) -> None:
+    def __init__(self, masks: Mapping[str, ITOP], needs: Collection[str], steps: int, every: int) -> None:
+        if not is_count(steps) or steps > every:
+            raise ValueError(
+                f"gradient_steps is {steps!r}; allowed are whole numbers from 1 to every, {every}: the steps before an "
+                "update"
+            )
         self.wanted = "grad" in needs or "momentum" in needs
         self._masks, self._steps, self._averages_wanted = masks, steps, "momentum" in needs
         self._sums_wanted = "grad" in needs and steps > 1

@@ -1,6 +1,5 @@
 """When masks move: `MaskScheduler` counts optimizer steps, prunes and regrows when it is time, and knows R_s."""
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -13,16 +12,16 @@ from itop_prune import criteria, ranks
 from itop_prune.criteria import Criterion
 from itop_prune.density import Density
 from itop_prune.distributions import Distribution
+from itop_prune.exploration import Exploration
 from itop_prune.gradients import DenseGradients
 from itop_prune.layer import zero_off_mask
 from itop_prune.mask import ITOP
 from itop_prune.notices import odd_layers
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
+from itop_prune.plan import Plan
 from itop_prune.redistribution import Redistribution
-from itop_prune.schedules import Schedule, factor, find
-from itop_prune.survival import Survival
+from itop_prune.schedules import Schedule, find
 from itop_prune.update import Layer, Rules, check_floor, counts, exchange
-from itop_prune.values import check_shares, check_steps
 
 ORDER = (
     "The order is loss.backward(), optimizer.step(), step() of the MaskScheduler, and only then optimizer.zero_grad()"
@@ -112,18 +111,15 @@ class MaskScheduler:
         seed: int = 0,
         check_ranks: bool = False,
     ) -> None:
-        check_steps(total_steps, every, gradient_steps)
-        check_shares(stop, rate, min_rate, final_sparsity, floor, scope)
+        curve = find(schedule, "schedule")
+        self._plan = Plan(total_steps, every, stop, rate, min_rate, curve, may_rest=final_sparsity is not None)
         if not isinstance(masks, Mapping) or not masks:
             raise ValueError(
                 f"masks is {type(masks).__name__}; allowed is what itop_prune.apply returned, or a part of it"
             )
         for itop in masks.values():
             itop.check_drawn()
-        self._masks, self._optimizer = dict(masks), optimizer
-        self._total_steps, self._every, self._stop, self._seed = total_steps, every, stop, seed
-        self._first_rate, self._last_rate, self._check_ranks = rate, min_rate, check_ranks
-        self._schedule = find(schedule, "schedule")
+        self._masks, self._optimizer, self._seed, self._check_ranks = dict(masks), optimizer, seed, check_ranks
         self._rules = Rules.of(prune, grow, redistribute, scope, floor)
         self._density = Density(self._masks, density, final_sparsity, final_method, self._rules.shares_layers)
         active = sum(itop.active for itop in masks.values())
@@ -140,10 +136,8 @@ class MaskScheduler:
 
         self._step, self._due = 0, False
         self.updates = self.skipped = 0
-        self._dense = DenseGradients(self._masks, self._rules.needs, gradient_steps)
-        self._explored = {name: itop.mask.clone() for name, itop in masks.items()}
-        self._survival = Survival() if survival else None
-        self._entered: dict[str, Tensor | int] = {}
+        self._dense = DenseGradients(self._masks, self._rules.needs, gradient_steps, every)
+        self._exploration = Exploration(self._masks, survival)
         self._without_gradient = set(self._movable())
         self._warned: set[str] = set()
         self._to_say: list[str] = []
@@ -152,13 +146,12 @@ class MaskScheduler:
     @property
     def explored(self) -> Mapping[str, Tensor]:
         """By name, bool: was active at least once. Its share is R_s."""
-        return self._explored
+        return self._exploration.explored
 
     @property
     def rate(self) -> float:
         """The share of active weights that an update now exchanges."""
-        progress = min(1.0, self._step / (self._stop * self._total_steps))
-        return self._last_rate + (self._first_rate - self._last_rate) * factor(self._schedule, progress)
+        return self._plan.rate_at(self._step)
 
     @property
     def listens(self) -> bool:
@@ -167,13 +160,11 @@ class MaskScheduler:
 
     def update_steps(self) -> range:
         """Return the plan: the steps, counted from 1, after which the masks move."""
-        last = math.floor(self._stop * self._total_steps + 1e-9)  # 0.29 * 100 is 28.999999999999996
-        return range(self._every, last + 1, self._every)
+        return self._plan.updates()
 
     def exploration_rate(self) -> float:
         """Return R_s: the share of the masked weights that were active at least once (Liu et al., 2021)."""
-        total = sum(explored.numel() for explored in self.explored.values())
-        return sum(int(explored.count_nonzero()) for explored in self.explored.values()) / total
+        return self._exploration.rate()
 
     def entered(self) -> dict[str, int]:
         """Return, by layer, how many weights entered its mask at the last update: active now, and not before it.
@@ -181,18 +172,18 @@ class MaskScheduler:
         Over how many are active that is the share of the mask that changed: of a layer that keeps its density at most
         what was exchanged, `ceil(rate * active)`; less where pruned weights grew again. Empty before the first update.
         """
-        return {name: int(self._entered.get(name, 0)) for name in self._masks} if self.updates else {}
+        return self._exploration.entered()
 
     def survival_rates(self) -> dict[str, float]:
         """Return, by layer, what share of the weights grown at the last update but one survived the last.
 
         Layers where nothing grew are left out. Needs `survival=True`.
         """
-        return self._survival.rates() if self._survival else {}
+        return self._exploration.survival_rates()
 
     def survival_rate(self) -> float:
         """Return the same for all layers together; NaN before the second update, and without `survival=True`."""
-        return self._survival.rate() if self._survival else math.nan
+        return self._exploration.survival_rate()
 
     def step(self) -> bool:
         """Count one optimizer step, and prune and regrow when it is time.
@@ -228,18 +219,16 @@ class MaskScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and what was explored; the masks and weights are in the model's own state dict."""
-        state = {
+        return {
             "step": self._step,
             "updates": self.updates,
             "skipped": self.skipped,
             "due": self._due,
             "without_gradient": sorted(self._without_gradient),
-            "explored": {name: explored.clone() for name, explored in self.explored.items()},
             "first_counts": dict(self._density.first),
             "dense": self._dense.state_dict(),
-            "entered": self.entered(),
+            **self._exploration.state_dict(),
         }
-        return state | ({"survival": self._survival.state_dict()} if self._survival else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; load the model's and the optimizer's state dicts as well.
@@ -247,20 +236,12 @@ class MaskScheduler:
         Raises:
             ValueError: The state is of other masks.
         """
-        saved, own = ({name: tuple(t.shape) for name, t in e.items()} for e in (state["explored"], self.explored))
-        if saved != own:
-            differing = sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name))
-            raise ValueError(f"the state was saved for other masks; different are: {', '.join(differing)}")
-        for name, explored in self.explored.items():
-            explored.copy_(state["explored"][name])
+        self._exploration.load_state_dict(state)
         self._step, self._due = state["step"], state["due"]
         self.updates, self.skipped = state["updates"], state["skipped"]
         self._without_gradient = set(state["without_gradient"])
         self._density.first = dict(state["first_counts"])
         self._dense.load_state_dict(state["dense"])
-        self._entered = dict(state.get("entered", {}))
-        if self._survival and "survival" in state:
-            self._survival.load_state_dict(state["survival"])
         self._prepare_next_step()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -270,24 +251,20 @@ class MaskScheduler:
     def __repr__(self) -> str:
         active = sum(itop.active for itop in self._masks.values())
         total = sum(itop.mask.numel() for itop in self._masks.values())
-        coming = "now" if self._due else self._next_update()
+        coming = "now" if self._due else self._plan.next_update(self._step)
         return (
             f"MaskScheduler({len(self._masks)} masks, {active:,} of {total:,} active, "
             f"prune={criteria.describe(self._rules.prune)}, grow={criteria.describe(self._rules.grow)}, "
-            f"rate={self.rate:.4f}, step {self._step} of {self._total_steps}, updates={self.updates}, next={coming})"
+            f"rate={self.rate:.4f}, step {self._step} of {self._plan.total_steps}, updates={self.updates}, "
+            f"next={coming})"
         )
 
     def _movable(self) -> dict[str, ITOP]:
         return {name: itop for name, itop in self._masks.items() if itop.parameter.requires_grad}
 
-    def _next_update(self) -> int | None:
-        plan = self.update_steps()
-        coming = (self._step // self._every + 1) * self._every
-        return coming if coming in plan else None
-
     def _prepare_next_step(self) -> None:
         """Listen for the dense gradient while the next step is computed, if an update will ask for it."""
-        coming = self._step + 1 if self._due else self._next_update()
+        coming = self._step + 1 if self._due else self._plan.next_update(self._step)
         near = self._dense.is_near(None if coming is None else coming - self._step)
         if near:  # after a forward FSDP2 shows other parameters, whose gradients are of one rank and micro-batch
             check_holds(self._optimizer, self._movable())
@@ -295,6 +272,31 @@ class MaskScheduler:
 
     @torch.no_grad()
     def _update(self, masks: Mapping[str, ITOP], heard: Mapping[str, Tensor | None]) -> bool:
+        state = self._look(masks, heard)
+        if state is None:
+            return False
+        layers = {
+            name: Layer(name, itop, self._exploration.of(name, itop.mask), self._dense, (self._seed, self.updates))
+            for name, itop in masks.items()
+            if state.has_gradient[name]
+        }
+        active = {name: state.active[name] for name in layers}
+        target = self._density.targets(active, self._plan.progress(self._step))
+        leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)
+        for name, itop in masks.items():
+            moves = leaving.get(name) or entering.get(name)
+            mask = exchange(self._rules, layers[name], leaving[name], entering[name]) if moves else itop.mask
+            self._exploration.note(name, itop.mask, mask)
+            if moves:
+                self._move(itop, mask)
+            self._dense.forget(name)
+        self._dense.forget_all()
+        self.updates += 1
+        self._without_gradient = set(masks)
+        return True
+
+    def _look(self, masks: Mapping[str, ITOP], heard: Mapping[str, Tensor | None]) -> ranks.State | None:
+        """Return what all ranks hold, once it is checked; None where the update must wait."""
         check_holds(self._optimizer, masks)
         tensors = {name: itop.mask for name, itop in masks.items()}
         parameters = {name: itop.parameter for name, itop in masks.items()}
@@ -302,11 +304,11 @@ class MaskScheduler:
         if not state.finite:
             self.skipped += 1
             self._say("not finite", f"a gradient or masked weight is not finite at step {self._step}: the update waits")
-            return False
+            return None
         if not state.any_gradient and not has_any_gradient(self._optimizer):
             self._say("zero", f"every gradient is 0 at step {self._step}: were they cleared before? {ORDER}")
         if not any(state.has_gradient.values()):  # nobody listened: the backward pass was before the MaskScheduler
-            return False
+            return None
         if self._check_ranks:
             held = {f"mask of {name}": mask for name, mask in tensors.items()}
             held |= parameters
@@ -315,39 +317,15 @@ class MaskScheduler:
             check_statistics(self._optimizer, masks)
         for key, message in odd_layers(state, masks, self._without_gradient, self._dense.wanted, self._step):
             self._say(key, message)
-        layers = {name: self._layer(name, itop) for name, itop in masks.items() if state.has_gradient[name]}
-        active = {name: state.active[name] for name in layers}
-        last = (self.update_steps() or (self._step,))[-1]  # resumed with a larger `every`, an update may still be due
-        target = self._density.targets(active, min(1.0, self._step / last))
-        leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)
-        self._entered = {}
-        for name, itop in masks.items():
-            if leaving.get(name) or entering.get(name):
-                self._move(layers[name], exchange(self._rules, layers[name], leaving[name], entering[name]))
-            elif self._survival:
-                self._survival.note(name, itop.mask, itop.mask)
-            self._dense.forget(name)
-        self._dense.forget_all()
-        self.updates += 1
-        self._without_gradient = set(masks)
-        return True
+        return state
 
-    def _layer(self, name: str, itop: ITOP) -> Layer:
-        explored = self._explored[name] = self._explored[name].to(itop.mask.device)  # the model may have been moved
-        return Layer(name, itop, explored, self._dense, (self._seed, self.updates))
-
-    def _move(self, layer: Layer, moved: Tensor) -> None:
+    def _move(self, itop: ITOP, mask: Tensor) -> None:
         """Write a new mask; zero weight and statistics of whatever was not active before and after."""
-        mask, itop = layer.itop.mask, layer.itop
-        stayed = mask & moved
+        stayed = itop.mask & mask
         itop.keep(stayed)
         for tensor in statistics(self._optimizer, itop.parameter).values():
             zero_off_mask(tensor, stayed)
-        layer.explored.logical_or_(mask | moved)
-        if self._survival:
-            self._survival.note(layer.name, mask, moved)
-        self._entered[layer.name] = (moved & ~mask).count_nonzero()
-        mask.copy_(moved)
+        itop.mask.copy_(mask)
 
     def _say(self, key: str, message: str) -> None:
         """Warn once of each thing, on the first rank, when the step is over."""

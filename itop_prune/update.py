@@ -16,7 +16,7 @@ from itop_prune.mask import ITOP
 from itop_prune.menu import choose
 from itop_prune.redistribution import Redistribution
 from itop_prune.sharding import whole
-from itop_prune.values import check_scores
+from itop_prune.values import check_scores, is_number
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,12 @@ class Rules:
         """Look the names up.
 
         Raises:
-            ValueError: One is unknown, or a function asks for what is not offered.
+            ValueError: One is unknown, a function asks for what is not offered, or the floor is out of range.
         """
+        if scope not in ("layer", "global"):
+            raise ValueError(f"scope is {scope!r}; allowed are 'layer' and 'global'")
+        if not is_number(floor) or not 0.0 <= floor < 1.0 or (floor and scope == "layer"):
+            raise ValueError(f"floor is {floor!r}; allowed is a number in [0, 1), with scope='global'")
         chosen: Redistribution | None = None
         needs: tuple[str, ...] = ()
         if redistribute != "none":

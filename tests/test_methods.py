@@ -421,7 +421,7 @@ def test_alternating_goes_dense_and_back() -> None:
         ({"rate": 0.0, "min_rate": 0.0}, "rate is 0.0; allowed is a number in .0, 1., or 0 with final_sparsity"),
         ({"scope": "all"}, "scope is 'all'; allowed are 'layer' and 'global'"),
         ({"floor": 0.1}, "floor is 0.1; allowed is a number in .0, 1., with scope='global'"),
-        ({"gradient_steps": 4}, "gradient_steps is 4; allowed is up to every, 3"),
+        ({"gradient_steps": 4}, "gradient_steps is 4; allowed are whole numbers from 1 to every, 3"),
         ({"gradient_steps": 0}, "gradient_steps is 0; allowed are whole numbers from 1"),
     ],
 )

@@ -20,7 +20,7 @@ def layers(**weights: list[float]) -> dict[str, Layer]:
         with torch.no_grad():
             linear.weight.copy_(torch.tensor([values]))
         itop = itop_prune.ITOP.apply(linear, "weight", torch.tensor([values]) != 0)
-        found[name] = Layer(name, itop, itop.mask.clone(), DenseGradients({name: itop}, {"weight"}, 1), (0, 0))
+        found[name] = Layer(name, itop, itop.mask.clone(), DenseGradients({name: itop}, {"weight"}, 1, 1), (0, 0))
     return found
 
 
