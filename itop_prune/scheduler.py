@@ -21,7 +21,7 @@ from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient
 from itop_prune.plan import Plan
 from itop_prune.redistribution import Redistribution
 from itop_prune.schedules import Schedule, find
-from itop_prune.update import Layer, Rules, check_floor, counts, exchange
+from itop_prune.update import Layer, Rules, check_counts, check_floor, counts, exchange
 
 ORDER = (
     "The order is loss.backward(), optimizer.step(), step() of the MaskScheduler, and only then optimizer.zero_grad()"
@@ -283,14 +283,17 @@ class MaskScheduler:
         active = {name: state.active[name] for name in layers}
         target = self._density.targets(active, self._plan.progress(self._step))
         leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)
+        moved: dict[str, Tensor] = {}
         for name, itop in masks.items():
             moves = leaving.get(name) or entering.get(name)
             mask = exchange(self._rules, layers[name], leaving[name], entering[name]) if moves else itop.mask
             self._exploration.note(name, itop.mask, mask)
             if moves:
                 self._move(itop, mask)
+                moved[name] = itop.mask
             self._dense.forget(name)
         self._dense.forget_all()
+        check_counts(self._rules, moved, {name: active[name] - leaving[name] + entering[name] for name in moved})
         self.updates += 1
         self._without_gradient = set(masks)
         return True

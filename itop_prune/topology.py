@@ -10,6 +10,11 @@ from torch import Tensor
 SAMPLE = 1 << 16
 """Scores looked at to guess how high those are that will be chosen."""
 
+NAN = "scores hold NaN, which has no rank; scores must be numbers: look at the criterion"
+
+ANSWERS_AT_ONCE = {"cpu"}
+"""Kinds of devices that can be asked for a count in passing; on others the host would wait for all that is queued."""
+
 
 def best(scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
     """Return a bool mask of exactly `count` positions: those with the largest scores.
@@ -31,7 +36,7 @@ def best(scores: Tensor, count: int, generator: torch.Generator | None = None) -
     if not 0 <= count <= scores.numel():
         raise ValueError(f"asked for {count} of {scores.numel()} positions; allowed are 0 to {scores.numel()}")
     flat = scores.flatten()
-    return _with(torch.zeros_like(flat, dtype=torch.bool), _top(flat, count, generator), True).view(scores.shape)
+    return _with(torch.zeros_like(flat, dtype=torch.bool), _top(flat, count, generator)).view(scores.shape)
 
 
 def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
@@ -41,7 +46,7 @@ def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tenso
     chosen = values.topk(count, sorted=False)
     threshold = chosen.values.amin()  # NaN is above all, and makes this NaN
     if threshold.isnan():
-        raise ValueError("scores hold NaN, which has no rank; scores must be numbers: look at the criterion")
+        raise ValueError(NAN)
     if (values >= threshold).count_nonzero() == count:
         return chosen.indices
     above, tied = ((values > threshold).nonzero().squeeze(1), (values == threshold).nonzero().squeeze(1))
@@ -50,7 +55,7 @@ def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tenso
     return torch.cat([above, tied[: count - len(above)]])
 
 
-def _promising(scores: Tensor, allowed: Tensor, count: int, available: int) -> Tensor:
+def _promising(scores: Tensor, allowed: Tensor, count: int) -> Tensor:
     """Return allowed places, in order, that hold the `count` best of them: about as many, where there are many more.
 
     A sample tells a score that somewhat more than `count` exceed; should it be fewer, all allowed places are returned.
@@ -58,7 +63,7 @@ def _promising(scores: Tensor, allowed: Tensor, count: int, available: int) -> T
     """
     stride = len(scores) // SAMPLE | 1
     if stride > 1:
-        sample, share = scores[::stride][allowed[::stride]], count / available
+        sample, share = scores[::stride][allowed[::stride]], count / int(allowed.count_nonzero())
         rank = 1 + math.ceil(len(sample) * share + 4.0 * math.sqrt(len(sample) * share * (1.0 - share)))
         if rank < len(sample) / 2:
             lowest = sample.topk(rank, sorted=False).values.amin()
@@ -68,9 +73,45 @@ def _promising(scores: Tensor, allowed: Tensor, count: int, available: int) -> T
     return allowed.nonzero().squeeze(1)
 
 
-def _with(mask: Tensor, places: Tensor, value: bool) -> Tensor:
-    """Return a copy of a mask with another value at some places, counted as in the flattened mask."""
-    return mask.flatten().index_fill(0, places, value).view(mask.shape)
+def _with(mask: Tensor, places: Tensor) -> Tensor:
+    """Return a copy of a mask that is True at some places, counted as in the flattened mask."""
+    return mask.flatten().index_fill(0, places, True).view(mask.shape)
+
+
+def select(
+    scores: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None = None, smallest: bool = False
+) -> Tensor:
+    """Return a bool mask of the `count` allowed positions of the largest scores, or of the smallest.
+
+    It is what `prune` and `grow` are made of, for those who know that there are as many: the host does not wait for the
+    device. Where scores are NaN a device that would have to be asked returns none; one that answers at once raises.
+
+    >>> select(torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([False, True, True, True]), 1)
+    tensor([False,  True, False, False])
+    """
+    flat, open_ones = as_numbers(scores.flatten()), allowed.flatten()
+    nothing = torch.zeros_like(open_ones)
+    if count == 0:
+        return nothing.view(allowed.shape)
+    if scores.device.type not in ANSWERS_AT_ONCE:
+        return _ranked(-flat if smallest else flat, open_ones, count, generator).view(allowed.shape)
+    places = open_ones.nonzero().squeeze(1) if smallest else _promising(flat, open_ones, count)
+    values = flat.index_select(0, places)
+    chosen = places[_top(-values if smallest else values, count, generator)]
+    return _with(nothing, chosen).view(allowed.shape)
+
+
+def _ranked(scores: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Return the same as `select` of 1-d tensors in sizes that are known beforehand: nobody has to wait for one."""
+    scores = torch.where(allowed, scores, -math.inf)
+    threshold = scores.topk(count, sorted=False).values.amin()  # NaN is above all, and makes this NaN
+    if generator is None:
+        order = torch.arange(len(scores), 0, -1, dtype=torch.float64, device=scores.device) / (len(scores) + 1)
+    else:
+        order = torch.rand(scores.shape, generator=generator, device=scores.device)
+    tied = (scores == threshold) & allowed
+    rank = torch.where(scores > threshold, 2.0, torch.where(tied, order, -1.0))
+    return _with(torch.zeros_like(allowed), rank.topk(count, sorted=False).indices) & ~threshold.isnan()
 
 
 def prune_and_regrow(
@@ -118,12 +159,10 @@ def prune(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator |
     >>> prune(torch.tensor([True, True, False]), torch.tensor([2.0, 1.0, 0.0]), 1)
     tensor([ True, False, False])
     """
-    active = mask.flatten().nonzero().squeeze(1)
-    if not 0 <= count <= len(active):
-        raise ValueError(
-            f"n_prune is {count}; the mask has {len(active)} active positions: allowed are 0 to {len(active)}"
-        )
-    return _with(mask, active[_top(-as_numbers(scores.flatten().index_select(0, active)), count, generator)], False)
+    active = int(mask.count_nonzero())
+    if not 0 <= count <= active:
+        raise ValueError(f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}")
+    return mask ^ _whole(select(scores, mask, count, generator, smallest=True), count)
 
 
 def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -135,11 +174,14 @@ def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | 
     inactive = mask.numel() - int(mask.count_nonzero())
     if not 0 <= count <= inactive:
         raise ValueError(f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to that")
-    if count == 0:
-        return mask.clone()
-    flat = as_numbers(scores.flatten())
-    places = _promising(flat, ~mask.flatten(), count, inactive)
-    return _with(mask, places[_top(flat.index_select(0, places), count, generator)], True)
+    return mask ^ _whole(select(scores, ~mask, count, generator), count)
+
+
+def _whole(chosen: Tensor, count: int) -> Tensor:
+    """Return what was selected, if it is as many as asked for."""
+    if chosen.count_nonzero() != count:
+        raise ValueError(NAN)
+    return chosen
 
 
 def shares_of_best(scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None) -> dict[str, float]:

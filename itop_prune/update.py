@@ -151,22 +151,40 @@ def counts(
 
 
 def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> Tensor:
-    """Return the new mask of a layer.
+    """Return the new mask of a layer; the host does not wait for it, `check_counts` later sees whether it is whole.
 
     Raises:
-        ValueError: Scores are NaN.
+        ValueError: Scores are NaN, on a device that tells at once.
     """
     mask, role = layer.itop.mask, rules.prune
     try:
-        worst = layer.generator("prune", "ties")
-        kept = topology.prune(mask, layer.scores(rules.prune, rules.prune_needs, mask, "prune"), leaving, worst)
+        scores = layer.scores(rules.prune, rules.prune_needs, mask, "prune")
+        kept = mask ^ topology.select(scores, mask, leaving, layer.generator("prune", "ties"), smallest=True)
         role = rules.grow
-        best = layer.generator("ties")
-        return topology.grow(kept, layer.scores(rules.grow, rules.grow_needs, kept), entering, best)
+        scores = layer.scores(rules.grow, rules.grow_needs, kept)
+        return kept ^ topology.select(scores, ~kept, entering, layer.generator("ties"))
     except ValueError as error:
-        if "NaN" not in str(error):
+        if str(error) != topology.NAN:
             raise
-        raise ValueError(f"{criteria.describe(role)} gave NaN for {layer.name}; scores must be numbers") from None
+        raise ValueError(_gave_nan(role, layer.name)) from None
+
+
+def check_counts(rules: Rules, masks: Mapping[str, Tensor], expected: budget.Counts) -> None:
+    """Ask once, after all layers have moved, whether each mask has as many active weights as it must have.
+
+    Raises:
+        ValueError: One has not: its scores were NaN.
+    """
+    if not masks:
+        return
+    found = torch.stack([mask.count_nonzero() for mask in masks.values()]).tolist()
+    for (name, count), seen in zip(expected.items(), found, strict=True):
+        if seen != count:  # more, where none was chosen to leave
+            raise ValueError(_gave_nan(rules.prune if seen > count else rules.grow, name))
+
+
+def _gave_nan(criterion: Criterion, name: str) -> str:
+    return f"{criteria.describe(criterion)} gave NaN for {name}; scores must be numbers"
 
 
 def check_floor(rules: Rules, weights: budget.Counts, smallest: int) -> None:

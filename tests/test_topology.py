@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from itop_prune import topology
 from itop_prune.topology import best, prune_and_regrow, seeded, shares_of_best
@@ -332,6 +333,7 @@ def test_of_many_weights_the_same_are_chosen_as_by_sorting_all(kind: str, densit
     assert torch.equal(prune_and_regrow(mask, prune_scores, grow_scores, count, count), expected)
 
 
+@pytest.mark.parametrize("at_once", [{"cpu"}, set()], ids=["asks the device", "does not wait"])
 @settings(deadline=None, max_examples=300)
 @given(
     size=st.integers(20, 200),
@@ -340,7 +342,7 @@ def test_of_many_weights_the_same_are_chosen_as_by_sorting_all(kind: str, densit
     shares=st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
 )
 def test_whatever_a_sample_says_the_same_are_chosen_as_by_sorting_all(
-    size: int, levels: int, seed: int, shares: tuple[float, float, float]
+    at_once: set[str], size: int, levels: int, seed: int, shares: tuple[float, float, float]
 ) -> None:
     draw, (density, pruned, grown) = rng(seed), shares
     mask = torch.rand(size, generator=draw) < density
@@ -349,10 +351,18 @@ def test_whatever_a_sample_says_the_same_are_chosen_as_by_sorting_all(
     n_grow = int(grown * (size - int(mask.sum()) + n_prune))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topology, "SAMPLE", 6)  # so that a few numbers are a long tensor
+        patch.setattr(topology, "ANSWERS_AT_ONCE", at_once)
         new = prune_and_regrow(mask, prune_scores, grow_scores, n_prune, n_grow)
     assert torch.equal(new, simple(mask, prune_scores, grow_scores, n_prune, n_grow))
 
 
+@pytest.fixture(params=[{"cpu"}, set()], ids=["asks the device", "does not wait"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the CPU selects, and as other devices do."""
+    monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", request.param)
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("place", [0, 1, 200_000])
 def test_nan_among_many_scores_raises_wherever_it_is(place: int) -> None:
     mask, scores = torch.zeros(200_001, dtype=torch.bool), torch.randn(200_001, generator=rng(2))
@@ -361,9 +371,30 @@ def test_nan_among_many_scores_raises_wherever_it_is(place: int) -> None:
         topology.grow(mask, scores, 100)
 
 
+@pytest.mark.usefixtures("both_ways")
+def test_infinite_scores_are_ranked_and_never_taken_from_where_nothing_may_be() -> None:
+    scores = torch.tensor([math.inf, -math.inf, 1.0, -math.inf, math.inf, math.inf])
+    mask = torch.tensor([True, False, False, False, False, True])
+    assert topology.grow(mask, scores, 3).tolist() == [True, True, True, False, True, True]
+    assert topology.prune(mask, -scores, 2).tolist() == [False] * 6
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_of_many_that_tie_those_drawn_are_spread_over_the_whole_tensor() -> None:
     grown = topology.grow(torch.zeros(200_001, dtype=torch.bool), torch.zeros(200_001), 4_000, rng(3))
     assert [int(part.sum()) for part in grown.split(66_667)] == pytest.approx([1333] * 3, rel=0.1)
+
+
+def test_elsewhere_than_on_the_cpu_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors have shapes and no values: whoever asks for one, or for a size that depends on one, fails."""
+    sizes = torch.empty(50, 40), torch.empty(50, 40).bool()
+    with FakeTensorMode() as fake:
+        scores, mask = (fake.from_tensor(tensor) for tensor in sizes)
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            topology.select(scores, mask, 7, rng(0))
+        monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
+        for smallest in (False, True):
+            assert topology.select(scores, mask, 7, rng(0), smallest).shape == (50, 40)
 
 
 def test_seeded_depends_on_every_word() -> None:

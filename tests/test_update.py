@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import itop_prune
-from itop_prune import MaskScheduler, update
+from itop_prune import MaskScheduler, topology, update
 from itop_prune.gradients import DenseGradients
 from itop_prune.update import Layer, Rules
 
@@ -96,3 +97,66 @@ def test_a_criterion_that_writes_into_what_it_is_given_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="writing wrote into mask of a; a criterion may only read"):
         update.counts(rules(writing), layers(**TWO), {"a": 8, "b": 4}, {"a": 8, "b": 4}, 0.5, moves=False)
+
+
+# Without waiting for the device, as on a GPU
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result the host has to wait for."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique")
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(part is not None and part.dtype == torch.bool for part in args[1])
+        self.count += by_mask or name in self.WAITING
+        return func(*args, **kwargs or {})
+
+
+def waits(monkeypatch: pytest.MonkeyPatch, layers: int, **options: Any) -> int:
+    """How often an update of so many layers waits for the device."""
+    model = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(layers)))
+    masks = itop_prune.apply(model, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    regrow = MaskScheduler(masks, optimizer, total_steps=10, every=2, **options)
+    tolist, asked = Tensor.tolist, []
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: asked.append(tensor) or tolist(tensor))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(3, 12)).square().sum().backward()
+        optimizer.step()
+        asked.clear()
+        with Waits() as waiting:
+            moved = regrow.step()
+    monkeypatch.undo()
+    assert moved
+    assert itop_prune.summarize(model).active == 72 * layers
+    return waiting.count + len(asked)
+
+
+@pytest.mark.parametrize("grow", ["gradient", "random", "momentum"])
+def test_elsewhere_than_on_the_cpu_an_update_waits_as_often_for_many_layers_as_for_few(
+    monkeypatch: pytest.MonkeyPatch, grow: str
+) -> None:
+    assert waits(monkeypatch, 9, grow=grow) > waits(monkeypatch, 3, grow=grow)
+    found = []
+    for layers in (3, 9):
+        monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
+        found.append(waits(monkeypatch, layers, grow=grow, survival=True))
+    assert found[0] == found[1] <= 2
+
+
+def test_scores_that_are_nan_are_named_where_no_layer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(weight: Tensor) -> Tensor:
+        return weight * torch.nan
+
+    for options, message in (
+        ({"grow": broken}, r"broken gave NaN for 0\.weight; scores must be numbers"),
+        ({"prune": broken}, r"broken gave NaN for 0\.weight; scores must be numbers"),
+    ):
+        monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
+        with pytest.raises(ValueError, match=message):
+            waits(monkeypatch, 2, **options)
+        monkeypatch.undo()
