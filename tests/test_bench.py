@@ -76,3 +76,17 @@ def test_masks_hold_two_bytes_a_weight_and_an_update_three_of_its_largest_layer(
     between, during = bench_masks.memory(QUICK)
     assert between.ours[0] <= between.target == 2.0
     assert 1.0 < during.ours[0] <= during.target == 3.0
+
+
+def test_a_profile_names_ten_operations_and_the_share_of_the_masks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_masks, "STEPS", {"lenet300": ((8, 1, 28, 28), 1.15, 3)})
+    assert bench.main(["--profile"]) == 0
+    _, title, *lines = capsys.readouterr().out.strip().splitlines()
+    assert title.startswith("lenet300: ")
+    *shares, of_masks = [float(line.split("%")[0]) for line in lines]
+    assert len(shares) == 10
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < of_masks < 100
+    assert lines[-1].endswith("all products with a mask")

@@ -4,6 +4,7 @@
   python tools/bench.py                                    # all of it, about ten minutes on two cores
   python tools/bench.py --quick --only update,step         # smaller models, fewer rounds
   python tools/bench.py --json new.json --against old.json
+  python tools/bench.py --profile                          # what a masked training step spends its time on
 
 A ratio is how many times as fast ours is, or how many times as long it takes; beside it stands the target. Seconds
 depend on the machine, ratios much less: let nothing else run beside it.
@@ -16,11 +17,12 @@ import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_masks import memory, scaling, step, update
+from bench_masks import memory, profile, scaling, step, update
 from bench_runs import images, imports, run
 from measure import Measured, Settings
 from rich.console import Console
@@ -59,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = describe(settings.device)
     console = Console()
     console.print(machine, highlight=False)
+    if args.profile:
+        for model, operations in profile(settings):
+            console.print(f"{model}: share of a step, operation, shapes", highlight=False)
+            console.print("\n".join(operations), highlight=False, markup=False, soft_wrap=True)
+        return 0
     rows: list[Row] = []
     for name in args.only:
         for measured in BENCHMARKS[name](settings):
@@ -75,6 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer rounds: a look, not a result")
+    parser.add_argument("--profile", action="store_true", help="print the ten most expensive operations of a step")
     parser.add_argument("--device", default="cpu", help="cpu (as it is) or cuda")
     parser.add_argument("--only", default=",".join(BENCHMARKS), metavar="NAMES", help=f"of {', '.join(BENCHMARKS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
@@ -89,13 +97,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def row_of(measured: Measured) -> Row:
-    """Reduce the rounds of a benchmark to a line."""
+    """Reduce rounds to a line; its ratio is the median of the rounds', on which a drift of the machine has no part."""
     ours = statistics.median(measured.ours)
     other = statistics.median(measured.other) if measured.other else None
+    ratio = statistics.median(one / two for one, two in zip(measured.ours, measured.other or repeat(1.0), strict=False))
     if measured.faster:
-        ratio = statistics.median(measured.other) / ours
+        ratio = 1.0 / ratio
         return Row(measured.name, ours, other, measured.unit, ratio, f"≥ {measured.target:g}", ratio >= measured.target)
-    ratio = ours / other if other else ours
     target = f"≤ {measured.target:g}" + ("" if other else f" {measured.unit}")
     return Row(measured.name, ours, other, measured.unit, ratio, target, ratio <= measured.target)
 

@@ -135,19 +135,41 @@ class Training:
         return (clock(self.device) - began) / steps
 
 
+STEPS: dict[str, tuple[tuple[int, ...], float, int]] = {
+    "lenet300": ((128, 1, 28, 28), 1.15, 200),
+    "vit_tiny_patch16_224": ((16, 3, 224, 224), 1.02, 1),
+    "resnet50": ((32, 3, 128, 128), 1.03, 1),
+}
+"""By model: shape of a batch, how many times as long a masked step may take, steps in a round."""
+
+
 def step(settings: Settings) -> Iterator[Measured]:
     """A training step without an update, masked against dense."""
-    sizes: dict[str, tuple[tuple[int, ...], float, int]] = {
-        "lenet300": ((128, 1, 28, 28), 1.15, 200),
-        "vit_tiny_patch16_224": ((16, 3, 224, 224), 1.02, 1),
-        "resnet50": ((32, 3, 128, 128), 1.03, 1),
-    }
-    for name, (shape, target, steps) in list(sizes.items())[: 1 if settings.quick else None]:
+    for name, (shape, target, steps) in list(STEPS.items())[: 1 if settings.quick else None]:
         masked, dense = (
             Training(timm.create_model(name, num_classes=10), shape, sparsity, settings) for sparsity in (0.9, None)
         )
         measured = Measured(f"training step, {name}, batch {shape[0]}, {shape[-1]} px", target)
         yield measured.take(settings.rounds(15), lambda: masked.take(steps), lambda: dense.take(steps))  # noqa: B023
+
+
+def profile(settings: Settings) -> Iterator[tuple[str, list[str]]]:
+    """Yield for each model the ten operations that take most of a masked training step, and the product with masks."""
+    for name, (shape, _, steps) in list(STEPS.items())[: 1 if settings.quick else None]:
+        training = Training(timm.create_model(name, num_classes=10), shape, 0.9, settings)
+        training.take(2)
+        with torch.profiler.profile(record_shapes=True) as found:
+            training.take(steps)
+        entries = found.key_averages(group_by_input_shape=True)
+        total = sum(entry.self_cpu_time_total for entry in entries)
+        share = {f"{entry.key} {entry.input_shapes}": entry.self_cpu_time_total / total for entry in entries}
+        of_masks = 0.0
+        for entry in entries:
+            one, *others = entry.input_shapes or [None]
+            if entry.key == "aten::mul" and others == [one]:  # its mask is converted within
+                of_masks += entry.cpu_time_total / total
+        costly = sorted(share, key=share.__getitem__, reverse=True)[:10]
+        yield name, [*(f"{share[key]:6.1%}  {key}" for key in costly), f"{of_masks:6.1%}  all products with a mask"]
 
 
 def held() -> int:
