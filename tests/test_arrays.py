@@ -1,5 +1,6 @@
 """Small sets as arrays: normalised, cropped and flipped as by hand, and read from files that may be anything."""
 
+import itertools
 import os
 import pickle
 from pathlib import Path
@@ -115,6 +116,31 @@ def test_crop_and_flip_are_drawn_apart(tmp_path: Path) -> None:
     flipped = (images == cropped.flip(3)).flatten(1).all(1)
     assert torch.equal(flipped, ~(images == cropped).flatten(1).all(1))
     assert 0 < int(flipped.sum()) < len(plain)
+
+
+def found(plain: torch.Tensor, images: torch.Tensor, padding: int) -> torch.Tensor:
+    """Return which of the crops by hand, mirrored or not, each image is: [crops, images]."""
+    padded = F.pad(plain, (padding,) * 4)
+    offsets = itertools.product(range(2 * padding + 1), repeat=2)
+    crops = torch.stack([padded[:, :, down : down + 6, right : right + 5] for down, right in offsets])
+    return (torch.cat([crops, crops.flip(4)]) == images).flatten(2).all(2)
+
+
+def test_every_offset_is_as_likely_as_any_other_mirrored_or_not(tmp_path: Path) -> None:
+    which = found(*augmented(tmp_path, count=1800, padding=1, hflip=0.5), padding=1)
+    assert (which.sum(0) == 1).all()
+    assert all(60 < count < 140 for count in which.sum(1).tolist())
+
+
+def test_a_padding_wider_than_the_image_leaves_crops_without_it(tmp_path: Path) -> None:
+    plain, images = augmented(tmp_path, count=100, padding=7, hflip=0.5)
+    assert found(plain, images, padding=7).any(0).all()
+    assert 0 < (images == 0).flatten(1).all(1).sum() < 100
+
+
+def test_an_augmented_batch_lies_in_memory_as_a_plain_one(tmp_path: Path) -> None:
+    plain, images = augmented(tmp_path, padding=2, hflip=0.5)
+    assert images.stride() == plain.stride()
 
 
 def test_no_augmentation_is_the_default(tmp_path: Path) -> None:

@@ -65,27 +65,41 @@ class Arrays:
         draws = None if epoch is None or self.augmentation == Augmentation() else self._draw(epoch)
         for indices in batches:
             indices = indices.to(self.images.device)
-            images = (self.images.index_select(0, indices).float() - self.mean) / self.std
-            if draws is not None:
-                images = self._augment(images, *(draw[indices] for draw in draws))
-            yield images, self.labels[indices]
+            images = self.images.index_select(0, indices)
+            if draws is None:
+                yield self._normalise(images), self.labels[indices]
+            else:
+                yield self._augment(images, *(draw.index_select(0, indices) for draw in draws)), self.labels[indices]
 
-    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _normalise(self, images: Tensor) -> Tensor:
+        return images.float().sub_(self.mean).div_(self.std)
+
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return of each image whether it is flipped, its crop's first byte, and the crop's rows and columns inside."""
         generator, count, padding = seeded(CPU, self.seed, "augment", epoch), len(self), self.augmentation.padding
         down, right = torch.randint(2 * padding + 1, (2, count), generator=generator).to(self.images.device)
         flip = torch.rand(count, generator=generator).to(self.images.device) < self.augmentation.hflip
-        return down, right, flip
+        right = torch.where(flip, 2 * padding - right, right)  # a crop's mirror image is the mirror image's other crop
+        height, width = self.images.shape[2:]
+        rows, columns = (
+            torch.nn.functional.pad(self.mean.new_ones(size), (padding, padding)).unfold(0, size, 1)[offset]
+            for size, offset in ((height, down), (width, right))
+        )
+        return flip, down * width + right, rows, columns
 
-    def _augment(self, images: Tensor, down: Tensor, right: Tensor, flip: Tensor) -> Tensor:
-        if padding := self.augmentation.padding:
-            (height, width), batch = images.shape[2:], torch.arange(len(images), device=images.device)
-            rows = down[:, None] + torch.arange(height, device=images.device)
-            columns = right[:, None] + torch.arange(width, device=images.device)
-            padded = torch.nn.functional.pad(images, (padding,) * 4)
-            images = padded[batch[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-        if self.augmentation.hflip:
-            images = torch.where(flip[:, None, None, None], images.flip(3), images)
-        return images
+    def _augment(self, images: Tensor, flip: Tensor, first: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return normalised crops of images or of their mirror images, 0 in the padding.
+
+        The padding is never made: where all images stand in one line of bytes, a crop is a window of the size of an
+        image, moved on by rows and columns, and costs one copy. Where it leaves its image it holds neighbours of that
+        row or image, and these places are set to 0.
+        """
+        padding, count, width, size = self.augmentation.padding, len(images), images.shape[3], images[0].numel()
+        margin = images.new_zeros(padding * (width + 1))
+        line = torch.cat((margin, images.flatten(), images.flip(3).flatten(), margin))
+        first = first + (torch.arange(count, device=first.device) + count * flip) * size
+        crops = self._normalise(line.unfold(0, size, 1).index_select(0, first).view_as(images))
+        return crops.mul_(rows[:, None, :, None] * columns[:, None, None, :]) if padding else crops
 
 
 def read_arrays(
