@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
+from itop_prune.layer import BITS
 from itop_prune.sharding import is_sharded, local, whole
 
 
@@ -111,7 +112,6 @@ def check_equal(tensors: Mapping[str, Tensor], advice: str) -> None:
         )
 
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 CHUNK = 1 << 22
 
 

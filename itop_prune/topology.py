@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-SAMPLE = 1 << 16
+SAMPLE = 1 << 14
 """Scores looked at to guess how high those are that will be chosen."""
 
 NAN = "scores hold NaN, which has no rank; scores must be numbers: look at the criterion"
@@ -36,7 +36,8 @@ def best(scores: Tensor, count: int, generator: torch.Generator | None = None) -
     if not 0 <= count <= scores.numel():
         raise ValueError(f"asked for {count} of {scores.numel()} positions; allowed are 0 to {scores.numel()}")
     flat = scores.flatten()
-    return _with(torch.zeros_like(flat, dtype=torch.bool), _top(flat, count, generator)).view(scores.shape)
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    return chosen.index_fill_(0, _top(flat, count, generator), True).view(scores.shape)
 
 
 def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
@@ -55,27 +56,24 @@ def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tenso
     return torch.cat([above, tied[: count - len(above)]])
 
 
-def _promising(scores: Tensor, allowed: Tensor, count: int) -> Tensor:
-    """Return allowed places, in order, that hold the `count` best of them: about as many, where there are many more.
+def _narrowed(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
+    """Return a mask of what is surely among the `count` best of what is allowed, where the rest is, and its count.
 
-    A sample tells a score that somewhat more than `count` exceed; should it be fewer, all allowed places are returned.
-    Everything is 1-d. NaN counts as above all scores.
+    A sample tells two scores between which the last of the chosen lies. Should it mislead, or be all there is, nothing
+    is sure. Everything is 1-d; NaN is never sure, and counts as above all scores.
     """
     stride = len(scores) // SAMPLE | 1
     if stride > 1:
-        sample, share = scores[::stride][allowed[::stride]], count / int(allowed.count_nonzero())
-        rank = 1 + math.ceil(len(sample) * share + 4.0 * math.sqrt(len(sample) * share * (1.0 - share)))
-        if rank < len(sample) / 2:
-            lowest = sample.topk(rank, sorted=False).values.amin()
-            places = (allowed > (scores <= lowest)).nonzero().squeeze(1)
-            if len(places) >= count:
-                return places
-    return allowed.nonzero().squeeze(1)
-
-
-def _with(mask: Tensor, places: Tensor) -> Tensor:
-    """Return a copy of a mask that is True at some places, counted as in the flattened mask."""
-    return mask.flatten().index_fill(0, places, True).view(mask.shape)
+        sample, share = scores[::stride][allowed[::stride]], count / len(scores)
+        spread = 4.0 * math.sqrt(len(allowed) / stride * share * (1.0 - share))
+        first, last = math.floor(count / stride - spread), math.ceil(count / stride + spread) + 1
+        if last < len(sample):
+            ranked = sample.topk(last).values
+            sure = allowed & (scores > (ranked[first] if first > 0 else math.inf))
+            places, rest = ((allowed ^ sure) > (scores <= ranked[-1])).nonzero(), count - int(sure.count_nonzero())
+            if 0 < rest <= len(places):
+                return sure, places.squeeze(1), rest
+    return torch.zeros_like(allowed), allowed.nonzero().squeeze(1), count
 
 
 def select(
@@ -90,15 +88,14 @@ def select(
     tensor([False,  True, False, False])
     """
     flat, open_ones = as_numbers(scores.flatten()), allowed.flatten()
-    nothing = torch.zeros_like(open_ones)
+    flat = -flat if smallest else flat
     if count == 0:
-        return nothing.view(allowed.shape)
+        return torch.zeros_like(allowed)
     if scores.device.type not in ANSWERS_AT_ONCE:
-        return _ranked(-flat if smallest else flat, open_ones, count, generator).view(allowed.shape)
-    places = open_ones.nonzero().squeeze(1) if smallest else _promising(flat, open_ones, count)
-    values = flat.index_select(0, places)
-    chosen = places[_top(-values if smallest else values, count, generator)]
-    return _with(nothing, chosen).view(allowed.shape)
+        return _ranked(flat, open_ones, count, generator).view(allowed.shape)
+    chosen, places, rest = _narrowed(flat, open_ones, count)
+    places = places[_top(flat.index_select(0, places), rest, generator)]
+    return chosen.index_fill_(0, places, True).view(allowed.shape)
 
 
 def _ranked(scores: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
@@ -111,7 +108,7 @@ def _ranked(scores: Tensor, allowed: Tensor, count: int, generator: torch.Genera
         order = torch.rand(scores.shape, generator=generator, device=scores.device)
     tied = (scores == threshold) & allowed
     rank = torch.where(scores > threshold, 2.0, torch.where(tied, order, -1.0))
-    return _with(torch.zeros_like(allowed), rank.topk(count, sorted=False).indices) & ~threshold.isnan()
+    return torch.zeros_like(allowed).index_fill_(0, rank.topk(count, sorted=False).indices, True) & ~threshold.isnan()
 
 
 def prune_and_regrow(
