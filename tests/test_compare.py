@@ -4,7 +4,7 @@ from pathlib import Path
 
 import compare
 import pytest
-from runs import Metrics
+from metrics import Metrics
 
 
 def write(folder: Path, top1: float | None, explored: float = 0.3) -> None:

@@ -10,6 +10,7 @@ import pytest
 import runs
 import torch
 import train
+from metrics import Metrics
 from processes import (
     PATIENCE,
     QUICKSTART,
@@ -24,7 +25,6 @@ from processes import (
     whole_checkpoints,
     without_last_checkpoint,
 )
-from runs import Metrics
 
 FULL = OSError(28, "No space left on device")
 

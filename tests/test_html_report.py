@@ -27,6 +27,7 @@ import topographies
 import torch
 import train
 from matplotlib.figure import Figure
+from metrics import Metrics
 from PIL import Image
 from processes import QUICKSTART, ROOT, changed_runner, finished, metrics, start
 
@@ -123,10 +124,10 @@ def deep(folder: Path, layers: int = 300, updates: int = 20) -> Path:
         entered = [some // (1 + update) for some in active]
         line = {"epoch": update, "step": 10 * update, "rate": 1 / update, "active": active, "explored": explored}
         lines.append({**line, "entered": entered})
-    runs.Metrics(folder, "layers.jsonl").append(*lines)
+    Metrics(folder, "layers.jsonl").append(*lines)
     for epoch in range(1, updates + 1):
         line = {"epoch": epoch, "step": 10 * epoch, "train_loss": 1 / epoch, "lr": 0.1, "rate": 1 / epoch}
-        runs.Metrics(folder).append({**line, "sparsity": 0.9, "exploration_rate": 0.5, "val_top1": 50.0 + epoch})
+        Metrics(folder).append({**line, "sparsity": 0.9, "exploration_rate": 0.5, "val_top1": 50.0 + epoch})
     (folder / "recipe.yaml").write_text("model: {model_name: deep}\nregrow: {every: 10}\nepochs: 20\n")
     return folder
 
@@ -414,7 +415,7 @@ def test_a_run_of_before_has_what_its_metrics_give(copy: Path) -> None:
 def test_a_loss_that_was_never_finite_is_said(copy: Path) -> None:
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     (copy / "metrics.jsonl").unlink()
-    runs.Metrics(copy).append(*({**line, "train_loss": math.nan, "val_loss": math.inf} for line in lines))
+    Metrics(copy).append(*({**line, "train_loss": math.nan, "val_loss": math.inf} for line in lines))
     report.write(copy)
     assert "The training loss was not finite in 3 of 3 epochs." in Page(copy).text
     assert "The loss was not finite in any epoch." in Page(copy).content["loss"]

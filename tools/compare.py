@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runs import Metrics, RunError
+from metrics import Metrics
+from runs import RunError
 
 PLACES: tuple[Callable[["Runs"], float | None], ...] = (
     lambda runs: statistics.mean(runs.explored),

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import yaml
+from metrics import Metrics
 from numpy.typing import NDArray
-from runs import Metrics, RunError, in_a_line
+from runs import RunError, in_a_line
 from safetensors import SafetensorError, safe_open
 
 Numbers = NDArray[np.float64]
@@ -135,11 +136,11 @@ def read(folder: Path) -> History:
         raise RunError(f"{path} can't be read: {in_a_line(error)}") from None
     if not isinstance(recipe, dict):
         raise RunError(f"{path} is damaged: it holds no sections; put back the one that the run wrote")
-    lines = lines_of(Metrics(folder))
-    epochs = [line for line in lines if "test_top1" not in line]
+    metrics = Metrics(folder)
+    lines_of(metrics)
+    epochs, test = metrics.epochs, metrics.test
     if not epochs:
         raise RunError(f"{folder} holds no finished epoch, so there is nothing to draw; go on with --resume")
-    test = lines[-1] if "test_top1" in lines[-1] else None
     as_written(folder / "metrics.jsonl", lambda: check_numbers(epochs))
     notes = lines_of(Metrics(folder, "layers.jsonl"))
     masks = as_written(folder / "layers.jsonl", lambda: gather(notes)) if notes else None

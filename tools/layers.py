@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from build import Run
-from runs import Metrics
+from metrics import Metrics
 from torch import nn
 
 import itop_prune
