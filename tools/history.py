@@ -19,14 +19,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Masks:
-    """The masked layers of a run, at the beginning and after every update."""
+    """The masked layers of a run, at the beginning, or where layers.jsonl was begun anew, and after every update."""
 
     names: list[str]
     """In model order."""
     weights: Numbers
     """[layers]."""
+    updates_before: int
+    """How many updates were made before the first that is known; 0 but where layers.jsonl was lost."""
     steps: Numbers
-    """[1 + updates]: 0, and the step of every update."""
+    """[1 + updates]: 0, or from where they are known, and the step of every update."""
     active: Numbers
     """[1 + updates, layers]."""
     explored: Numbers
@@ -37,6 +39,11 @@ class Masks:
     """[updates, layers], NaN where nothing was counted."""
     rates: Numbers
     """[updates]: the share of active weights that each was to exchange."""
+
+    @property
+    def updates(self) -> int:
+        """How many updates were made, known or not."""
+        return self.updates_before + len(self.steps) - 1
 
     @property
     def exploration_rates(self) -> Numbers:
@@ -90,6 +97,11 @@ class History:
     def steps(self) -> list[float]:
         """At the end of every epoch."""
         return [line["step"] for line in self.epochs]
+
+    @property
+    def end(self) -> float:
+        """The last step of which anything is known: of the last epoch, or of an update after it."""
+        return max(self.steps[-1], self.masks.steps[-1] if self.masks else 0)
 
     def column(self, key: str) -> Numbers:
         """Return a number of every epoch; NaN where it is not there or not finite."""
@@ -206,9 +218,10 @@ def gather(notes: list[dict[str, Any]]) -> Masks:
     return Masks(
         names=[first["names"][place] for place in masked],
         weights=table("weights", [first])[0],
+        updates_before=int(first.get("updates_before", 0)),
         steps=np.array([line["step"] for line in notes], np.float64),
         active=table("active", notes),
-        explored=table("explored", [{"explored": first["active"]}, *updates]),
+        explored=table("explored", [{"explored": first.get("explored", first["active"])}, *updates]),
         entered=table("entered", updates),
         survival=table("survival", [{**nothing, **line} for line in updates]),
         rates=np.array([line["rate"] for line in updates], np.float64),
