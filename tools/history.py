@@ -1,6 +1,6 @@
 """What a run folder tells about its run: read and checked, for the report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -130,6 +130,12 @@ class History:
                 except (OSError, SafetensorError) as error:
                     raise RunError(f"{path} can't be read: {error}") from None
         return None
+
+
+def folders(given: Iterable[Path]) -> Iterator[Path]:
+    """Yield the runs of these folders, each a run or one that holds seed<k>/ runs."""
+    for folder in given:
+        yield from ([] if (folder / "recipe.yaml").exists() else sorted(folder.glob("seed*/"))) or [folder]
 
 
 def read(folder: Path) -> History:
