@@ -1,8 +1,4 @@
-"""R_s under random growth is what the settings of a run foretell: in the paper's figures, in training, in the recipes.
-
-With density d and rate r_k at update k a layer explores 1 - (1 - d) * prod_k (1 - d * r_k / (1 - d + d * r_k)): of what
-is inactive once d * r_k have left, as many are drawn again.
-"""
+"""R_s under random growth is what the settings of a run foretell: in the paper's figures, in training, in recipes."""
 
 import math
 import re
@@ -14,6 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
+from expected import explored as in_expectation
 
 import itop_prune
 from itop_prune.distributions import DISTRIBUTIONS
@@ -31,10 +28,8 @@ def shapes_of(model_name: str, num_classes: int) -> Shapes:
 
 
 def explored(density: float, every: int, steps: int) -> float:
-    """The share of one layer that random growth explores."""
-    rates = [0.005 + (0.5 - 0.005) * cosine(step / steps) for step in range(every, steps + 1, every)]
-    unexplored = (1 - density) * math.prod(1 - density * r / (1 - density + density * r) for r in rates)
-    return 1 - unexplored
+    """The share of one layer that random growth explores at the paper's rates."""
+    return in_expectation(density, [0.005 + (0.5 - 0.005) * cosine(s / steps) for s in range(every, steps + 1, every)])
 
 
 def of_all(shapes: Shapes, rates: Mapping[str, float]) -> float:

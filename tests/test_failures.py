@@ -10,6 +10,7 @@ import pytest
 import runs
 import torch
 import train
+from metrics import Metrics
 from processes import (
     PATIENCE,
     QUICKSTART,
@@ -24,7 +25,6 @@ from processes import (
     whole_checkpoints,
     without_last_checkpoint,
 )
-from runs import Metrics
 
 FULL = OSError(28, "No space left on device")
 
@@ -101,7 +101,7 @@ def full(*arguments, **options):
 torch.save = full
 """
 SECOND_LINE = """
-import runs
+import metrics
 lines = []
 class FullDisk:
     strerror = os.strerror
@@ -110,7 +110,7 @@ class FullDisk:
         lines.append(1)
         if len(lines) == 3:  # an epoch writes a line here and the updates into layers.jsonl
             raise OSError(28, "No space left on device")
-runs.os = FullDisk
+metrics.os = FullDisk
 """
 
 
@@ -263,7 +263,7 @@ def test_a_full_disk_at_a_line_of_metrics_is_one_line_and_the_run_can_go_on(
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "os", types.SimpleNamespace(fsync=fsync))
+        patch.setattr("metrics.os", types.SimpleNamespace(fsync=fsync))
         assert run(folder) == 1
     assert one_error(capsys.readouterr().err).startswith(f"error: {folder / 'metrics.jsonl'} could not be written: ")
     assert run(folder, "--resume") == 0

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -23,10 +24,12 @@ import page
 import pytest
 import report
 import runs
+import style
 import topographies
 import torch
 import train
 from matplotlib.figure import Figure
+from metrics import Metrics
 from PIL import Image
 from processes import QUICKSTART, ROOT, changed_runner, finished, metrics, start
 
@@ -69,6 +72,8 @@ class Page(HTMLParser):
         super().__init__()
         self.text = (folder / "report.html").read_text(encoding="utf-8")
         self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.sections: dict[str, str] = {}
+        """By the id, the class."""
         self.content: dict[str, str] = {}
         """By the id of a section, or by the key of a number after shown: or number:."""
         self._open: list[str] = []
@@ -76,6 +81,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         found = dict(attributes)
+        if tag == "section":
+            self.sections[str(found["id"])] = str(found["class"])
         self.tags.append((tag, found))
         prefixes = {"id": "", "data-shown": "shown:", "data-number": "number:"}
         self._open.append(next((f"{prefix}{found[key]}" for key, prefix in prefixes.items() if key in found), ""))
@@ -123,10 +130,10 @@ def deep(folder: Path, layers: int = 300, updates: int = 20) -> Path:
         entered = [some // (1 + update) for some in active]
         line = {"epoch": update, "step": 10 * update, "rate": 1 / update, "active": active, "explored": explored}
         lines.append({**line, "entered": entered})
-    runs.Metrics(folder, "layers.jsonl").append(*lines)
+    Metrics(folder, "layers.jsonl").append(*lines)
     for epoch in range(1, updates + 1):
         line = {"epoch": epoch, "step": 10 * epoch, "train_loss": 1 / epoch, "lr": 0.1, "rate": 1 / epoch}
-        runs.Metrics(folder).append({**line, "sparsity": 0.9, "exploration_rate": 0.5, "val_top1": 50.0 + epoch})
+        Metrics(folder).append({**line, "sparsity": 0.9, "exploration_rate": 0.5, "val_top1": 50.0 + epoch})
     (folder / "recipe.yaml").write_text("model: {model_name: deep}\nregrow: {every: 10}\nepochs: 20\n")
     return folder
 
@@ -153,6 +160,23 @@ def test_every_section_is_a_picture_or_a_sentence(made: dict[str, Path], kind: s
     assert SECTIONS - drawn == {section for some, section in ABSENT if some == kind}
     for section in SECTIONS - drawn:
         assert ABSENT[kind, section] in found.content[section]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_row_of_pictures_has_a_gap(made: dict[str, Path], kind: str) -> None:
+    """Two narrow ones stand side by side, so of an odd number one is wide, and drawn as wide as it is shown."""
+    drawn = [picture for picture in gallery.draw(history.read(made[kind])) if isinstance(picture.drawn, bytes)]
+    assert sum(not picture.wide for picture in drawn) % 2 == 0
+    assert "".join("w" if picture.wide else "n" for picture in drawn).replace("nn", "").strip("w") == ""
+    for picture in drawn:
+        width, _ = Image.open(io.BytesIO(picture.drawn)).size
+        assert width == pytest.approx(160 * (style.WIDE if picture.wide else style.HALF), abs=1)
+        assert ("wide" in Page(made[kind]).sections[picture.name].split()) == picture.wide
+
+
+def test_some_kind_of_run_has_an_odd_number_of_pictures(made: dict[str, Path]) -> None:
+    first = [gallery.draw(history.read(made[kind]))[0].wide for kind in KINDS]
+    assert {True, False} == set(first)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -377,6 +401,87 @@ def test_a_run_that_was_stopped_in_its_first_epoch_says_why_there_is_none(
     assert "holds no finished epoch, so there is nothing to draw; go on with --resume" in only_error(capsys)
 
 
+def stop_at(step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Train the run whose masks move, at an update every 7 of 38 steps an epoch, until a signal comes."""
+    with monkeypatch.context() as patch:
+        asked = itertools.count(1)
+        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == step)
+        assert train.main([QUICKSTART, *KINDS["moving"], *arguments, "--out", str(folder)]) == 130
+
+
+def test_a_run_that_was_stopped_within_an_epoch_says_of_which_step_each_number_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """39 questions whether to stop are asked in an epoch: 38 after steps, one in its evaluation."""
+    folder = tmp_path / "run"
+    stop_at(39 + 20, folder, monkeypatch)
+    report.write(folder)
+    found, (drawn, masks) = Page(folder).content, moving(folder)
+    assert (drawn.steps, drawn.end, masks.steps[-1]) == ([38], 56, 56)
+    line = metrics(folder)[0]
+    explored = masks.explored[-1].sum() / masks.weights.sum()
+    assert explored > line["exploration_rate"]
+    assert (
+        "It was stopped within epoch 2. Numbers by epoch, the large ones too, are of the end of epoch 1, step 38; "
+        f"layers and masks are of the last update, step 56, which left R_s at {explored:.4f}."
+    ) in html.unescape(Page(folder).text)
+    assert found["shown:exploration_rate"] == f"{line['exploration_rate']:.4f}"
+    assert found["shown:updates"] == "5"
+    assert "3 layers, as the run left them at step 56" in found["layers"]
+    assert "after epoch 1" in found["numbers"]
+    assert f"{explored:.4f}" in found["layers"]
+    for picture in (topographies.exploration, topographies.changes, curves.loss, curves.rates):
+        low, high = figure(picture(drawn)).axes[-1].get_xlim()
+        assert low <= 0
+        assert high >= 56
+
+
+def test_a_run_that_was_stopped_before_any_further_update_has_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(39 + 2, tmp_path / "run", monkeypatch)
+    report.write(tmp_path / "run")
+    assert "It was stopped within" not in Page(tmp_path / "run").text
+    assert "1 of 3 epochs" in Page(tmp_path / "run").text
+
+
+def test_a_run_that_went_on_without_layers_jsonl_shows_the_updates_that_it_made(
+    made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    stop_at(39 + 20, folder, monkeypatch)
+    (folder / "layers.jsonl").unlink()
+    assert train.main([QUICKSTART, *KINDS["moving"], "--out", str(folder), "--resume"]) == 0
+    (_, whole), (found, masks) = moving(made["moving"]), moving(folder)
+    assert (masks.updates_before, masks.updates) == (8, whole.updates)
+    assert (masks.steps == [58, *whole.steps[9:]]).all()
+    assert (masks.explored == whole.explored[8:]).all()
+    assert (masks.active == whole.active[8:]).all()
+    assert Page(folder).content["shown:updates"] == Page(made["moving"]).content["shown:updates"] == "16"
+    notice = "Of 16 updates of the masks the first 8 are not known by layer: layers.jsonl was lost before step 58, "
+    assert notice in Page(folder).text
+    assert "not known" not in Page(made["moving"]).text
+    lines = figure(topographies.exploration(found)).axes[0].lines
+    assert (lines[0].get_xdata()[0], lines[0].get_xdata()[-1]) == (58, 114)
+    assert lines[0].get_ydata()[-1] == metrics(made["moving"])[-2]["exploration_rate"]
+
+
+def test_a_run_that_lost_layers_jsonl_after_its_last_update_says_so(copy: Path) -> None:
+    (copy / "layers.jsonl").unlink()
+    (copy / "model.safetensors").unlink()
+    assert train.main([QUICKSTART, *KINDS["moving"], "--out", str(copy), "--resume"]) == 0
+    assert "The 16 updates of the masks were made before " in Page(copy).content["exploration"]
+    assert Page(copy).content["shown:updates"] == "16"
+
+
+def test_epochs_that_were_lost_are_counted(copy: Path) -> None:
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[1:]))
+    report.write(copy)
+    assert "Of 3 epochs 1 are not known: metrics.jsonl was lost" in Page(copy).text
+    assert "3 epochs, 114 steps" in Page(copy).text
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "layers.jsonl"])
 @pytest.mark.parametrize("line", [1, 2, 4])
 @pytest.mark.parametrize("text", ["?", '{"epoch": 1, "st', "5", '{"epoch": 1, "step": 7}', ""], ids=repr)
@@ -414,7 +519,7 @@ def test_a_run_of_before_has_what_its_metrics_give(copy: Path) -> None:
 def test_a_loss_that_was_never_finite_is_said(copy: Path) -> None:
     lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
     (copy / "metrics.jsonl").unlink()
-    runs.Metrics(copy).append(*({**line, "train_loss": math.nan, "val_loss": math.inf} for line in lines))
+    Metrics(copy).append(*({**line, "train_loss": math.nan, "val_loss": math.inf} for line in lines))
     report.write(copy)
     assert "The training loss was not finite in 3 of 3 epochs." in Page(copy).text
     assert "The loss was not finite in any epoch." in Page(copy).content["loss"]

@@ -17,6 +17,7 @@ import survive
 import torch
 import train
 from checkpoint import Checkpoints, damage
+from metrics import Metrics
 from processes import (
     PATIENCE,
     QUICKSTART,
@@ -34,7 +35,6 @@ from processes import (
     wait_for,
     whole_checkpoints,
 )
-from runs import Metrics
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
 

@@ -112,7 +112,44 @@ def test_a_damaged_line_that_must_stay_is_one_error_and_without_the_file_the_run
     )
     path.unlink()
     assert run(copy, "--resume") == 0
-    assert notes(copy) == [notes(whole)[0], *(line for line in notes(whole)[1:] if line["step"] > 76)]
+    first, *updates = notes(copy)
+    assert updates == [line for line in notes(whole)[1:] if line["step"] > 76]
+    before = [line for line in notes(whole)[1:] if line["step"] <= 76]
+    found = {"epoch": 2, "step": 76, "updates_before": len(before)}
+    assert first == {**notes(whole)[0], **found, **{key: before[-1][key] for key in ("active", "explored")}}
+
+
+def test_a_file_begun_anew_is_checked_by_the_updates_that_it_lacks(
+    whole: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged line that must stay is an error, and one past the step at which the run goes on is written again."""
+    path = copy / "layers.jsonl"
+    path.unlink()
+    with monkeypatch.context() as patch:
+        asked = itertools.count(1)
+        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == 30)
+        assert run(copy, "--resume") == 130
+    text = path.read_text()
+    lines = text.splitlines(keepends=True)
+    path.write_text("".join([*lines[:-1], "?\n"]))
+    capsys.readouterr()
+    assert run(copy, "--resume") == 1
+    assert f"error: {path} is damaged in line {len(lines)}, " in capsys.readouterr().err
+    path.write_text(text + '{"epoch": 3, "st')
+    assert run(copy, "--resume") == 0
+    assert notes(copy)[-1] == notes(whole)[-1]
+
+
+def test_without_an_update_before_a_file_begun_anew_is_the_same(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        asked = itertools.count(1)
+        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == 3)
+        assert run(tmp_path / "run") == 130
+    (tmp_path / "run" / "layers.jsonl").unlink()
+    assert run(tmp_path / "run", "--resume") == 0
+    assert notes(tmp_path / "run") == notes(whole)
 
 
 def test_a_full_disk_is_one_error_and_the_run_can_go_on(
@@ -126,7 +163,7 @@ def test_a_full_disk_is_one_error_and_the_run_can_go_on(
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "os", types.SimpleNamespace(fsync=fsync))
+        patch.setattr("metrics.os", types.SimpleNamespace(fsync=fsync))
         assert run(folder) == 1
     assert f"{folder / 'layers.jsonl'} could not be written: " in capsys.readouterr().err
     assert run(folder, "--resume") == 0

@@ -1,7 +1,6 @@
-"""The folder of a run: named by what it is, never written over, its metrics whole; and the wish to stop."""
+"""The folder of a run: named by what it is, never written over; and the wish to stop."""
 
 import dataclasses
-import json
 import os
 import signal
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
+from runs import FREE, FREE_SECTIONS, RunError, StopRequest, check_same_recipe, run_folder, start
 
 from itop_prune.recipe import Recipe
 
@@ -35,11 +34,33 @@ OTHER = Recipe(model=RECIPE.model, data=RECIPE.data, optimizer={"lr": 0.2}, epoc
         (["seeds=3"], 0, "runs/quickstart-seeds=3/seed0"),
         (["init=/a/../b.pt"], 0, "runs/quickstart-init=_a_.._b.pt/seed0"),
         (["regrow={every: 5}"], 0, "runs/quickstart-regrow={every__5}/seed0"),
+        (["data.batch_size=4"], 0, "runs/quickstart-data.batch_size=4/seed0"),
+        (["data={name: digits}"], 0, "runs/quickstart-data={name__digits}/seed0"),
+        (
+            ["accelerator={log_with: wandb, mixed_precision: bf16}"],
+            0,
+            "runs/quickstart-accelerator={log_with__wandb,_mixed_precision__bf16}/seed0",
+        ),
+        (["accelerator=null"], 0, "runs/quickstart-accelerator=null/seed0"),
     ],
     ids=str,
 )
 def test_a_run_is_named_by_recipe_overrides_and_seed(overrides: list[str], seed: int, name: str) -> None:
     assert run_folder(Path("some/where/quickstart.yaml"), overrides, seed) == Path(name)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"{section}.{name}=x" for section, names in FREE.items() for name in names),
+        *(f"{section}=5" for section in FREE_SECTIONS),
+        "checkpoint.every=2",
+        "checkpoint={keep: 7}",
+        "accelerator={log_with: [tensorboard, wandb], cpu: true}",
+    ],
+)
+def test_what_does_not_change_the_numbers_is_no_part_of_the_name(override: str) -> None:
+    assert run_folder(Path("quickstart.yaml"), ["epochs=3", override], 0) == Path("runs/quickstart-epochs=3/seed0")
 
 
 @pytest.mark.parametrize("override", ["init=../../../x", "a=/etc", "x=a\\b", "x=a b;rm *", "x=\n"])
@@ -132,65 +153,6 @@ def test_a_damaged_recipe_of_a_run_is_an_error_that_names_it(tmp_path: Path, tex
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(RunError, match=str(tmp_path)):
         check_same_recipe(tmp_path, RECIPE)
-
-
-# Metrics
-
-
-@pytest.fixture
-def metrics(tmp_path: Path) -> Metrics:
-    """Three epochs of ten steps and the line of the test set."""
-    found = Metrics(tmp_path)
-    for epoch in (1, 2, 3):
-        found.append({"epoch": epoch, "step": 10 * epoch, "train_loss": 1 / epoch, "rate": None})
-    found.append({"epoch": 3, "step": 30, "test_loss": 0.1, "test_top1": 99.0})
-    return found
-
-
-def test_metrics_are_one_json_object_a_line(metrics: Metrics) -> None:
-    lines = [json.loads(line) for line in metrics.path.read_text().splitlines()]
-    assert metrics.path.name == "metrics.jsonl"
-    assert [line["step"] for line in lines] == [10, 20, 30, 30]
-    assert lines[0] == {"epoch": 1, "step": 10, "train_loss": 1.0, "rate": None}
-
-
-def test_metrics_are_read_as_they_were_written(metrics: Metrics) -> None:
-    assert metrics.read()[1] == {"epoch": 2, "step": 20, "train_loss": 0.5, "rate": None}
-    assert len(metrics.read()) == 4
-
-
-def test_a_run_that_wrote_nothing_has_no_metrics(tmp_path: Path) -> None:
-    assert Metrics(tmp_path).read() == []
-    assert Metrics(tmp_path).cut(1) == []
-
-
-def test_a_half_written_last_line_is_left_out(metrics: Metrics) -> None:
-    with metrics.path.open("a") as file:
-        file.write('{"epoch": 4, "st')
-    assert len(metrics.read()) == 4
-
-
-def test_lines_past_an_epoch_are_cut(metrics: Metrics) -> None:
-    assert [line["step"] for line in metrics.cut(2)] == [10, 20]
-    assert [line["step"] for line in metrics.read()] == [10, 20]
-
-
-def test_the_line_of_the_test_set_is_cut_even_at_the_last_step(metrics: Metrics) -> None:
-    assert [line["step"] for line in metrics.cut(3)] == [10, 20, 30]
-    assert not any("test_top1" in line for line in metrics.read())
-
-
-def test_a_half_written_line_is_gone_after_a_cut_and_the_next_stands_alone(metrics: Metrics) -> None:
-    with metrics.path.open("a") as file:
-        file.write('{"epoch": 4, "st')
-    metrics.cut(2)
-    metrics.append({"epoch": 3, "step": 30})
-    assert [json.loads(line)["step"] for line in metrics.path.read_text().splitlines()] == [10, 20, 30]
-
-
-def test_a_cut_leaves_no_other_file(metrics: Metrics) -> None:
-    metrics.cut(2)
-    assert [path.name for path in metrics.path.parent.iterdir()] == ["metrics.jsonl"]
 
 
 # Stopping

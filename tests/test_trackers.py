@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from itop_prune.recipe import Recipe
 
 QUICKSTART = str(Path(__file__).parent.parent / "recipes" / "quickstart.yaml")
 TENSORBOARD = "accelerator={log_with: tensorboard}"
+WANDB = "accelerator={log_with: wandb}"
 
 
 def run(folder: Path, *arguments: str) -> int:
@@ -82,6 +86,68 @@ def test_what_lies_past_the_checkpoint_is_dropped_on_resume(tmp_path, monkeypatc
     assert run(folder, TENSORBOARD, "--resume") == 0
     assert len(curves(folder)["train_loss"]) == 3
     assert curves(folder) == expected(folder)
+
+
+class Wandb:
+    """What Accelerate calls of wandb, which takes no step that lies before one that it has."""
+
+    def __init__(self) -> None:
+        self.begun: list[dict[str, Any]] = []
+        self.runs: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        self.settings: list[dict[str, Any]] = []
+        self.config = types.SimpleNamespace(update=lambda values, **_: self.settings.append(values))
+
+    def init(self, **arguments: Any) -> Any:
+        self.begun.append(arguments)
+        name = arguments.get("id") or f"drawn {len(self.begun)}"
+        assert name not in self.runs or arguments.get("resume") == "allow"
+        held = self.runs.setdefault(name, {})
+
+        def log(values: dict[str, float], step: int) -> None:
+            if step >= max((last for curve in held.values() for last, _ in curve), default=0):
+                for key, value in values.items():
+                    held.setdefault(key, []).append((step, value))
+
+        return types.SimpleNamespace(log=log, finish=lambda: None)
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for module in ("trackers", "accelerate.tracking"):
+        monkeypatch.setattr(f"{module}.get_available_trackers", lambda: [LoggerType.WANDB])
+    return fake
+
+
+@pytest.mark.parametrize("stop_at", [20, 60, 90])
+def test_of_wandb_a_resumed_run_is_the_same_run(tmp_path, monkeypatch, wandb, stop_at):
+    folder = tmp_path / "moved" / "run"
+    with monkeypatch.context() as patch:
+        asked = itertools.count(1)
+        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == stop_at)
+        assert run(tmp_path / "run", WANDB) == 130
+    folder.parent.mkdir()
+    (tmp_path / "run").rename(folder)
+    assert run(folder, WANDB, "--resume") == 0
+    (held,) = wandb.runs.values()
+    assert held == expected(folder)
+    assert [each["dir"] for each in wandb.begun] == [str(tmp_path / "run"), str(folder)]
+    assert [each["project"] for each in wandb.begun] == [trackers.PROJECT] * 2
+    assert len(wandb.settings) == 1
+
+
+def test_of_wandb_a_new_run_in_a_folder_of_before_is_another(tmp_path, wandb):
+    for _ in range(2):
+        assert run(tmp_path / "run", "epochs=1", WANDB) == 0
+        shutil.rmtree(tmp_path / "run")
+    assert run(tmp_path / "other", "epochs=1", "accelerator={log_with: all}") == 0
+    assert len(wandb.runs) == 3
+
+
+def test_no_other_tracker_has_a_file_of_wandb_s(tmp_path):
+    assert run(tmp_path / "run", "epochs=1", TENSORBOARD) == 0
+    assert not (tmp_path / "run" / "wandb_id").exists()
 
 
 def test_a_run_may_get_its_tracker_on_resume(tmp_path, monkeypatch):

@@ -2,31 +2,38 @@
 """Put finished runs side by side: mean and spread over their seeds, as a Markdown table and a picture.
 
   python tools/compare.py runs/fashion_mnist_* --picture compare.png
-  python tools/compare.py runs/*every=* --vary regrow.every --picture interval.png
+  python tools/compare.py runs/*set-itop* runs/*dense* --vary multiplier --picture compare.png --names SET-ITOP dense
 
 The picture has the paper's figure, test accuracy against R_s, and beside it accuracy against the cost of the training,
-in FLOPs and in steps. Experiments that differ in what --vary names, and in nothing else, are joined by a line.
+in FLOPs and in steps. Experiments whose recipes differ in what --vary names, and in nothing else, are joined by a line.
 """
 
 import argparse
+import json
 import math
-import os
-import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runs import Metrics, RunError
+import yaml
+from metrics import Metrics
+from runs import RunError, decisive
 
-PLACES: tuple[Callable[["Runs"], float | None], ...] = (
-    lambda runs: statistics.mean(runs.explored),
-    lambda runs: runs.dense_steps,
-    lambda runs: runs.steps,
+HEADER = (
+    "run",
+    "seeds",
+    "test top-1",
+    "to dense",
+    "each seed",
+    "R_s",
+    "survival",
+    "sparsity",
+    "train FLOPs",
+    "steps",
 )
-HEADER = ("run", "seeds", "test top-1", "each seed", "R_s", "survival", "sparsity", "train FLOPs", "steps")
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class Runs:
     """The finished seeds of one experiment."""
 
     name: str
+    recipe: dict[str, Any]
+    """What decides the numbers, but for the seed; {} where it is not known."""
     top1: list[float]
     """Test accuracy by seed, in percent."""
     explored: list[float]
@@ -51,13 +60,26 @@ class Runs:
         """How many steps of dense training have the same FLOPs."""
         return self.steps * statistics.mean(self.train_flops) if self.train_flops else None
 
-    def row(self) -> tuple[str, ...]:
-        """Return a line of the table."""
+    @property
+    def is_dense(self) -> bool:
+        """Whether it was trained without masks."""
+        return bool(self.recipe) and "masks" not in self.recipe
+
+    def setting(self, key: str) -> str:
+        """Return what the recipe says of a key such as "regrow.every"; "" where it says nothing."""
+        section, _, name = key.partition(".")
+        value = self.recipe.get(section)
+        value = value.get(name) if name and isinstance(value, dict) else None if name else value
+        return "" if value is None else str(value)
+
+    def row(self, dense: "Runs | None" = None) -> tuple[str, ...]:
+        """Return a line of the table, beside the dense twin, if it has one."""
         shown = [f"{value:.4f}" for value in self.sparsities]
         return (
             self.name,
             str(len(self.top1)),
             spread(self.top1, 2),
+            f"{statistics.mean(self.top1) - statistics.mean(dense.top1):+.2f}".replace("-", "−") if dense else "",
             " ".join(f"{value:.2f}" for value in self.top1),
             f"{statistics.mean(self.explored):.3f}",
             f"{statistics.mean(self.survival):.3f}" if self.survival else "",
@@ -83,38 +105,73 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
     Raises:
         RunError: No run in the folder is finished.
     """
-    found = seeds or sorted(folder.glob("seed*"))
-    finished = [lines for seed in found if len(lines := Metrics(seed).read()) > 1 and "test_top1" in lines[-1]]
+    found = seeds or sorted(folder.glob("seed*"), key=lambda path: (as_number(path.name[4:]), path.name))
+    finished = [seed for seed in found if Metrics(seed).test and Metrics(seed).epochs]
     if not finished:
         raise RunError(f"{folder} holds no finished run; give folders of seed<k>/, such as runs/quickstart")
-    epochs = [lines[-2] for lines in finished]
-    counted = [[line["survival"] for line in lines[:-1] if "survival" in line] for lines in finished]
+    epochs = [Metrics(seed).epochs for seed in finished]
+    tests = [test for seed in finished if (test := Metrics(seed).test)]
+    counted = [[line["survival"] for line in lines if "survival" in line] for lines in epochs]
     return Runs(
         name=folder.name,
-        top1=[lines[-1]["test_top1"] for lines in finished],
-        explored=[last["exploration_rate"] for last in epochs],
+        recipe=recipe_of(finished[0]),
+        top1=[test["test_top1"] for test in tests],
+        explored=[lines[-1]["exploration_rate"] for lines in epochs],
         survival=[statistics.mean(rates) for rates in counted if rates],
-        sparsities=list(dict.fromkeys(line["sparsity"] for lines in finished for line in lines[:-1])),
-        train_flops=[last["train_flops"] for last in epochs if "train_flops" in last],
-        steps=finished[0][-1]["step"],
+        sparsities=list(dict.fromkeys(line["sparsity"] for lines in epochs for line in lines)),
+        train_flops=[lines[-1]["train_flops"] for lines in epochs if "train_flops" in lines[-1]],
+        steps=tests[0]["step"],
     )
 
 
-def families(found: Sequence[Runs], vary: str | None) -> dict[str, list[tuple[str, Runs]]]:
-    """Group experiments whose names differ in one override alone; each comes with its value of that one, by its size.
+def recipe_of(run: Path) -> dict[str, Any]:
+    """Return what decided the numbers of a run, but for the seed; {} where that can't be read."""
+    try:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        return {key: value for key, value in decisive(recipe).items() if key != "seed"}
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return {}
 
-    >>> runs = [Runs(f"set-lr={rate}-every=9", *[[]] * 5, steps=9) for rate in ("1e-1", "0.05", "1e-3")]
-    >>> {name: [value for value, _ in members] for name, members in families(runs, "lr").items()}
-    {'set-every=9': ['1e-3', '0.05', '1e-1']}
+
+def without(recipe: dict[str, Any], *keys: str) -> str:
+    """Return a recipe without sections or settings, as a text that is the same for the same.
+
+    >>> without({"regrow": {"every": 9, "grow": "random"}, "epochs": 2}, "regrow.every", "epochs")
+    '{"regrow": {"grow": "random"}}'
     """
-    groups: dict[str, list[tuple[str, Runs]]] = {}
-    for runs in found:
-        override = re.search(rf"-{re.escape(vary)}=(.*?)(?=-[A-Za-z_.]+=|$)", runs.name) if vary else None
-        name = runs.name.replace(override[0], "") if override else runs.name
-        groups.setdefault(name, []).append((override[1] if override else "", runs))
-    return {
-        name: sorted(members, key=lambda member: (as_number(member[0]), member[0])) for name, members in groups.items()
+    left = {
+        section: {name: setting for name, setting in value.items() if f"{section}.{name}" not in keys}
+        if isinstance(value, dict)
+        else value
+        for section, value in recipe.items()
+        if section not in keys
     }
+    return json.dumps(left, sort_keys=True, default=str)
+
+
+def dense_twin(runs: Runs, found: Sequence[Runs]) -> Runs | None:
+    """Return which of these is the same but for the masks, and has none; None for a dense one."""
+    if runs.is_dense or not runs.recipe:
+        return None
+    own = without(runs.recipe, "masks", "regrow")
+    return next((other for other in found if other.is_dense and without(other.recipe) == own), None)
+
+
+def families(found: Sequence[Runs], vary: str | None) -> list[list[Runs]]:
+    """Group experiments whose recipes differ in one setting alone, by its size; without one, each is alone.
+
+    >>> runs = [Runs(rate, {"lr": float(rate)}, *[[]] * 5, steps=9) for rate in ("1e-1", "0.05", "1e-3")]
+    >>> [[member.name for member in members] for members in families(runs, "lr")]
+    [['1e-3', '0.05', '1e-1']]
+    """
+    groups: dict[str, list[Runs]] = {}
+    for place, runs in enumerate(found):
+        alike = without(runs.recipe, vary) if vary and runs.setting(vary) else f"alone {place}"
+        groups.setdefault(alike, []).append(runs)
+    return [
+        sorted(members, key=lambda runs: (as_number(runs.setting(vary or "")), runs.setting(vary or "")))
+        for members in groups.values()
+    ]
 
 
 def as_number(text: str) -> float:
@@ -125,51 +182,15 @@ def as_number(text: str) -> float:
         return math.inf
 
 
-def draw(found: Sequence[Runs], path: Path, vary: str | None = None) -> None:
-    """Draw accuracy against R_s, FLOPs and steps: a point an experiment, with the deviation over its seeds.
-
-    Args:
-        found: What to draw.
-        path: Where to; the ending says what kind of file.
-        vary: An override, such as "regrow.every": points that differ in it alone are joined, its value beside them.
-    """
-    import style  # needs matplotlib, which the table does without
-
-    groups = families(found, vary)
-    prefix = os.path.commonprefix(list(groups))  # noqa: RUF071  (letter by letter is meant)
-    shared = prefix.rfind("_") + 1
-    with style.look():
-        figure, axes = style.panels(3, sharey=True, width=14, height=max(4.5, 0.24 * len(groups)))
-        for place, (name, members) in enumerate(groups.items()):
-            look: dict[str, Any] = {"color": style.COLORS[place % len(style.COLORS)]}
-            look |= {"marker": style.MARKERS[place % len(style.MARKERS)], "label": name[shared:]}
-            for axis, place_of in zip(axes, PLACES, strict=True):
-                points = [(x, value, runs) for value, runs in members if (x := place_of(runs)) is not None]
-                heights = [statistics.mean(runs.top1) for _, _, runs in points]
-                errors = [statistics.stdev(runs.top1) if len(runs.top1) > 1 else 0.0 for _, _, runs in points]
-                line = "" if axis is not axes[0] else style.LINES[place % len(style.LINES)]
-                if points:
-                    axis.errorbar([x for x, _, _ in points], heights, errors, capsize=3, linestyle=line, **look)
-                for (x, value, _), height in zip(points, heights, strict=True) if axis is axes[0] else ():
-                    axis.annotate(value, (x, height), (4, 4), textcoords="offset points", fontsize=8)
-        axes[0].set(xlabel="R_s, share of weights explored", ylabel="test top-1, %")
-        axes[1].set(xlabel="training FLOPs, in steps of dense training")
-        axes[2].set(xlabel="training steps")
-        for axis in axes[1:]:
-            style.logarithmic(axis, "x")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper")
-        figure.savefig(path, dpi=150)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, without folders that hold no finished run; return 1 where none does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that hold seed<k>/ runs of one recipe each")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw them too: .png, .svg or .pdf")
     parser.add_argument(
-        "--vary", metavar="KEY", help="an override, such as regrow.every, to join by a line what it varies"
+        "--vary", metavar="KEY", help="a setting, such as regrow.every, to join by a line what it varies"
     )
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what the picture calls them, in its order")
     options = parser.parse_args(argv)
     found = []
     for folder in options.runs:
@@ -179,14 +200,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"left out: {error}", file=sys.stderr)
     if not found:
         return 1
-    for line in (HEADER, ("---",) * len(HEADER), *(runs.row() for runs in found)):
+    for line in (HEADER, ("---",) * len(HEADER), *(runs.row(dense_twin(runs, found)) for runs in found)):
         print(f"| {' | '.join(line)} |")
-    if options.picture:
-        try:
-            draw(found, options.picture, options.vary)
-        except (OSError, ValueError) as error:
-            print(f"error: {options.picture} can't be written: {error}", file=sys.stderr)
-            return 1
+    if not options.picture:
+        return 0
+    try:
+        import side_by_side  # needs matplotlib, which the table does without
+
+        side_by_side.draw(families(found, options.vary), options.picture, options.vary, options.names)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"error: {options.picture} can't be written: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -31,7 +31,7 @@ def accuracy(history: History) -> Figure | str:
         axes.set_ylim(
             max(0.0, min(lowest, history.last.get("test_top1", 100.0)) - 3 * room), min(100.0, highest + room)
         )
-    steps_below(axes, history.steps[-1])
+    steps_below(axes, history.end)
     legend_below(figure, columns=3)
     return figure
 
@@ -50,7 +50,7 @@ def loss(history: History) -> Figure | str:
     low, high = np.nanmin(values), np.nanmax(values)
     if low > 0 and high / low > 20:
         logarithmic(axes, "y")
-    steps_below(axes, history.steps[-1])
+    steps_below(axes, history.end)
     legend_below(figure, columns=3)
     return figure
 
@@ -77,7 +77,7 @@ def rates(history: History) -> Figure | str:
     if moves:
         axes[1].plot(history.steps, history.column("rate"), color=VERMILLION, **marked(values))
         axes[1].set(ylabel="rate of exchange", ylim=(0, None))
-    steps_below(axes[-1], history.steps[-1])
+    steps_below(axes[-1], history.end)
     return figure
 
 
@@ -97,6 +97,6 @@ def cost(history: History) -> Figure | str:
         label = f"{label}, {values[-1]:.4f}"
         axes.plot(history.steps, values, line, color=color, label=label, linewidth=linewidth, **marked(values))
     axes.set(ylabel="FLOPs, share of dense", ylim=(0, max(1.08, 1.08 * np.nanmax(history.column("train_flops")))))
-    steps_below(axes, history.steps[-1])
+    steps_below(axes, history.end)
     legend_below(figure)
     return figure

@@ -51,11 +51,17 @@ PICTURES: tuple[tuple[str, str, str, bool, Drawing], ...] = (
 
 
 def draw(history: History) -> list[Picture]:
-    """Draw all pictures of a run that it has something for."""
+    """Draw all pictures of a run that it has something for; of an odd number of narrow ones the first is wide."""
     pictures = []
     with style.look():
-        for name, title, says, wide, drawing in PICTURES:
-            drawn = drawing(history)
-            if drawn != "":
-                pictures.append(Picture(name, title, says, wide, drawn if isinstance(drawn, str) else style.png(drawn)))
+        found = {name: drawing(history) for name, _, _, _, drawing in PICTURES}
+        narrow = [name for name, _, _, wide, _ in PICTURES if not wide and isinstance(found[name], Figure)]
+        for name, title, says, wide, _ in PICTURES:
+            drawn, widened = found[name], len(narrow) % 2 == 1 and name == narrow[0]
+            if isinstance(drawn, Figure):
+                if widened:
+                    drawn.set_size_inches(style.WIDE, drawn.get_figheight())
+                pictures.append(Picture(name, title, says, wide or widened, style.png(drawn)))
+            elif drawn:
+                pictures.append(Picture(name, title, says, wide, drawn))
     return pictures

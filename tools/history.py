@@ -1,6 +1,6 @@
 """What a run folder tells about its run: read and checked, for the report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import yaml
+from metrics import Metrics
 from numpy.typing import NDArray
-from runs import Metrics, RunError, in_a_line
+from runs import RunError, in_a_line
 from safetensors import SafetensorError, safe_open
 
 Numbers = NDArray[np.float64]
@@ -18,14 +19,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Masks:
-    """The masked layers of a run, at the beginning and after every update."""
+    """The masked layers of a run, at the beginning, or where layers.jsonl was begun anew, and after every update."""
 
     names: list[str]
     """In model order."""
     weights: Numbers
     """[layers]."""
+    updates_before: int
+    """How many updates were made before the first that is known; 0 but where layers.jsonl was lost."""
     steps: Numbers
-    """[1 + updates]: 0, and the step of every update."""
+    """[1 + updates]: 0, or from where they are known, and the step of every update."""
     active: Numbers
     """[1 + updates, layers]."""
     explored: Numbers
@@ -36,6 +39,11 @@ class Masks:
     """[updates, layers], NaN where nothing was counted."""
     rates: Numbers
     """[updates]: the share of active weights that each was to exchange."""
+
+    @property
+    def updates(self) -> int:
+        """How many updates were made, known or not."""
+        return self.updates_before + len(self.steps) - 1
 
     @property
     def exploration_rates(self) -> Numbers:
@@ -90,6 +98,11 @@ class History:
         """At the end of every epoch."""
         return [line["step"] for line in self.epochs]
 
+    @property
+    def end(self) -> float:
+        """The last step of which anything is known: of the last epoch, or of an update after it."""
+        return max(self.steps[-1], self.masks.steps[-1] if self.masks else 0)
+
     def column(self, key: str) -> Numbers:
         """Return a number of every epoch; NaN where it is not there or not finite."""
         values = np.array([line[key] if line.get(key) is not None else np.nan for line in self.epochs], np.float64)
@@ -119,6 +132,12 @@ class History:
         return None
 
 
+def folders(given: Iterable[Path]) -> Iterator[Path]:
+    """Yield the runs of these folders, each a run or one that holds seed<k>/ runs."""
+    for folder in given:
+        yield from ([] if (folder / "recipe.yaml").exists() else sorted(folder.glob("seed*/"))) or [folder]
+
+
 def read(folder: Path) -> History:
     """Read a run folder.
 
@@ -135,11 +154,11 @@ def read(folder: Path) -> History:
         raise RunError(f"{path} can't be read: {in_a_line(error)}") from None
     if not isinstance(recipe, dict):
         raise RunError(f"{path} is damaged: it holds no sections; put back the one that the run wrote")
-    lines = lines_of(Metrics(folder))
-    epochs = [line for line in lines if "test_top1" not in line]
+    metrics = Metrics(folder)
+    lines_of(metrics)
+    epochs, test = metrics.epochs, metrics.test
     if not epochs:
         raise RunError(f"{folder} holds no finished epoch, so there is nothing to draw; go on with --resume")
-    test = lines[-1] if "test_top1" in lines[-1] else None
     as_written(folder / "metrics.jsonl", lambda: check_numbers(epochs))
     notes = lines_of(Metrics(folder, "layers.jsonl"))
     masks = as_written(folder / "layers.jsonl", lambda: gather(notes)) if notes else None
@@ -205,9 +224,10 @@ def gather(notes: list[dict[str, Any]]) -> Masks:
     return Masks(
         names=[first["names"][place] for place in masked],
         weights=table("weights", [first])[0],
+        updates_before=int(first.get("updates_before", 0)),
         steps=np.array([line["step"] for line in notes], np.float64),
         active=table("active", notes),
-        explored=table("explored", [{"explored": first["active"]}, *updates]),
+        explored=table("explored", [{"explored": first.get("explored", first["active"])}, *updates]),
         entered=table("entered", updates),
         survival=table("survival", [{**nothing, **line} for line in updates]),
         rates=np.array([line["rate"] for line in updates], np.float64),

@@ -1,7 +1,8 @@
 """layers.jsonl of a run: what its layers are, and the masks of each after every update, for the report.
 
 The first line says what the run is made of: the weights that are or could be masked, in model order, and the versions.
-Then there is a line for every update. Numbers by layer are lists in the order of the names.
+Then there is a line for every update. Numbers by layer are lists in the order of the names. Where a run was resumed
+without the file it begins at that step, and its first line says how many updates there were before.
 """
 
 import importlib.metadata
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from build import Run
-from runs import Metrics
+from metrics import Metrics
 from torch import nn
 
 import itop_prune
@@ -57,15 +58,23 @@ class Layers:
             self._notes = []
 
     def cut(self) -> None:
-        """Drop the updates past the step at which a resumed run goes on; without the file, begin it.
+        """Drop the updates past the step at which a resumed run goes on; without the file, begin it as of there.
 
         Raises:
             RunError: A line that must stay is damaged, or the rest can't be written.
         """
-        regrow, step = self._run.regrow, self._run.progress.step
-        updates = regrow.updates if regrow else 0
-        if self._file.keep(lambda line: line["step"] <= step, lambda lines: len(lines) > updates, f"step {step}"):
+        regrow, progress = self._run.regrow, self._run.progress
+        updates, step = regrow.updates if regrow else 0, progress.step
+
+        def is_whole(lines: list[dict[str, Any]]) -> bool:
+            return bool(lines) and lines[0].get("updates_before", 0) + len(lines) - 1 >= updates
+
+        if self._file.keep(lambda line: line["step"] <= step, is_whole, f"step {step}"):
             self._notes = []
+        elif updates:
+            now = {"epoch": progress.epoch, "step": step, "updates_before": updates}
+            self._notes[0] |= {**now, "active": self._active(), "explored": self._explored()}
+        self.write()
 
     def _beginning(self, image: tuple[int, ...], processes: int) -> dict[str, Any]:
         return {

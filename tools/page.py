@@ -78,17 +78,35 @@ def what(history: History) -> str:
         parts.append(f"updated every {regrow.get('every')} steps: prune {rules['prune']}, grow {rules['grow']}")
     elif masks:
         parts.append("static")
-    done = len(history.epochs)
+    done = history.epochs[-1]["epoch"]
     parts.append(f"{done:,} epoch{'s' * (done != 1)}, {history.steps[-1]:,} steps")
     return "; ".join(parts)
 
 
 def notice(history: History) -> str:
-    """Return what a reader must know before the numbers: that the run has not ended, or went wrong."""
+    """Return what a reader must know before the numbers: that the run has not ended, went wrong, or lost something."""
     said = []
+    epoch, step, masks = history.epochs[-1]["epoch"], history.steps[-1], history.masks
     if history.test is None:
-        done = f"{history.epochs[-1]['epoch']} of {history.planned} epochs"
-        said.append(f"This run has not come to its end: {done}. The test set has not been used.")
+        said.append(
+            f"This run has not come to its end: {epoch} of {history.planned} epochs. The test set has not been used."
+        )
+    if masks and masks.names and history.end > step:
+        explored = masks.explored[-1].sum() / masks.weights.sum()
+        said.append(
+            f"It was stopped within epoch {epoch + 1}. Numbers by epoch, the large ones too, are of the end of epoch "
+            f"{epoch}, step {step:,}; layers and masks are of the last update, step {history.end:,.0f}, which left R_s "
+            f"at {explored:.4f}."
+        )
+    if masks and masks.updates_before:
+        said.append(
+            f"Of {masks.updates:,} updates of the masks the first {masks.updates_before:,} are not known by layer: "
+            f"layers.jsonl was lost before step {masks.steps[0]:,.0f}, where the run went on without it."
+        )
+    if lost := epoch - len(history.epochs):
+        said.append(
+            f"Of {epoch:,} epochs {lost:,} are not known: metrics.jsonl was lost, and the run went on without it."
+        )
     bad = int((~np.isfinite(history.column("train_loss"))).sum())
     if bad:
         said.append(f"The training loss was not finite in {bad} of {len(history.epochs)} epochs.")
@@ -106,7 +124,8 @@ def headline(history: History) -> Iterator[str]:
             label, form = SHOWN.get(key, (key, "{:.4f}"))
             yield tile(labels.get(key, label), key, form.format(last[key]))
     if history.masks and history.masks.names and history.recipe.get("regrow"):
-        yield tile("updates of masks", "updates", f"{len(history.masks.steps) - 1:,}")
+        made = history.masks.updates_before + int((history.masks.steps[1:] <= history.steps[-1]).sum())
+        yield tile("updates of masks", "updates", f"{made:,}")
     if last.get("seconds") is not None:
         yield tile("training took", "seconds", duration(last["seconds"]))
 
@@ -163,7 +182,7 @@ def table_of_layers(history: History) -> str:
     total, active, explored = (int(part.sum()) for part in (masks.weights, masks.active[-1], masks.explored[-1]))
     rows.append(("all masks", f"{total:,}", f"{active:,}", f"{1 - active / total:.4f}", f"{explored / total:.4f}"))
     is_open = " open" if len(rows) <= OPEN_LAYERS else ""
-    says = f'<summary class="note">{len(rows) - 2} layers, as the run left them</summary>'
+    says = f'<summary class="note">{len(rows) - 2} layers, as the run left them at step {history.end:,.0f}</summary>'
     return block("layers", "Layers", f"<details{is_open}>{says}{table(rows, total=True)}</details>", "wide")
 
 
@@ -180,7 +199,7 @@ def final_numbers(history: History) -> str:
     )
     made_with: Mapping[str, Any] = (history.beginning or {}).get("made_with", {})
     versions = table([("made with", ""), *((key, str(value)) for key, value in made_with.items())]) if made_with else ""
-    head = "<tr><th>metric</th><th>at the end</th></tr>"
+    head = f"<tr><th>metric</th><th>after epoch {history.epochs[-1]['epoch']:,}</th></tr>"
     return block("numbers", "Final numbers and versions", f"<table>{head}{numbers}</table>{versions}")
 
 

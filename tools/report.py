@@ -25,14 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "runs", type=Path, nargs="+", metavar="RUN", help="a run folder, or one that holds seed<k>/ runs"
     )
     status = 0
-    for folder in parser.parse_args(argv).runs:
-        seeds = [] if (folder / "recipe.yaml").exists() else sorted(folder.glob("seed*/"))
-        for run in seeds or [folder]:
-            try:
-                print(write(run))
-            except (RunError, ImportError, OSError) as error:
-                print(f"error: {in_a_line(error)}", file=sys.stderr)
-                status = 1
+    for run in history.folders(parser.parse_args(argv).runs):
+        try:
+            print(write(run))
+        except (RunError, ImportError, OSError) as error:
+            print(f"error: {in_a_line(error)}", file=sys.stderr)
+            status = 1
     return status
 
 

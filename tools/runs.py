@@ -1,11 +1,7 @@
-"""The folder of a run: its name, its recipe, its metrics, never written over another; and the wish to stop it."""
+"""The folder of a run: its name, its recipe, never written over another; and the wish to stop it."""
 
-import contextlib
-import errno
-import json
-import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,12 +11,11 @@ import yaml
 
 from itop_prune.recipe import Recipe
 
-FREE = {
-    "data": ("batch_size", "eval_batch_size", "root", "workers", "download"),
-    "accelerator": ("gradient_accumulation_steps", "cpu", "log_with"),
-}
-"""What a resumed run may change: where and how things are read. How many images a step has is compared by itself."""
+FREE = {"data": ("eval_batch_size", "root", "workers", "download"), "accelerator": ("cpu", "log_with")}
+"""Where and how things are read and written: no part of a run's name, and a resumed run may change it."""
 FREE_SECTIONS = ("checkpoint", "stop_after_bad_losses")
+SPLIT = {"data": ("batch_size",), "accelerator": ("gradient_accumulation_steps",)}
+"""How the images of a step are shared out, which a resumed run may change too: their number is compared by itself."""
 
 
 class RunError(Exception):
@@ -33,14 +28,44 @@ def in_a_line(error: Exception) -> str:
 
 
 def run_folder(recipe: Path, overrides: Sequence[str], seed: int) -> Path:
-    """Return runs/<recipe>[-key=value...]/seed<k>; where the data lie and the seed are not part of the name.
+    """Return runs/<recipe>[-key=value...]/seed<k>; the seed and what is free are no part of the recipe's name.
 
-    >>> str(run_folder(Path("recipes/quickstart.yaml"), ["epochs=3", "seed=7", "data.root=/d"], 7))
+    >>> str(run_folder(Path("recipes/quickstart.yaml"), ["epochs=3", "seed=7", "data.root=/d", "data.workers=2"], 7))
     'runs/quickstart-epochs=3/seed7'
     """
-    named = [override for override in overrides if override.partition("=")[0] not in ("seed", "data.root")]
+    named = [override for override in overrides if not _is_free(override)]
     safe = ["".join(c if c.isalnum() or c in "=.,-_{}" else "_" for c in override) for override in named]
     return Path("runs") / "-".join([recipe.stem, *safe]) / f"seed{seed}"
+
+
+def _is_free(override: str) -> bool:
+    """Return whether an override changes no number, or the seed alone."""
+    names, _, text = override.partition("=")
+    section, _, key = names.partition(".")
+    if key or section not in FREE:
+        return section in ("seed", *FREE_SECTIONS) or key in FREE.get(section, ())
+    value = yaml.safe_load(text)
+    return isinstance(value, dict) and decisive({section: value}) == {}
+
+
+def decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a recipe decides the numbers of a run: its sections without what is free, and none that is empty.
+
+    >>> decisive({"data": {"name": "digits", "workers": 2}, "accelerator": {"cpu": True}, "masks": None, "epochs": 3})
+    {'data': {'name': 'digits'}, 'epochs': 3}
+    """
+    return _without({key: value for key, value in recipe.items() if key not in FREE_SECTIONS}, FREE)
+
+
+def _without(recipe: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return a recipe's sections without these settings, and none that is then empty."""
+    left = {
+        key: {name: setting for name, setting in (value or {}).items() if name not in names[key]}
+        if key in names
+        else value
+        for key, value in recipe.items()
+    }
+    return {key: value for key, value in left.items() if value not in (None, {})}
 
 
 def check_free(folder: Path) -> None:
@@ -85,113 +110,13 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         before = None
     if not isinstance(before, dict) or not all(isinstance(before.get(key) or {}, dict) for key in FREE):
         raise RunError(f"{path} is damaged; start a new run with --out FOLDER")
-    differing = [key for key in {**before, **now} if _bound(key, before.get(key)) != _bound(key, now.get(key))]
+    was, must = (_without(decisive(sections), SPLIT) for sections in (before, now))
+    differing = [key for key in {**before, **now} if was.get(key) != must.get(key)]
     if differing:
         lines = [f"  {key}: was {before.get(key)}, is {now.get(key)}" for key in differing]
         raise RunError(
             f"{folder} began with another recipe; give the same, or --out for a new run\n" + "\n".join(lines)
         )
-
-
-def _bound(key: str, value: Any) -> Any:
-    """Return what a resumed run must keep of a section; nothing of an empty one."""
-    if key in FREE_SECTIONS:
-        return None
-    if key not in FREE:
-        return value
-    return {name: setting for name, setting in (value or {}).items() if name not in FREE[key]} or None
-
-
-class Metrics:
-    """metrics.jsonl, or another file of the run that has one JSON object a line, each with `epoch` and `step`."""
-
-    def __init__(self, folder: Path, name: str = "metrics.jsonl") -> None:
-        self.path = folder / name
-
-    def append(self, *lines: dict[str, Any]) -> None:
-        """Add lines, all of them or nothing.
-
-        Raises:
-            RunError: They can't be written, on a full disk for one; the lines before them stay.
-        """
-        text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-        try:
-            with self.path.open("ab", buffering=0) as file:  # or closing it would try to write the rest again
-                before = file.tell()
-                try:
-                    if file.write(text) < len(text):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(file.fileno())  # before the checkpoint that counts on the line
-                except OSError:
-                    file.truncate(before)
-                    raise
-        except OSError as error:
-            raise self._not_written(error) from None
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return all lines before the first that is damaged, or was cut off while writing."""
-        lines: list[dict[str, Any]] = []
-        for text in self._texts():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                break
-            if not isinstance(line, dict) or not all(isinstance(line.get(key), int) for key in ("epoch", "step")):
-                break
-            lines.append(line)
-        return lines
-
-    def cut(self, epoch: int) -> list[dict[str, Any]]:
-        """Drop the lines past an epoch, of which a resumed run writes its own; return those that stay.
-
-        Raises:
-            RunError: One that must stay is damaged, or the rest can't be written; the file is as it was.
-        """
-        return self.keep(
-            lambda line: line["epoch"] <= epoch and "test_top1" not in line,
-            lambda lines: (lines[-1]["epoch"] if lines else 0) >= epoch,
-            f"epoch {epoch}",
-        )
-
-    def keep(
-        self, stays: Callable[[dict[str, Any]], bool], is_whole: Callable[[list[dict[str, Any]]], bool], last: str
-    ) -> list[dict[str, Any]]:
-        """Drop the lines that do not stay; return the others.
-
-        Args:
-            stays: Whether a line does.
-            is_whole: Whether those that stay are all there; asked where a line is damaged.
-            last: After what the run goes on, for the message.
-
-        Raises:
-            RunError: As `cut`.
-        """
-        found = self.read()
-        lines = [line for line in found if stays(line)]
-        if len(found) < self.count() and not is_whole(lines):
-            raise RunError(
-                f"{self.path} is damaged in line {len(found) + 1}, and the run goes on after {last}; put the "
-                "line right, or remove the file to go on without what it holds"
-            )
-        unfinished = self.path.with_suffix(".unfinished")
-        try:
-            unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            unfinished.replace(self.path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
-            raise self._not_written(error) from None
-        return lines
-
-    def count(self) -> int:
-        """Return how many lines there are, damaged ones too."""
-        return len(self._texts())
-
-    def _texts(self) -> list[bytes]:
-        return self.path.read_bytes().splitlines() if self.path.exists() else []
-
-    def _not_written(self, error: OSError) -> RunError:
-        return RunError(f"{self.path} could not be written: {error}; once it can be, go on with --resume")
 
 
 class StopRequest:

@@ -9,7 +9,8 @@ import compare
 import torch
 from accelerate.utils import broadcast_object_list
 from build import make_accelerator
-from runs import Metrics, check_free, check_same_recipe
+from metrics import Metrics
+from runs import check_free, check_same_recipe
 from state import on_main
 
 from itop_prune.recipe import Recipe
@@ -55,8 +56,7 @@ def standing(folder: Path, recipe: Recipe, resume: bool) -> str:
         check_free(folder)
         return "new"
     check_same_recipe(folder, recipe)
-    tested = "test_top1" in (Metrics(folder).read() or [{}])[-1]
-    return "finished" if tested and (folder / "model.safetensors").exists() else "begun"
+    return "finished" if Metrics(folder).test and (folder / "model.safetensors").exists() else "begun"
 
 
 def in_words(runs: compare.Runs) -> str:

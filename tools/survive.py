@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 
 from checkpoint import Checkpoints, damage
+from metrics import Metrics
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from runs import Metrics
 from safetensors.torch import load_file
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"

@@ -31,7 +31,7 @@ LINES_AT_MOST = 8
 BARS_AT_MOST = 40
 NAMES_AT_MOST = 36
 COLUMNS_AT_MOST = 600
-OLD = "This run has no layers.jsonl (an earlier version wrote none), so nothing is known by layer."
+OLD = "This run has no layers.jsonl (it was removed, or an earlier version wrote none): nothing is known by layer."
 DENSE = "No masks: a dense model."
 
 
@@ -54,6 +54,8 @@ def masks_of(history: History, moving: bool) -> Masks | str:
         return DENSE
     if not moving or len(masks.steps) > 1:
         return masks
+    if masks.updates_before:
+        return f"The {masks.updates_before:,} updates of the masks were made before layers.jsonl was begun anew."
     if not history.recipe.get("regrow"):
         return f"The masks are static: R_s stays at the density, {history.last['exploration_rate']:.4f}."
     every = history.recipe["regrow"].get("every")
@@ -83,14 +85,13 @@ def exploration(history: History) -> Figure | str:
             draw_held(axes, masks, by_layer[:, place], history, label=label, **style)
     legend_below(figure)
     axes.set(ylabel="R_s, share of weights explored", ylim=(0, 1.02))
-    steps_below(axes, history.steps[-1])
+    steps_below(axes, history.end)
     return figure
 
 
 def held(masks: Masks, values: Numbers, history: History) -> tuple[Numbers, Numbers]:
     """Return steps and values up to the end of the run: what an update leaves stays until the next."""
-    last = max(masks.steps[-1], history.steps[-1])
-    return np.append(masks.steps, last), np.concatenate([values, values[-1:]])
+    return np.append(masks.steps, history.end), np.concatenate([values, values[-1:]])
 
 
 def draw_held(axes: Axes, masks: Masks, values: Numbers, history: History, **style: Any) -> None:
@@ -113,14 +114,14 @@ def exploration_map(history: History) -> Figure | str:
     count = len(masks.names)
     figure, (axes,) = panels(width=WIDE, height=min(6.5, max(3.0, 0.18 * count + 1.0)))
     places = thinned(len(masks.steps), COLUMNS_AT_MOST)
-    edges = np.append(masks.steps[places], max(masks.steps[-1] + 1, history.steps[-1]))
+    edges = np.append(masks.steps[places], max(masks.steps[-1] + 1, history.end))
     rows = np.arange(count + 1) - 0.5
     drawn = axes.pcolormesh(edges, rows, masks.exploration_rates[places].T, cmap=SHADES, vmin=0, vmax=1)
     axes.invert_yaxis()
     labelled = thinned(count, NAMES_AT_MOST)
     axes.set_yticks(labelled, [short(masks.names[place]) for place in labelled], fontsize=8.5)
     axes.grid(visible=False)
-    steps_below(axes, history.steps[-1])
+    steps_below(axes, history.end)
     axes.set_xlim(0, edges[-1])
     figure.colorbar(drawn, ax=axes, label="R_s of the layer", pad=0.01)
     return figure
@@ -142,7 +143,7 @@ def changes(history: History) -> Figure | str:
         label = f"survived, {survived[np.isfinite(survived)][-1]:.3f} at the end"
         axes.plot(steps[1:], survived, "--", color=VERMILLION, label=label, **marked(steps))
     axes.set(ylabel="share of active weights", ylim=(0, None))
-    steps_below(axes, history.steps[-1])
+    steps_below(axes, history.end)
     legend_below(figure)
     return figure
 
@@ -172,10 +173,11 @@ def sparsity(history: History) -> Figure | str:
     ]
     overall = 1.0 - masks.active[-1].sum() / masks.weights.sum()
     draw = bars if len(names) <= BARS_AT_MOST else columns
-    return draw([short(name) for name in names], values, before, dense, float(overall))
+    since = f"at step {masks.steps[0]:,.0f}" if masks.steps[0] else "at the beginning"
+    return draw([short(name) for name in names], values, before, since, dense, float(overall))
 
 
-def bars(names: list[str], values: Numbers, before: Numbers, dense: list[str], overall: float) -> Figure:
+def bars(names: list[str], values: Numbers, before: Numbers, since: str, dense: list[str], overall: float) -> Figure:
     """Draw few layers: a lying bar each, with name and number."""
     figure, (axes,) = panels(width=WIDE, height=0.26 * len(names) + 1.1)
     places = np.arange(len(names))
@@ -185,7 +187,7 @@ def bars(names: list[str], values: Numbers, before: Numbers, dense: list[str], o
         where, color = (0.01, "white") if inside else (value + 0.005, BLACK)
         axes.text(where, place, word or f"{value:.4f}", va="center", fontsize=9, color=color)
     if np.abs(values - before).max() > 1e-3:
-        axes.plot(before, places, "D", color=BLACK, markerfacecolor="white", label="at the beginning", linestyle="")
+        axes.plot(before, places, "D", color=BLACK, markerfacecolor="white", label=since, linestyle="")
     axes.axvline(overall, color=BLACK, linestyle="--", linewidth=1.2, label=f"all masks, {overall:.4f}")
     axes.set_yticks(places, names, fontsize=9)
     axes.set(xlabel="sparsity, share of zeros", xlim=(0, 1.08), ylim=(len(names) - 0.4, -0.6))
@@ -194,7 +196,7 @@ def bars(names: list[str], values: Numbers, before: Numbers, dense: list[str], o
     return figure
 
 
-def columns(names: list[str], values: Numbers, before: Numbers, dense: list[str], overall: float) -> Figure:
+def columns(names: list[str], values: Numbers, before: Numbers, since: str, dense: list[str], overall: float) -> Figure:
     """Draw many layers: a thin standing bar each, from first to last, every k-th with its name."""
     figure, (axes,) = panels(width=WIDE, height=4.2)
     places = np.arange(len(names))
@@ -203,7 +205,7 @@ def columns(names: list[str], values: Numbers, before: Numbers, dense: list[str]
     if marks:
         axes.plot(marks, np.zeros(len(marks)), "x", color=VERMILLION, label="dense layer", clip_on=False, linestyle="")
     if np.abs(values - before).max() > 1e-3:
-        axes.plot(places, before, "_", color=BLACK, label="at the beginning", linestyle="")
+        axes.plot(places, before, "_", color=BLACK, label=since, linestyle="")
     axes.axhline(overall, color=BLACK, linestyle="--", linewidth=1.2, label=f"all masks, {overall:.4f}")
     labelled = thinned(len(names), NAMES_AT_MOST)
     axes.set_xticks(

@@ -1,5 +1,6 @@
 """Experiment trackers (tensorboard, wandb, ...) through Accelerate: they get the numbers of metrics.jsonl."""
 
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,7 +44,7 @@ class Trackers:
         self._accelerator, self._recipe, self._folder = accelerator, recipe, folder
 
     def start(self, step: int, resumed: bool) -> None:
-        """Open them, in the run folder; of a resumed run's curves tensorboard drops what lies past the step.
+        """Open them, in the run folder; a resumed run goes on in its curves, for wandb by an id that the folder keeps.
 
         Raises:
             RunError: One can't be opened.
@@ -51,10 +52,10 @@ class Trackers:
         folder, names = str(self._folder), asked_for(self._recipe)
         if not names:
             return
-        of_each = {
-            "tensorboard": {"purge_step": step + 1},
-            "wandb": {"dir": folder, "name": "/".join(self._folder.parts[-2:])},
-        }
+        of_each: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}  # drops what lies past the step
+        if {"wandb", "all"} & set(names):
+            shown = {"dir": folder, "name": "/".join(self._folder.parts[-2:])}
+            of_each["wandb"] = {**shown, "id": self._wandb_id(), "resume": "allow"}
         settings = None if resumed else flat(yaml.safe_load(self._recipe.as_yaml()))
         self._accelerator.project_configuration.set_directories(folder)
         try:
@@ -86,6 +87,13 @@ class Trackers:
         # `end_training` would end the ranks too, and another seed may follow
         for tracker in self._accelerator.trackers:
             tracker.finish()
+
+    def _wandb_id(self) -> str:
+        """Return the id of the run, drawn where there is none: a new run in a folder of the same name is another."""
+        path = self._folder / "wandb_id"
+        if not path.exists():
+            path.write_text(f"{uuid.uuid4().hex[:16]}\n", encoding="utf-8")
+        return path.read_text(encoding="utf-8").strip()
 
     def _named(self) -> str:
         return f"accelerator.log_with: {', '.join(asked_for(self._recipe))}"

@@ -29,9 +29,10 @@ from data import Data, augmentation_of, open_data
 from display import Display
 from evaluation import evaluate, evaluate_only
 from layers import Layers
+from metrics import Metrics
 from plan import dry_run, without_updates
 from report import attempt
-from runs import Metrics, RunError, StopRequest, check_same_recipe, run_folder, start
+from runs import RunError, StopRequest, check_same_recipe, run_folder, start
 from safetensors import SafetensorError
 from seeds import train_seeds
 from sharded import model_state
