@@ -56,11 +56,11 @@ def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tenso
     return torch.cat([above, tied[: count - len(above)]])
 
 
-def _narrowed(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
+def _narrowed(scores: Tensor, allowed: Tensor, count: int, smallest: bool) -> tuple[Tensor, Tensor, int]:
     """Return a mask of what is surely among the `count` best of what is allowed, where the rest is, and its count.
 
     A sample tells two scores between which the last of the chosen lies. Should it mislead, or be all there is, nothing
-    is sure. Everything is 1-d; NaN is never sure, and counts as above all scores.
+    is sure. Everything is 1-d; NaN is never sure, and always among where the rest is.
     """
     stride = len(scores) // SAMPLE | 1
     if stride > 1:
@@ -68,9 +68,11 @@ def _narrowed(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, Tens
         spread = 4.0 * math.sqrt(len(allowed) / stride * share * (1.0 - share))
         first, last = math.floor(count / stride - spread), math.ceil(count / stride + spread) + 1
         if last < len(sample):
-            ranked = sample.topk(last).values
-            sure = allowed & (scores > (ranked[first] if first > 0 else math.inf))
-            places, rest = ((allowed ^ sure) > (scores <= ranked[-1])).nonzero(), count - int(sure.count_nonzero())
+            ranked = sample.topk(last, largest=not smallest).values
+            better, out = (torch.lt, torch.ge) if smallest else (torch.gt, torch.le)
+            sure = allowed & better(scores, ranked[first]) if first > 0 else torch.zeros_like(allowed)
+            places = ((allowed ^ sure) > out(scores, ranked[-1])).nonzero()
+            rest = count - int(sure.count_nonzero())
             if 0 < rest <= len(places):
                 return sure, places.squeeze(1), rest
     return torch.zeros_like(allowed), allowed.nonzero().squeeze(1), count
@@ -88,13 +90,13 @@ def select(
     tensor([False,  True, False, False])
     """
     flat, open_ones = as_numbers(scores.flatten()), allowed.flatten()
-    flat = -flat if smallest else flat
     if count == 0:
         return torch.zeros_like(allowed)
     if scores.device.type not in ANSWERS_AT_ONCE:
-        return _ranked(flat, open_ones, count, generator).view(allowed.shape)
-    chosen, places, rest = _narrowed(flat, open_ones, count)
-    places = places[_top(flat.index_select(0, places), rest, generator)]
+        return _ranked(-flat if smallest else flat, open_ones, count, generator).view(allowed.shape)
+    chosen, places, rest = _narrowed(flat, open_ones, count, smallest)
+    values = flat.index_select(0, places)
+    places = places[_top(-values if smallest else values, rest, generator)]
     return chosen.index_fill_(0, places, True).view(allowed.shape)
 
 
