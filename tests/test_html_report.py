@@ -221,6 +221,13 @@ def test_the_settings_are_the_resolved_recipe(made: dict[str, Path]) -> None:
     assert f"torch{torch.__version__.partition('+')[0]}" in found["numbers"]
 
 
+def test_data_of_one_s_own_are_named_by_where_they_lie(copy: Path) -> None:
+    text = (copy / "recipe.yaml").read_text()
+    assert "lenet300 on digits; " in Page(report.write(copy).parent).text
+    (copy / "recipe.yaml").write_text(text.replace("name: digits", "name: npz, root: /data/cifar100.npz"))
+    assert "lenet300 on cifar100.npz; " in Page(report.write(copy).parent).text
+
+
 def test_a_dense_layer_is_marked_and_counted_apart(tmp_path: Path) -> None:
     assert train.main([QUICKSTART, "epochs=1", "masks.exclude=[head]", "--out", str(tmp_path / "run")]) == 0
     drawn = figure(topographies.sparsity(history.read(tmp_path / "run")))

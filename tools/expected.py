@@ -25,7 +25,7 @@ def explored(density: float, rates: Iterable[float]) -> float:
     >>> explored(0.5, [])
     0.5
     >>> explored(0.5, [0.5, 0.5])  # of 0.75 inactive weights 0.25 grow: a third of the unexplored, twice
-    0.7777777777777778
+    0.7777777777777777
     """
     if density == 1:
         return 1.0

@@ -68,7 +68,10 @@ def what(history: History) -> str:
     recipe = history.recipe
     model, data = (recipe.get(key) or {} for key in ("model", "data"))
     masks, regrow = (recipe.get(key) for key in ("masks", "regrow"))
-    parts = [f"{model.get('model_name', 'a model')} on {data.get('name', 'its data')}"]
+    images = data.get("name", "its data")
+    if images in ("npz", "folder") and data.get("root"):  # which say how they lie, not what they are
+        images = Path(str(data["root"])).name
+    parts = [f"{model.get('model_name', 'a model')} on {images}"]
     if not masks:
         parts.append("dense")
     elif "sparsity" in masks:
