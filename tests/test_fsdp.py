@@ -341,13 +341,13 @@ def test_after_a_forward_the_scheduler_asks_for_the_parts(results: list) -> None
         assert result["forward first"]["moved"] == [False, True]
 
 
-def test_an_update_holds_seven_tensors_of_the_largest_layer_at_once_however_many_layers_there_are(
+def test_an_update_holds_four_tensors_of_the_largest_layer_at_once_however_many_layers_there_are(
     results: list,
 ) -> None:
     for result in results:
         taken = {name: result[name] for name in UPDATES}
-        assert min(taken.values()) > 4.0  # it is measured
-        assert max(taken.values()) < 7.1
+        assert min(taken.values()) > 2.0  # it is measured
+        assert max(taken.values()) < 4.1
 
 
 def test_a_whole_state_dict_goes_from_one_sharded_model_to_another(results: list) -> None:
