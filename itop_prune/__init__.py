@@ -10,6 +10,7 @@ is checks, ranks and files.
 """
 
 from itop_prune import criteria, distributions, redistribution, saliency, schedules, topology
+from itop_prune.compact import save
 from itop_prune.cost import FLOPs, flops
 from itop_prune.mask import ITOP, find_masks, remove
 from itop_prune.placement import apply
@@ -34,6 +35,7 @@ __all__ = [
     "redistribution",
     "remove",
     "saliency",
+    "save",
     "schedules",
     "summarize",
     "topology",

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itop_prune.sharding import like, local
+from itop_prune.packing import Packed
+from itop_prune.sharding import is_sharded, like, local
 
 STANDARDIZED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
 """Convolutions that standardise each filter (Qiao et al., 2019, arXiv 1903.10520), by the name of their class.
@@ -110,8 +111,12 @@ class MaskedLayer:
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        clean = set()
         for name in self.masked_names:
             weight, parameter, mask = (prefix + name + ending for ending in ("", "_orig", "_mask"))
+            if isinstance(packed := state_dict.get(mask), Packed):
+                state_dict[parameter], state_dict[mask] = self._unpack(name, packed)
+                clean.add(name)
             if mask in state_dict:  # torch's own pruning keeps float masks
                 state_dict[mask] = state_dict[mask].bool()
                 self.__dict__.pop(f"{name}_planned", None)
@@ -120,7 +125,16 @@ class MaskedLayer:
                 state_dict.setdefault(mask, getattr(self, name + "_mask"))
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         for name in self.masked_names:
-            zero_off_mask(getattr(self, name + "_orig"), getattr(self, name + "_mask"))
+            if name not in clean:
+                zero_off_mask(getattr(self, name + "_orig"), getattr(self, name + "_mask"))
+
+    def _unpack(self, name: str, packed: Packed) -> tuple[Tensor, Tensor]:
+        """Return a weight and its mask as tensors; written in place at once where that can be, to save a copy."""
+        parameter, mask = getattr(self, f"{name}_orig"), getattr(self, f"{name}_mask")
+        if is_sharded(parameter) or not (parameter.is_contiguous() and mask.is_contiguous()):
+            return packed.unpack()
+        packed.fill(parameter, mask)
+        return parameter, mask
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -171,7 +185,6 @@ def attach(layer: nn.Module, name: str, mask: Tensor) -> None:
     layer.__class__ = _subclass(base, (*masked_names(layer), name))
     if isinstance(layer, nn.RNNBase):
         layer.__dict__.pop("_flat_weights", None)
-    zero_off_mask(getattr(layer, f"{name}_orig"), mask)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Masks live here: `ITOP` holds one, `find_masks` finds all of a model, `remove` bakes them in."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -46,10 +48,21 @@ class ITOP(prune.BasePruningMethod):
             raise ValueError(
                 f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {expected}; they must agree"
             )
-        method = cls(module, name)
-        attach(module, name, torch.zeros_like(parameter, dtype=torch.bool).copy_(mask))
-        module.register_forward_pre_hook(method)
-        return method
+        itop = cls.place(module, name)
+        itop.mask.copy_(mask)
+        itop.zero_off_mask()
+        return itop
+
+    @classmethod
+    def place(cls, module: nn.Module, name: str) -> "ITOP":
+        """Give one parameter a mask that is False everywhere, for values and positions that come from elsewhere.
+
+        What may hinder it is not looked for, and the parameter is not touched.
+        """
+        itop = cls(module, name)
+        attach(module, name, torch.zeros_like(module.get_parameter(name), dtype=torch.bool))
+        module.register_forward_pre_hook(itop)
+        return itop
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -203,14 +216,14 @@ def remove(model: nn.Module) -> None:
     """
     for itop in find_masks(model).values():
         prune.remove(itop._layer, itop._tensor_name)
-    leave_out_of_ddp(model)
+    leave_out_of_ddp(model, ())
 
 
-def leave_out_of_ddp(model: nn.Module) -> None:
+def leave_out_of_ddp(model: nn.Module, masks: Iterable[str]) -> None:
     """Tell DistributedDataParallel not to send the masks around with every forward: they are equal on all ranks."""
     model, key = unwrap(model), "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
     present = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    names = present.intersection(getattr(model, key, ())) | {f"{name}_mask" for name in find_masks(model)}
+    names = present.intersection(getattr(model, key, ())) | {f"{name}_mask" for name in masks}
     if names:
         setattr(model, key, sorted(names))
     elif hasattr(model, key):

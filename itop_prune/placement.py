@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from itop_prune import distributions, ranks, saliency, topology
 from itop_prune.distributions import Distribution
 from itop_prune.layer import effective, standardizes
-from itop_prune.mask import ITOP, leave_out_of_ddp
+from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
 from itop_prune.menu import nearest
 from itop_prune.selection import kernel_shape, matching, select
 
@@ -87,7 +87,7 @@ def apply(
     for name, (layer, tensor) in selected.items():
         if applied[name].mask.is_meta:
             setattr(layer, f"{tensor}_planned", counts[name])
-    leave_out_of_ddp(model)
+    leave_out_of_ddp(model, find_masks(model))
     if scores != "random" or ranked:
         ranks.check_equal_masks({name: itop.mask for name, itop in applied.items()})
     return applied

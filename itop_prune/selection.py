@@ -1,5 +1,6 @@
 """What can be masked: the weights of a model by name, patterns that select among them, and what stands in the way."""
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -120,7 +121,8 @@ def plain_name(*parts: str) -> str:
     >>> plain_name("blocks.0._orig_mod.fc", "weight")
     'blocks.0.fc.weight'
     """
-    return ".".join(part for part in ".".join(parts).split(".") if part not in ("", "_orig_mod"))
+    name = ".".join(filter(None, parts))
+    return name if "_orig_mod" not in name else ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def matching(patterns: str | Iterable[str], names: Iterable[str], what: str) -> set[str]:
@@ -154,7 +156,12 @@ def _held_again(layer: nn.Module, tensor: str) -> str:
         lists_it = attribute == "_flat_weights" and isinstance(layer, nn.RNNBase)  # which the masked layer replaces
         if attribute != "_parameters" and not lists_it and _contains(value, parameter):
             return f"from its {attribute}"
-    for kind in type(layer).__mro__:
+    return _asks_for(type(layer), tensor)  # type: ignore[arg-type]  # a class can be hashed
+
+
+@functools.cache
+def _asks_for(layer: type, tensor: str) -> str:
+    for kind in layer.__mro__:
         for name, function in () if kind.__module__.startswith("torch.") else vars(kind).items():
             code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
             if code and "_parameters" in code.co_names and tensor in code.co_consts:

@@ -3,15 +3,17 @@
 import json
 import pickle
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from itop_prune import compact
 from itop_prune.layer import masked_names
 from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
 from itop_prune.menu import nearest
+from itop_prune.packing import Packed
 from itop_prune.selection import obstacle, plain_name, unwrap, walk
 from itop_prune.sharding import whole
 
@@ -47,9 +49,10 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
 
     Args:
         model: Dense, or masked at the same places; changed in place.
-        source: A state dict with `<name>_orig` and `<name>_mask` (of this package or of torch's own pruning; prefixes
-            that DistributedDataParallel and torch.compile put in are taken off); a file of one, .safetensors or what
-            `torch.save` writes (read with `weights_only=True`); or a folder that Accelerate saved.
+        source: A file that `itop_prune.save` wrote; a state dict with `<name>_orig` and `<name>_mask` (of this package
+            or of torch's own pruning; prefixes that DistributedDataParallel and torch.compile put in are taken off); a
+            file of one, .safetensors or what `torch.save` writes (read with `weights_only=True`); or a folder that
+            Accelerate saved.
         strict: Whether the names and shapes of model and source must be the same. If not, what differs keeps what the
             model has: a new head stays dense, say.
 
@@ -58,86 +61,92 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The source is no state dict, has no masks, or does not fit the model; the model is then as it was.
+        ValueError: The source is no state dict, is damaged, has no masks, or does not fit the model, which is then as
+            it was.
     """
-    state = source if isinstance(source, Mapping) else read_state(source)
-    state = {plain_name(name): tensor for name, tensor in state.items()}
+    given: Mapping[str, Tensor | Packed] = source if isinstance(source, Mapping) else _read(Path(source))
+    state = {plain_name(name): tensor for name, tensor in given.items()}
     versions = {plain_name(name): layer for name, layer in getattr(source, "_metadata", {}).items()}
     model = unwrap(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device; call model.to_empty(device=...) first")
-    own = dense_state_dict(model)
-    while state and not own.keys() & _owners(state).keys() and all(name.startswith("module.") for name in state):
+    present = model.state_dict()
+    actual = {plain_name(name): name for name in present}
+    shapes, owners = _shapes({name: present[actual[name]] for name in actual}), _owners(state)
+    while state and not shapes.keys() & owners.keys() and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         versions = {name.removeprefix("module").removeprefix("."): layer for name, layer in versions.items()}
-    owners = _owners(state)
-    given = {name: _shapes(state[entry] for entry in entries) for name, entries in owners.items()}
+        owners = _owners(state)
+    found, weights = _shapes(state), [*walk(model, remove_duplicate=False)]
     masked = {owner for owner, entries in owners.items() if owner not in entries}
     if not masked:
         raise ValueError(
             "the source has no masks; load a dense one with model.load_state_dict, then call itop_prune.apply"
         )
-    if strange := sorted(masked & own.keys() - {name for name, _, _ in walk(model, remove_duplicate=False)}):
+    if strange := sorted(masked & shapes.keys() - {name for name, _, _ in weights}):
         raise ValueError(f"the source masks what is no weight matrix here: {', '.join(strange)}; prune.remove it first")
-    shapes = {name: _shapes([tensor]) for name, tensor in own.items()}
-    differing = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
+    differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
     if strict and differing:
         lines = [
-            f"  {n}: the model has {shapes.get(n, 'none')}, the source {given.get(n, 'none')}" for n in differing[:10]
+            f"  {n}: the model has {shapes.get(n, 'none')}, the source {found.get(n, 'none')}" for n in differing[:10]
         ]
         more = f"\n  and {len(differing) - 10} more" if differing[10:] else ""
         raise ValueError("model and source differ; strict=False loads the rest\n" + "\n".join(lines) + more)
-    if not masked - set(differing):
+    fitting = masked - set(differing)
+    if not fitting:
         raise ValueError(
             f"no masked weight of the source fits the model: {differing[0]!r}{nearest(differing[0], shapes)}"
         )
-    if only_here := sorted(set(find_masks(model)) - masked - set(differing)):
+    masked_here = {name for name, layer, tensor in weights if tensor in masked_names(layer)}
+    if only_here := sorted(masked_here - masked - set(differing)):
         raise ValueError(
             f"masked in the model and dense in the source: {', '.join(only_here)}; load into a dense model"
         )
     state = {entry: state[entry] for name, entries in owners.items() if name not in differing for entry in entries}
-    to_mask = [
-        (name, layer, tensor)
-        for name, layer, tensor in walk(model)
-        if name in masked - set(differing) and tensor not in masked_names(layer)
-    ]
-    if reasons := [f"  {name}: {why}" for name, layer, tensor in to_mask if (why := obstacle(layer, tensor))]:
+    to_mask = {name: (layer, tensor) for name, layer, tensor in weights if name in fitting and name not in masked_here}
+    if reasons := [f"  {name}: {why}" for name, place in to_mask.items() if (why := obstacle(*place))]:
         raise ValueError("can't mask\n" + "\n".join(reasons))
-    for name, layer, tensor in to_mask:
-        ITOP.apply(layer, tensor, state[f"{name}_mask"])
-    present = model.state_dict()
-    actual = {plain_name(name): name for name in present}
-    named = OrderedDict((actual[name], tensor) for name, tensor in state.items())
+    for layer, tensor in to_mask.values():
+        if tensor not in masked_names(layer):  # it may have two names
+            ITOP.place(layer, tensor)
+    named = OrderedDict((actual.get(name) or actual[name[:-5]] + name[-5:], tensor) for name, tensor in state.items())
     # How torch keeps the versions of layers beside the tensors; those that the source does not tell are the model's.
-    named._metadata = {name: versions.get(plain_name(name), own) for name, own in present._metadata.items()}  # type: ignore[attr-defined]
+    named._metadata = {name: versions.get(plain_name(name), here) for name, here in present._metadata.items()}  # type: ignore[attr-defined]
     model.load_state_dict(named, strict=strict)
-    leave_out_of_ddp(model)
-    return find_masks(model)
+    masks = find_masks(model)
+    leave_out_of_ddp(model, masks)
+    return masks
 
 
-def _owners(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+def _owners(state: Mapping[str, Tensor | Packed]) -> dict[str, list[str]]:
     """Return the names of a state dict's entries by plain name: of a masked weight there are two, of others one."""
     owners: dict[str, list[str]] = {}
     for name in state:
-        stems = (name.removesuffix(ending) for ending in ("_orig", "_mask"))
-        masked = (stem for stem in stems if stem != name and {f"{stem}_orig", f"{stem}_mask"} <= state.keys())
-        owners.setdefault(next(masked, name), []).append(name)
+        stem = name[:-5] if name.endswith(("_orig", "_mask")) else name
+        both = stem != name and f"{stem}_orig" in state and f"{stem}_mask" in state
+        owners.setdefault(stem if both else name, []).append(name)
     return owners
 
 
-def _shapes(tensors: Iterable[Tensor]) -> str:
-    """Return the shapes in words; weight and mask have one and the same."""
-    return " and ".join(sorted({str(tuple(tensor.shape)) for tensor in tensors}))
+def _shapes(state: Mapping[str, Tensor | Packed]) -> dict[str, str]:
+    """Return the shapes in words by plain name; weight and mask have one and the same."""
+    shapes = {name: {tuple(state[entry].shape) for entry in entries} for name, entries in _owners(state).items()}
+    return {name: " and ".join(sorted(map(str, different))) for name, different in shapes.items()}
 
 
 def read_state(path: str | Path) -> Mapping[str, Tensor]:
-    """Read a state dict from a .safetensors file, what `torch.save` wrote, or a folder of Accelerate's; never a pickle.
+    """Read a state dict from a .safetensors file (of `itop_prune.save` too), what `torch.save` wrote, or a folder.
+
+    The folder is one of Accelerate's. No code from a file is run.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file holds something else.
     """
-    path = Path(path)
+    return compact.unpack(_read(Path(path)))
+
+
+def _read(path: Path) -> Mapping[str, Tensor | Packed]:
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
@@ -145,9 +154,7 @@ def read_state(path: str | Path) -> Mapping[str, Tensor]:
             f"{path} does not exist; allowed are a .safetensors or torch file, or a folder of Accelerate's"
         )
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file  # an optional dependency, needed for this format alone
-
-        return load_file(path)
+        return compact.read(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -163,14 +170,14 @@ def read_state(path: str | Path) -> Mapping[str, Tensor]:
     return state
 
 
-def _read_folder(folder: Path) -> Mapping[str, Tensor]:
+def _read_folder(folder: Path) -> Mapping[str, Tensor | Packed]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if (folder / stem).exists():
-            return read_state(folder / stem)
+            return _read(folder / stem)
         index = folder / f"{stem}.index.json"
         if index.exists():
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return {name: tensor for shard in shards for name, tensor in read_state(folder / shard).items()}
+            return {name: tensor for shard in shards for name, tensor in _read(folder / shard).items()}
     raise FileNotFoundError(
         f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a folder of Accelerate's?"
     )

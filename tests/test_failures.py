@@ -26,6 +26,8 @@ from processes import (
     without_last_checkpoint,
 )
 
+from itop_prune.storage import read_state
+
 FULL = OSError(28, "No space left on device")
 
 
@@ -270,25 +272,26 @@ def test_a_full_disk_at_a_line_of_metrics_is_one_line_and_the_run_can_go_on(
     assert_same_end(whole, folder)
 
 
+@pytest.mark.parametrize("name", ["sparse.safetensors", "model.safetensors"])
 def test_a_full_disk_at_the_last_weights_is_one_line_and_the_run_can_be_ended(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, replace = tmp_path / "run", Path.replace
 
     def full(path: Path, target: Path) -> Path:
-        if target == folder / "model.safetensors":
+        if target == folder / name:
             raise FULL
         return replace(path, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
         assert run(folder) == 1
-    assert one_error(capsys.readouterr().err).startswith(
-        f"error: {folder / 'model.safetensors'} could not be written: "
-    )
+    assert one_error(capsys.readouterr().err).startswith(f"error: {folder / name} could not be written: ")
     assert not list(folder.glob("*.unfinished"))
+    assert not (folder / "model.safetensors").exists()  # with which a run counts as done
     assert run(folder, "--resume") == 0
     assert_same_end(whole, folder)
+    assert read_state(folder / "sparse.safetensors").keys() == read_state(folder / "model.safetensors").keys()
 
 
 def test_a_read_only_place_is_one_line_that_offers_another(

@@ -1,6 +1,7 @@
 """FSDP2 on two processes: the numbers of one process with the whole model, masks equal, parts written in place."""
 
 import datetime
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -128,12 +129,16 @@ def numbers(masks: dict[str, itop_prune.ITOP], optimizer: Any, regrow: itop_prun
 
 
 def save_and_load(part: int) -> dict[str, Any]:
-    """A whole state dict out of a sharded model, into another one with other weights and masks."""
+    """A small file out of a sharded model, and a whole state dict, into another one with other weights and masks."""
     one, other = model(), model(seed=1)
     masks = itop_prune.apply(one, 0.6)
     itop_prune.apply(other, 0.6, seed=1)
     for network in (one, other):
         shard(network)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "small.safetensors"
+        itop_prune.save(one, path)
+        content = bytearray(path.read_bytes())
     state = get_model_state_dict(one, options=WHOLE)
     set_model_state_dict(other, state, options=WHOLE)
     x = data(0, 0, None, (20,))[0]
@@ -142,6 +147,8 @@ def save_and_load(part: int) -> dict[str, Any]:
         "masks": [{n: i.mask.clone() for n, i in itop_prune.find_masks(net).items()} for net in (one, other)],
         "names": list(state),
         "weight": whole(one[0].weight),
+        "dense": {n: t.clone() for n, t in itop_prune.dense_state_dict(one).items()},
+        "small file": torch.frombuffer(content, dtype=torch.uint8),
         "expected": whole(masks["0.weight"].parameter) * masks["0.weight"].mask,
     }
 
@@ -362,6 +369,16 @@ def test_a_whole_state_dict_goes_from_one_sharded_model_to_another(results: list
 def test_the_weight_of_a_sharded_layer_is_current_outside_of_a_forward(results: list) -> None:
     for result in results:
         assert torch.equal(result["save and load"]["weight"], result["save and load"]["expected"])
+
+
+def test_the_small_file_of_a_sharded_model_is_whole_on_every_rank(results: list, tmp_path: Path) -> None:
+    for rank, result in enumerate(results):
+        network, path = model(seed=2), tmp_path / f"{rank}.safetensors"
+        path.write_bytes(bytes(result["save and load"]["small file"].tolist()))
+        masks = itop_prune.load(network, path)
+        assert all(torch.equal(itop.mask, result["save and load"]["masks"][0][name]) for name, itop in masks.items())
+        for name, tensor in itop_prune.dense_state_dict(network).items():
+            assert torch.equal(tensor, result["save and load"]["dense"][name]), name
 
 
 def test_what_can_not_be_done_to_a_sharded_model_says_so(results: list) -> None:

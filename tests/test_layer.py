@@ -360,10 +360,30 @@ def test_a_channels_last_weight_stays_channels_last() -> None:
     assert model[3].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_zero_off_mask_writes_zero_over_anything() -> None:
-    tensor = torch.tensor([1.0, float("nan"), float("inf"), 2.0])
-    zero_off_mask(tensor, torch.tensor([True, False, False, True]))
-    assert tensor.tolist() == [1.0, 0.0, 0.0, 2.0]
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_zero_off_mask_writes_zero_over_anything_and_leaves_the_rest(dtype: torch.dtype) -> None:
+    nan, inf = float("nan"), float("inf")
+    tensor = torch.tensor([1.0, nan, inf, -2.0, -0.0, nan, -inf], dtype=dtype)
+    zero_off_mask(tensor, torch.tensor([1, 0, 0, 0, 1, 1, 1]).bool())
+    assert [str(value) for value in tensor.tolist()] == ["1.0", "0.0", "0.0", "0.0", "-0.0", "nan", "-inf"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_zero_off_mask_takes_statistics_that_are_no_floating_point_numbers(dtype: torch.dtype) -> None:
+    tensor = torch.ones(3, dtype=dtype)
+    zero_off_mask(tensor, torch.tensor([True, False, True]))
+    assert tensor.tolist() == [1, 0, 1]
+
+
+def test_zero_off_mask_goes_by_position_in_whatever_memory_format() -> None:
+    tensor, mask = torch.randn(4, 5, 3, 3), torch.rand(4, 5, 3, 3) < 0.5
+    expected = torch.where(mask, tensor, 0.0)
+    for other in (tensor.clone(), tensor.contiguous(memory_format=torch.channels_last)):
+        zero_off_mask(other, mask)
+        assert torch.equal(other, expected)
 
 
 @pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and what exporters to other runtimes still do

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import itop_prune
+from itop_prune.storage import read_state
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
@@ -199,6 +200,7 @@ def test_evaluate_prints_what_the_run_found(tmp_path, capsys):
     for path in (
         tmp_path / "run",
         tmp_path / "run" / "model.safetensors",
+        tmp_path / "run" / "sparse.safetensors",
         max((tmp_path / "run").glob("checkpoints/step*")),
     ):
         capsys.readouterr()
@@ -207,6 +209,21 @@ def test_evaluate_prints_what_the_run_found(tmp_path, capsys):
             *("test_loss", f"{expected['test_loss']:.4f}"),
             *("test_top1", f"{expected['test_top1']:.4f}"),
         ]
+
+
+@pytest.mark.parametrize("overrides", [(), ("ema={decay: 0.9}",)], ids=["weights", "average"])
+def test_a_sparse_run_ends_with_a_small_file_that_holds_the_same(tmp_path, overrides):
+    run(tmp_path, *overrides)
+    saved, small = weights(tmp_path), read_state(tmp_path / "run" / "sparse.safetensors")
+    assert small.keys() == saved.keys()
+    assert all(torch.equal(small[name], tensor) for name, tensor in saved.items())
+    sizes = [(tmp_path / "run" / f"{name}.safetensors").stat().st_size for name in ("sparse", "model")]
+    assert sizes[0] < 0.1 * sizes[1]
+
+
+def test_a_dense_run_has_no_small_file(tmp_path):
+    run(tmp_path, "masks=null", "regrow=null")
+    assert [path.name for path in (tmp_path / "run").glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_evaluate_of_a_checkpoint_with_an_average_tests_the_average(tmp_path, capsys):

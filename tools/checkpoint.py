@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from sharded import load_model_state
 from torch import Tensor, nn
 
+from itop_prune import compact
+
 State = dict[str, Tensor]
 CHECKSUMS = "checksums.json"
 
@@ -134,11 +136,13 @@ def save_model(state: State, path: Path) -> None:
 
 
 def save_result(state: State, path: Path) -> None:
-    """Write the weights that a run ends with.
+    """Write the weights that a run ends with; of a sparse model a small file too, first, for with the other it is over.
 
     Raises:
-        CheckpointError: They can't be written, on a full disk for one.
+        CheckpointError, OSError: They can't be written, on a full disk for one.
     """
+    if compact.masked(state):
+        compact.write(state, path.with_name("sparse.safetensors"))
     try:
         save_model(state, path)
     except (OSError, SafetensorError) as error:

@@ -8,8 +8,9 @@
 
 A run writes runs/<recipe>[-key=value...]/seed<k>/: recipe.yaml (as it was resolved), metrics.jsonl (a line an
 epoch; the test set is used once, at the end), layers.jsonl (the masks after every update), checkpoints/,
-model.safetensors and report.html, all of it to look at. Ctrl-C leaves a checkpoint, and the same command with --resume
-goes on from it. The sections of a recipe are keyword arguments: itop_prune/sections.py says of what.
+model.safetensors, the same as a small file in sparse.safetensors, and report.html, all of it to look at. Ctrl-C leaves
+a checkpoint, and the same command with --resume goes on from it. The sections of a recipe are keyword arguments:
+itop_prune/sections.py says of what.
 """
 
 import argparse
