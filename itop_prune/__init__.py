@@ -12,6 +12,7 @@ is checks, ranks and files.
 from itop_prune import criteria, distributions, redistribution, saliency, schedules, topology
 from itop_prune.compact import save
 from itop_prune.cost import FLOPs, flops
+from itop_prune.deployment import deploy
 from itop_prune.mask import ITOP, find_masks, remove
 from itop_prune.placement import apply
 from itop_prune.report import Summary, summarize
@@ -28,6 +29,7 @@ __all__ = [
     "apply",
     "criteria",
     "dense_state_dict",
+    "deploy",
     "distributions",
     "find_masks",
     "flops",

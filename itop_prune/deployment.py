@@ -1,0 +1,194 @@
+"""After training: `deploy` copies a masked model for inference on a CPU and gives each layer its fastest kernel."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from itop_prune.kernels import KERNELS
+from itop_prune.mask import find_masks, remove
+from itop_prune.menu import nearest
+from itop_prune.selection import unwrap
+from itop_prune.sparse_layers import SparseLinear, obstacle, replace, sparse
+from itop_prune.speed import Choice, Report, in_turns
+
+CHOICES = ("dense", *KERNELS)
+TOLERANCE = 1e-5
+"""How far outputs may be from the dense ones, as a share of their norm."""
+CLEARLY = 1.1
+"""How many times as fast as its dense layer another one must be to take its place."""
+
+
+def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CHOICES) -> nn.Module:
+    """Return a copy of a masked model for inference on a CPU, in which each layer computes in the fastest way measured.
+
+    A linear layer or a convolution stays dense unless a kernel for sparse weights is clearly faster on the inputs that
+    the layer has here, and the whole model stays dense unless it is faster in the end. What no kernel here can do stays
+    dense too: grouped, transposed and weight-standardised convolutions, recurrent layers, layers whose weight is read
+    by what holds them, classes of their own, other types than float32.
+
+    Args:
+        model: Masked by `itop_prune.apply` or `load`, on the CPU; in a wrapper or not. It is left as it was.
+        example_inputs: What its forward takes, a tensor or a tuple of arguments, of the sizes that are to be fast.
+        choices: What each layer may choose from. Without "dense" every layer that can takes another kernel, whether
+            that is faster or not.
+
+    Returns:
+        The copy, without masks, in evaluation mode; no parameter asks for a gradient. `print(copy.report)` shows what
+        was chosen. Other batch sizes, image sizes and numbers of threads give the same outputs; how fast was not
+        measured.
+
+    Raises:
+        ValueError: The model has no masks, is not on the CPU or can't be run with these inputs; a choice is unknown.
+
+    >>> import itop_prune
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> masks = itop_prune.apply(model, sparsity=0.9)
+    >>> deployed = deploy(model, torch.zeros(1, 64), choices=("csr",))
+    >>> [choice.kernel for choice in deployed.report.choices]
+    ['csr', 'csr']
+    """
+    _check(model, choices)
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    deployed = copy.deepcopy(unwrap(model)).eval().requires_grad_(False)
+    deployed.zero_grad()
+    places = {name: (itop._layer, itop._tensor_name) for name, itop in find_masks(deployed).items()}
+    remove(deployed)
+    dense = copy.deepcopy(deployed)
+    with torch.no_grad():
+        expected = _run(dense, arguments)
+        rows = _choose(deployed, places, arguments, choices)
+        for row, (layer, _) in zip(rows, places.values(), strict=True):
+            if row.kernel != "dense":
+                replace(layer, sparse(layer, row.kernel))
+        _keep_transposed(deployed, arguments)
+        difference = _difference(deployed(*arguments), expected)
+        models = {"dense": lambda: dense(*arguments), "deployed": lambda: deployed(*arguments)}
+        seconds = in_turns(models, at_least=11, within=1.0, of=median)
+    fallback = ""
+    if not difference <= TOLERANCE:
+        fallback = f"all of it dense: the outputs would differ by {difference:.1e}"
+    elif "dense" in choices and seconds["deployed"] > seconds["dense"]:
+        fallback = f"all of it dense: it would take {1e3 * seconds['deployed']:.3f} ms"
+    if fallback:
+        deployed, difference, seconds["deployed"] = dense, 0.0, seconds["dense"]
+        rows = [dataclasses.replace(row, kernel="dense", seconds=row.dense_seconds) for row in rows]
+    shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+    whole = (seconds["dense"], seconds["deployed"], difference, fallback)
+    deployed.report = Report(tuple(rows), shapes, torch.get_num_threads(), *whole)  # type: ignore[assignment]
+    return deployed
+
+
+def _check(model: nn.Module, choices: Sequence[str]) -> None:
+    if isinstance(choices, str) or not choices:
+        raise ValueError(f"choices is {choices!r}; allowed are some of {', '.join(CHOICES)}, as a tuple")
+    if unknown := [choice for choice in choices if choice not in CHOICES]:
+        raise ValueError(f"unknown choice {unknown[0]!r}; known are {', '.join(CHOICES)}{nearest(unknown[0], CHOICES)}")
+    masks = find_masks(model)
+    if not masks:
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has no masks; deploy what itop_prune.apply or itop_prune.load made "
+            "sparse, and before itop_prune.remove"
+        )
+    for itop in masks.values():
+        itop.check_drawn()
+    if devices := {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())} - {"cpu"}:
+        raise ValueError(f"the model is on {', '.join(sorted(devices))}; allowed is the CPU: call model.cpu() first")
+
+
+def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
+    try:
+        return model(*arguments)
+    except Exception as error:  # whatever a model raises at inputs that are not its own
+        raise ValueError(
+            f"{type(model).__name__} can't be run with inputs of shape "
+            f"{[tuple(leaf.shape) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]}: {error}; give what "
+            "its forward takes, a tensor or a tuple of arguments"
+        ) from error
+
+
+def _choose(
+    model: nn.Module, places: Mapping[str, tuple[nn.Module, str]], arguments: tuple[Any, ...], choices: Sequence[str]
+) -> list[Choice]:
+    """Run the model once, every kernel of each layer on the inputs that the layer has in it, and choose."""
+    calls: dict[nn.Module, list[dict[str, float]]] = {}
+
+    def measure(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        calls.setdefault(layer, []).append(_seconds(layer, (*inputs, *named.values()), output, choices))
+
+    reasons = {name: obstacle(*place) for name, place in places.items()}
+    layers = [layer for name, (layer, _) in places.items() if not reasons[name]]
+    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers]
+    model(*arguments)
+    for hook in hooks:
+        hook.remove()
+    rows = []
+    for name, (layer, tensor) in places.items():
+        found = calls.get(layer, [])
+        seconds = {k: sum(call[k] for call in found) for k in CHOICES if found and all(k in call for call in found)}
+        dense = seconds.pop("dense", 0.0)
+        kernel = min(seconds, key=seconds.__getitem__, default="dense")
+        if "dense" in choices and seconds and dense < CLEARLY * seconds[kernel]:
+            kernel = "dense"
+        why = reasons[name] or ("" if found else "not called: what holds it reads its weight")
+        weight = layer.get_parameter(tensor)
+        density = int(weight.count_nonzero()) / weight.numel()
+        rows.append(Choice(name, tuple(weight.shape), density, kernel, dense, seconds.get(kernel, dense), why))
+    return rows
+
+
+def _seconds(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, choices: Sequence[str]) -> dict[str, float]:
+    """Return the shortest seconds of one call of a layer, dense and with each kernel that gives the same output."""
+    functions = {"dense": functools.partial(layer.forward, *inputs)}
+    for kernel in (kernel for kernel in KERNELS if kernel in choices):
+        function = functools.partial(sparse(layer, kernel).forward, *inputs)
+        with contextlib.suppress(RuntimeError):  # this torch was built without it
+            if _difference(function(), output) <= TOLERANCE:
+                functions[kernel] = function
+    return in_turns(functions, at_least=7, within=0.05, of=min)
+
+
+def _keep_transposed(model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    """Let linear layers leave their output as the next one takes it, where only what acts on elements lies between."""
+    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    called: list[SparseLinear] = []
+    arrived: set[SparseLinear] = set()
+
+    def note(layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        x = (*inputs, *named.values())[0]
+        fits = called and called[-1].out_features == layer.in_features < x.numel()
+        if fits and x.reshape(-1, layer.in_features).t().is_contiguous():
+            arrived.add(called[-1])
+        called.append(layer)
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    kept, tried = set(layers), set[SparseLinear]()
+    while kept != tried:
+        tried = set(kept)
+        called.clear()
+        arrived.clear()
+        for layer in layers:
+            layer.keeps_transposed = layer in kept
+        try:
+            model(*arguments)
+            kept &= arrived
+        except RuntimeError:  # it views what lies otherwise than a dense layer leaves it, most likely the last one's
+            kept = kept - {called[-1]} if called[-1] in kept else set()
+    for hook in hooks:
+        hook.remove()
+
+
+def _difference(ours: Any, theirs: Any) -> float:
+    """Return the norm of the difference of all tensors as a share of theirs; NaN where there is nothing to compare."""
+    pairs = [(a, b) for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True) if isinstance(b, Tensor)]
+    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    size = sum(float(b.double().square().sum()) for _, b in pairs)
+    return 0.0 if pairs and apart == 0 else math.sqrt(apart / size) if size else math.nan

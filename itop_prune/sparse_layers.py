@@ -1,0 +1,179 @@
+"""Layers for inference on a CPU that compute with their active weights alone.
+
+Each is a sparse matrix times a dense one, [outputs, inputs] @ [inputs, columns]. A linear layer has a column for each
+row of its input; a convolution has one for each place that its kernel takes on an image, with the pixels under it: for
+a kernel of 1 by 1 that is the image as it lies there, a larger one has it unfolded.
+"""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from itop_prune.kernels import KERNELS, Active, Product
+
+
+def obstacle(layer: nn.Module, tensor: str) -> str:
+    """Return why a layer can't compute with the active weights of a tensor alone, or ""."""
+    if tensor != "weight" or type(layer) not in SPARSE or "forward" in vars(layer):
+        return f"{type(layer).__module__.partition('.')[0]}'s {type(layer).__name__} computes in a way of its own"
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        return f"{layer.groups} groups"
+    return "" if layer.weight.dtype is torch.float32 else f"{layer.weight.dtype}, not float32"
+
+
+def sparse(layer: nn.Module, kernel: str) -> Any:
+    """Return a layer that computes what a plain one does with one of `KERNELS`; it shares bias and hooks with it."""
+    new = copy.copy(layer)
+    new.__class__ = SPARSE[type(layer)]
+    new.__dict__ |= {"_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers), "kernel": kernel}
+    weight = new.__dict__["_parameters"].pop("weight").detach().flatten(1)
+    outputs, inputs = weight.nonzero(as_tuple=True)
+    counts = torch.bincount(outputs, minlength=len(weight))
+    new.register_buffer("weight_starts", F.pad(counts.cumsum(0), (1, 0)).int())
+    new.register_buffer("weight_inputs", inputs.int())
+    new.register_buffer("weight_values", weight[outputs, inputs])
+    new.prepare()  # type: ignore[operator]
+    return new
+
+
+def replace(layer: nn.Module, new: nn.Module) -> None:
+    """Make a layer be the new one wherever it is held: the object stays."""
+    layer.__class__ = type(new)
+    layer.__dict__ = vars(new)
+
+
+class SparseLayer(nn.Module):
+    """What the layers share: the active weights as buffers, and a product over them that is made, never copied."""
+
+    kernel: str
+    weight_starts: Tensor
+    weight_inputs: Tensor
+    weight_values: Tensor
+    _product: Product
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made for whoever asks for it."""
+        counts = self.weight_starts.diff()
+        outputs = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        dense = self.weight_values.new_zeros(self.weight_shape).flatten(1)
+        dense[outputs, self.weight_inputs.long()] = self.weight_values
+        return dense.view(self.weight_shape)
+
+    def prepare(self) -> None:
+        """Make the product over the present buffers."""
+        shape = (self.weight_shape[0], math.prod(self.weight_shape[1:]))
+        active = Active(self.weight_starts, self.weight_inputs, self.weight_values, shape)
+        self.__dict__ |= {"_product": KERNELS[self.kernel](active), "_dtype": active.values.dtype}
+
+    def check(self, x: Tensor) -> None:
+        """Refuse an input that asks for a gradient or is of another type than the weight.
+
+        Raises:
+            RuntimeError: It does, or it is.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a gradient is asked for through a deployed layer, which has none: use torch.no_grad() or "
+                "torch.inference_mode(), or the model that was deployed"
+            )
+        if x.dtype is not self._dtype:
+            raise RuntimeError(
+                f"a deployed layer of {self._dtype} was given {x.dtype}; allowed is {self._dtype}: leave out autocast "
+                "and convert the input"
+            )
+
+    def extra_repr(self) -> str:
+        """Return the sizes of the layer, its kernel and the number of its weights."""
+        total = math.prod(self.weight_shape)
+        return f"{super().extra_repr()}, {self.kernel}, {len(self.weight_values):,} of {total:,} weights"
+
+    def _apply(self, *args: Any, **keywords: Any) -> Any:
+        super()._apply(*args, **keywords)
+        self.prepare()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **keywords: Any) -> None:
+        super()._load_from_state_dict(*args, **keywords)
+        self.prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {key: value for key, value in state.items() if key != "_product"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare()
+
+
+class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the weight is made when asked for
+    """nn.Linear with its active weights alone."""
+
+    keeps_transposed: bool = False
+    """Whether the output stays as the product gives it, column after column: good for a next one that takes it so."""
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(outputs, inputs)."""
+        return self.out_features, self.in_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [..., outputs] of [..., inputs]."""
+        if input.dtype is not self._dtype or input.requires_grad:
+            self.check(input)
+        shape = (*input.shape[:-1], self.out_features)
+        if input.numel() == self.in_features:
+            return self._product(input.reshape(-1), self.bias).view(shape)
+        columns = input.reshape(-1, self.in_features).t().contiguous()
+        if self.keeps_transposed or self.bias is None:
+            y = self._product(columns, self.bias).t()
+            return (y if self.keeps_transposed else y.contiguous()).view(shape)
+        y = self._product(columns, None).t()  # transposed and the bias added in one pass, which all threads share
+        return torch.add(y, self.bias, out=y.new_empty(y.shape)).view(shape)
+
+
+class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
+    """nn.Conv2d of one group with its active weights alone, image by image."""
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(outputs, inputs, height, width)."""
+        return self.out_channels, self.in_channels, *self.kernel_size
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [batch, outputs, height, width] of [batch, inputs, height, width], or both without a batch."""
+        if input.ndim == 3:
+            return self.forward(input[None])[0]
+        if input.dtype is not self._dtype or input.requires_grad:
+            self.check(input)
+        padded = input
+        if any(self._reversed_padding_repeated_twice):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            padded = F.pad(input, self._reversed_padding_repeated_twice, mode)
+        windows = padded
+        for axis, size, stride, step in zip((2, 3), self.kernel_size, self.stride, self.dilation, strict=True):
+            windows = windows.unfold(axis, (size - 1) * step + 1, stride)[..., ::step]
+        batch, _, height, width, _, _ = windows.shape
+        columns = windows.permute(0, 1, 4, 5, 2, 3)
+        if batch == 1:
+            y = self._product(columns.reshape(-1, height * width).contiguous(), self.bias)
+        else:
+            y = input.new_empty(batch, self.out_channels, height * width)
+            for image, out in zip(columns, y, strict=True):
+                out.copy_(self._product(image.reshape(-1, height * width).contiguous(), self.bias))
+        y = y.view(batch, self.out_channels, height, width)
+        channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+        return y.contiguous(memory_format=torch.channels_last) if channels_last else y
+
+
+SPARSE: dict[type[nn.Module], type[SparseLayer]] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+"""What takes the place of a layer of exactly this class."""

@@ -1,0 +1,91 @@
+"""Seconds of functions taken in turns, and what `deploy` found with them, as a table."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one masked weight is computed with."""
+
+    name: str
+    shape: tuple[int, ...]
+    density: float
+    kernel: str
+    """ "dense", or one of `itop_prune.kernels.KERNELS`."""
+    dense_seconds: float
+    """Of the dense layer in one forward; 0 where it was not timed."""
+    seconds: float
+    """Of the layer as it was chosen."""
+    why: str = ""
+    """Why there was no choice but the dense layer."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `deploy` chose and measured; `str(report)` is a table."""
+
+    choices: tuple[Choice, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    """Of the example's tensors."""
+    threads: int
+    dense_seconds: float
+    """Of a forward of the dense model."""
+    seconds: float
+    """Of the deployed one."""
+    difference: float
+    """Between their outputs, as a share of the dense one's norm."""
+    fallback: str = ""
+    """Why all of the model stayed dense, against what the layers alone said."""
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the dense model."""
+        return self.dense_seconds / self.seconds
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """Return the table as text: a header, a line per layer, the whole model."""
+        lines: list[tuple[str, ...]] = [("weight", "shape", "density", "choice", "dense", "deployed", "speed-up", "")]
+        for row in self.choices:
+            shape = "×".join(map(str, row.shape))
+            numbers = _numbers(row.dense_seconds, row.seconds)
+            lines.append((row.name, shape, f"{row.density:.4f}", row.kernel, *numbers, row.why))
+        return [*lines, ("whole model", "", "", "", *_numbers(self.dense_seconds, self.seconds), self.fallback)]
+
+    def __str__(self) -> str:
+        lines = self.cells()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
+        text = ["  ".join([a.ljust(widths[0]), *map(str.rjust, rest, widths[1:]), why]) for a, *rest, why in lines]
+        where = f"inputs of {', '.join(map(str, self.shapes))}, threads: {self.threads}"
+        tail = f"measured with {where}; others give the same outputs. Difference of outputs: {self.difference:.1e}"
+        return "\n".join([*map(str.rstrip, text), tail])
+
+
+def _numbers(dense: float, seconds: float) -> tuple[str, str, str]:
+    return (f"{1e3 * dense:.3f} ms", f"{1e3 * seconds:.3f} ms", f"{dense / seconds:.2f}") if seconds else ("", "", "")
+
+
+def in_turns(
+    functions: Mapping[str, Callable[[], object]], at_least: int, within: float, of: Callable[[list[float]], float]
+) -> dict[str, float]:
+    """Call functions in turns, after one call of each that does not count, and reduce the seconds of each.
+
+    Args:
+        functions: By name.
+        at_least: So many rounds; at most 100.
+        within: So many seconds, if more rounds fit.
+        of: What reduces the seconds of the rounds: `min`, `statistics.median`.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    until = time.perf_counter() + within
+    for turn in range(100):
+        if turn >= at_least and time.perf_counter() > until:
+            break
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            taken[name].append(time.perf_counter() - began)
+    return {name: of(seconds) for name, seconds in taken.items()}

@@ -1,0 +1,55 @@
+"""Functions are timed in turns; the report is a table of what was chosen."""
+
+from statistics import median
+
+import pytest
+
+from itop_prune import speed
+from itop_prune.speed import Choice, Report, in_turns
+
+
+def test_functions_take_turns_after_one_call_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    now = [0.0]
+
+    def taking(name: str, *seconds: float) -> None:
+        now[0] += seconds[turns.count(name)]
+        turns.append(name)
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    functions = {"a": lambda: taking("a", 99.0, 3.0, 1.0, 8.0), "b": lambda: taking("b", 99.0, 5.0, 6.0, 4.0)}
+    assert in_turns(functions, at_least=3, within=0.5, of=min) == {"a": 1.0, "b": 4.0}
+    assert turns == ["a", "b"] * 4
+    turns.clear()
+    assert in_turns(functions, at_least=3, within=0.5, of=median) == {"a": 3.0, "b": 5.0}
+
+
+@pytest.mark.parametrize(("at_least", "within", "rounds"), [(2, 0.0, 2), (2, 5.5, 6), (2, 1e9, 100)])
+def test_rounds_go_on_while_there_is_time_and_end_at_a_hundred(
+    at_least: int, within: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, calls = [0.0], [0]
+
+    def second() -> None:
+        now[0] += 1.0
+        calls[0] += 1
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    assert in_turns({"second": second}, at_least, within, min) == {"second": 1.0}
+    assert calls[0] == 1 + rounds
+
+
+def test_the_report_is_a_table() -> None:
+    rows = (
+        Choice("fc.weight", (10, 20), 0.05, "csr", 0.004, 0.001),
+        Choice("rnn.weight_ih", (4, 3), 0.5, "dense", 0.0, 0.0, "LSTM computes in a way of its own"),
+    )
+    report = Report(rows, ((1, 20),), 2, 0.010, 0.005, 1.5e-7, "")
+    assert report.speedup == 2.0
+    assert str(report).splitlines() == [
+        "weight         shape  density  choice      dense  deployed  speed-up",
+        "fc.weight      10×20   0.0500     csr   4.000 ms  1.000 ms      4.00",
+        "rnn.weight_ih    4×3   0.5000   dense                                 LSTM computes in a way of its own",
+        "whole model                            10.000 ms  5.000 ms      2.00",
+        "measured with inputs of (1, 20), threads: 2; others give the same outputs. Difference of outputs: 1.5e-07",
+    ]
