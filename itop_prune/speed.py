@@ -1,8 +1,13 @@
-"""Seconds of functions taken in turns, and what `deploy` found with them, as a table."""
+"""What functions take and how far their outputs are apart, and what `deploy` found with both, as a table."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def in_turns(
 
     Args:
         functions: By name.
-        at_least: So many rounds; at most 100.
+        at_least: So many rounds; at most 1000.
         within: So many seconds, if more rounds fit.
         of: What reduces the seconds of the rounds: `min`, `statistics.median`.
     """
@@ -81,7 +86,7 @@ def in_turns(
     for function in functions.values():
         function()
     until = time.perf_counter() + within
-    for turn in range(100):
+    for turn in range(1000):
         if turn >= at_least and time.perf_counter() > until:
             break
         for name, function in functions.items():
@@ -89,3 +94,16 @@ def in_turns(
             function()
             taken[name].append(time.perf_counter() - began)
     return {name: of(seconds) for name, seconds in taken.items()}
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Return the norm of the difference of all tensors as a share of theirs; NaN where there is nothing to compare.
+
+    >>> import torch
+    >>> difference({"y": torch.tensor([3.0, 4.5]), "n": 1}, {"y": torch.tensor([3.0, 4.0]), "n": 2})
+    0.1
+    """
+    pairs = [(a, b) for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True) if isinstance(b, Tensor)]
+    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    size = sum(float(b.double().square().sum()) for _, b in pairs)
+    return 0.0 if pairs and apart == 0 else math.sqrt(apart / size) if size else math.nan

@@ -1,11 +1,12 @@
-"""Functions are timed in turns; the report is a table of what was chosen."""
+"""Functions are timed in turns, outputs compared whatever holds them; the report is a table of what was chosen."""
 
 from statistics import median
 
 import pytest
+import torch
 
 from itop_prune import speed
-from itop_prune.speed import Choice, Report, in_turns
+from itop_prune.speed import Choice, Report, difference, in_turns
 
 
 def test_functions_take_turns_after_one_call_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,8 +25,8 @@ def test_functions_take_turns_after_one_call_that_does_not_count(monkeypatch: py
     assert in_turns(functions, at_least=3, within=0.5, of=median) == {"a": 3.0, "b": 5.0}
 
 
-@pytest.mark.parametrize(("at_least", "within", "rounds"), [(2, 0.0, 2), (2, 5.5, 6), (2, 1e9, 100)])
-def test_rounds_go_on_while_there_is_time_and_end_at_a_hundred(
+@pytest.mark.parametrize(("at_least", "within", "rounds"), [(2, 0.0, 2), (2, 5.5, 6), (2, 1e9, 1000)])
+def test_rounds_go_on_while_there_is_time_and_end_at_a_thousand(
     at_least: int, within: float, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, calls = [0.0], [0]
@@ -42,14 +43,28 @@ def test_rounds_go_on_while_there_is_time_and_end_at_a_hundred(
 def test_the_report_is_a_table() -> None:
     rows = (
         Choice("fc.weight", (10, 20), 0.05, "csr", 0.004, 0.001),
-        Choice("rnn.weight_ih", (4, 3), 0.5, "dense", 0.0, 0.0, "LSTM computes in a way of its own"),
+        Choice("rnn.weight_ih", (4, 3), 0.5, "dense", 0.0, 0.0, "torch's LSTM is another"),
     )
     report = Report(rows, ((1, 20),), 2, 0.010, 0.005, 1.5e-7, "")
     assert report.speedup == 2.0
     assert str(report).splitlines() == [
         "weight         shape  density  choice      dense  deployed  speed-up",
         "fc.weight      10×20   0.0500     csr   4.000 ms  1.000 ms      4.00",
-        "rnn.weight_ih    4×3   0.5000   dense                                 LSTM computes in a way of its own",
+        "rnn.weight_ih    4×3   0.5000   dense                                 torch's LSTM is another",
         "whole model                            10.000 ms  5.000 ms      2.00",
         "measured with inputs of (1, 20), threads: 2; others give the same outputs. Difference of outputs: 1.5e-07",
     ]
+
+
+def test_the_difference_is_a_share_of_all_tensors_together() -> None:
+    three_four, zero = torch.tensor([3.0, 4.0]), torch.zeros(2)
+    assert difference({"a": [three_four, 1]}, {"a": [three_four, 2]}) == 0.0
+    assert difference(three_four + torch.tensor([0.0, 0.5]), three_four) == pytest.approx(0.1)
+    assert difference((three_four, zero + 1), (three_four, zero)) == pytest.approx(2**0.5 / 5)
+    assert difference(zero, zero) == 0.0
+
+
+def test_what_can_t_be_compared_is_no_number_and_never_small_enough() -> None:
+    one, nan = torch.ones(2), torch.tensor([1.0, float("nan")])
+    for ours, theirs in [(1, 1), (one, one * 0), (nan, one), (nan, nan)]:
+        assert not difference(ours, theirs) <= 1e9
