@@ -5,6 +5,7 @@
   python tools/bench.py --quick --only update,step         # smaller models, fewer rounds
   python tools/bench.py --json new.json --against old.json
   python tools/bench.py --profile                          # what a masked training step spends its time on
+  python tools/bench.py --deploy                           # how fast deployed models are, a table in Markdown instead
 
 A ratio is how many times as fast ours is, or how many times as long it takes; beside it stands the target. Seconds
 depend on the machine, ratios much less: let nothing else run beside it.
@@ -21,6 +22,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import bench_deploy
 import torch
 from bench_masks import memory, profile, scaling, step, update
 from bench_runs import images, imports, run
@@ -66,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"{model}: share of a step, operation, shapes", highlight=False)
             console.print("\n".join(operations), highlight=False, markup=False, soft_wrap=True)
         return 0
+    if args.deploy:
+        return deploy(settings, console)
     rows: list[Row] = []
     for name in args.only:
         for measured in BENCHMARKS[name](settings):
@@ -78,6 +82,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(row.met for row in rows) else 1
 
 
+def deploy(settings: Settings, console: Console) -> int:
+    """Print how fast deployed models are; return 0, or 1 if a target is missed."""
+    lines = []
+    for line in bench_deploy.lines(settings):
+        lines.append(line)
+        console.print(f"  {line.model}, {100 * line.sparsity:g} %: {line.dense / line.deployed:.3g}", highlight=False)
+    print(bench_deploy.table(lines))
+    return 0 if all(line.met for line in lines) else 1
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,6 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="print the ten most expensive operations of a step")
     parser.add_argument("--device", default="cpu", help="cpu (as it is) or cuda")
     parser.add_argument("--only", default=",".join(BENCHMARKS), metavar="NAMES", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--deploy", action="store_true", help="time deployed models on the CPU, and nothing else")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
     parser.add_argument("--against", type=Path, metavar="FILE", help="a former one, to show its ratios beside the new")
     args = parser.parse_args(argv)
