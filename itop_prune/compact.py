@@ -9,7 +9,6 @@ the masked weights. Equal models give equal files.
 import json
 import mmap
 import os
-import secrets
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,7 +86,7 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
         elif name.removesuffix("_orig") not in owners:
             tensors[name] = _convert(name, _whole(tensor), dtype)
     about = {FORMAT: f"{VERSION} {8 * '0'} {json.dumps(shapes)}"}
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")  # several ranks may write at once
+    unfinished = path.with_name(f"{path.name}.{os.urandom(4).hex()}.unfinished")  # several ranks may write at once
     try:
         save_file(tensors, unfinished, about)
         start, checksum = _checksum(unfinished)
