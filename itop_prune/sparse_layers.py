@@ -132,7 +132,7 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
             self.check(input)
         shape = (*input.shape[:-1], self.out_features)
         if input.numel() == self.in_features:
-            return self._product(input.reshape(-1), self.bias).view(shape)
+            return self._product(input.reshape(-1), self._parameters["bias"]).view(shape)  # self.bias takes a while
         columns = input.reshape(-1, self.in_features).t().contiguous()
         if self.keeps_transposed or self.bias is None:
             y = self._product(columns, self.bias).t()

@@ -24,6 +24,7 @@ from typing import Any
 
 import bench_deploy
 import torch
+from bench_files import files
 from bench_masks import memory, profile, scaling, step, update
 from bench_runs import images, imports, run
 from measure import Measured, Settings
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "images": images,
     "run": run,
     "import": imports,
+    "files": files,
 }
 
 
