@@ -2,7 +2,7 @@
 
 `apply` places the masks, `MaskScheduler` moves them. What differs between papers is a function of plain tensors or
 plain numbers: see `itop_prune.criteria`, `.distributions`, `.redistribution`, `.saliency`, `.schedules` and, for the
-algorithm itself, `.topology`.
+algorithm itself, `.topology`, and `.patterns` for N:M.
 
 To read the code, begin with five files: `topology` (the algorithm), `layer` and `mask` (where it acts), `update` (what
 happens at one) and `scheduler` (when). The menus above are lists of small functions, read as they are needed; all else
@@ -11,7 +11,7 @@ is checks, ranks and files.
 
 from typing import TYPE_CHECKING, Any
 
-from itop_prune import criteria, distributions, redistribution, saliency, schedules, topology
+from itop_prune import criteria, distributions, patterns, redistribution, saliency, schedules, topology
 from itop_prune.compact import save
 from itop_prune.cost import FLOPs, flops
 from itop_prune.mask import ITOP, find_masks, remove
@@ -38,6 +38,7 @@ __all__ = [
     "find_masks",
     "flops",
     "load",
+    "patterns",
     "redistribution",
     "remove",
     "saliency",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.packing import Packed
+from itop_prune.patterns import Pattern, holds
 from itop_prune.sharding import is_sharded, like, local
 
 STANDARDIZED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
@@ -111,6 +112,9 @@ class MaskedLayer:
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if odd := [n for n in self.masked_names if breaks_pattern(self, n, state_dict.get(f"{prefix}{n}_mask"))]:  # type: ignore[arg-type]
+            args[-1].append(f"{prefix}({', '.join(odd)}): {BROKEN}")  # the messages that load_state_dict raises with
+            return
         clean = set()
         for name in self.masked_names:
             weight, parameter, mask = (prefix + name + ending for ending in ("", "_orig", "_mask"))
@@ -153,6 +157,7 @@ def _subclass(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
         body |= {"_weights_have_changed": lambda layer: False, "flatten_parameters": lambda layer: None}
     for name in names:
         body |= {name: _weight(name, standardizes(base)), f"{name}_listening": False, f"{name}_planned": None}
+        body[f"{name}_pattern"] = None
     return type(base.__name__, (MaskedLayer, base), body)
 
 
@@ -198,8 +203,29 @@ def detach(layer: Any, name: str) -> None:
     layer.__class__ = _subclass(layer.masked_class, names) if names else layer.masked_class
     _rename(layer._parameters, f"{name}_orig", name)
     del layer._buffers[f"{name}_mask"]
+    for what in ("planned", "pattern"):
+        layer.__dict__.pop(f"{name}_{what}", None)
     if isinstance(layer, nn.RNNBase) and not names:
         layer._init_flat_weights()
+
+
+BROKEN = (
+    "the mask in the source does not hold the N:M pattern of the model's; load masks of that pattern, or load into a "
+    "model whose masks have none"
+)
+
+
+def pattern_of(layer: nn.Module, name: str) -> Pattern | None:
+    """Return the pattern N:M that the mask of a masked parameter keeps, or None."""
+    return getattr(layer, f"{name}_pattern")
+
+
+def breaks_pattern(layer: nn.Module, name: str, mask: object) -> bool:
+    """Return whether a mask that is to be loaded is none of the pattern that the present one keeps."""
+    pattern, present = pattern_of(layer, name), getattr(layer, f"{name}_mask")
+    if pattern is None or not isinstance(mask, Tensor) or mask.is_meta or mask.shape != present.shape:
+        return False
+    return not holds(mask.bool(), *pattern)
 
 
 def pass_dense_gradient(layer: nn.Module, name: str, on: bool) -> None:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from itop_prune.layer import attach, detach, effective, pass_dense_gradient, standardizes, zero_off_mask
+from itop_prune.layer import attach, detach, effective, pass_dense_gradient, pattern_of, standardizes, zero_off_mask
+from itop_prune.patterns import Pattern, holds
 from itop_prune.selection import kernel_shape, obstacle, unwrap, walk
 from itop_prune.sharding import is_sharded, like
 
@@ -29,16 +30,19 @@ class ITOP(prune.BasePruningMethod):
         self._tensor_name = name
 
     @classmethod
-    def apply(cls, module: nn.Module, name: str, mask: Tensor) -> "ITOP":  # type: ignore[override]
+    def apply(  # type: ignore[override]
+        cls, module: nn.Module, name: str, mask: Tensor, pattern: Pattern | None = None
+    ) -> "ITOP":
         """Mask one parameter of one layer with a given mask, as `prune.custom_from_mask` does.
 
         Args:
             module: The layer.
             name: Of the parameter in the layer, such as "weight".
             mask: Of the parameter's shape; True (or not 0) = active. It is copied.
+            pattern: N and M, where of every M consecutive weights along dimension 1 always N are active.
 
         Raises:
-            ValueError: The parameter can't be masked, or the mask has another shape.
+            ValueError: The parameter can't be masked, the mask has another shape, or it does not hold the pattern.
         """
         if reason := obstacle(module, name):
             raise ValueError(f"{name} of {type(module).__name__} can't be masked: {reason}")
@@ -48,7 +52,15 @@ class ITOP(prune.BasePruningMethod):
             raise ValueError(
                 f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {expected}; they must agree"
             )
+        if pattern is not None and not mask.is_meta and not holds(mask.bool(), *pattern):
+            n, m = pattern
+            raise ValueError(
+                f"the mask of {name}, {tuple(mask.shape)}, does not hold the pattern {n}:{m}; of every {m} along "
+                f"dimension 1 exactly {n} must be True: itop_prune.patterns.best_of_groups makes such a mask"
+            )
         itop = cls.place(module, name)
+        if pattern is not None:
+            setattr(module, f"{name}_pattern", pattern)
         itop.mask.copy_(mask)
         itop.zero_off_mask()
         return itop
@@ -89,6 +101,14 @@ class ITOP(prune.BasePruningMethod):
         """How many outputs the weights of the tensor feed."""
         transposed = getattr(self._layer, "transposed", False)
         return self.mask.shape[1] * int(self._layer.groups) if transposed else self.mask.shape[0]  # type: ignore[arg-type]
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """N and M, where of every M consecutive weights along dimension 1 always N are active; None: there is no rule.
+
+        It stays with the layer, in copies and pickles too, and is not in its state dict.
+        """
+        return pattern_of(self._layer, self._tensor_name)
 
     @property
     def active(self) -> int:
@@ -196,7 +216,8 @@ class ITOP(prune.BasePruningMethod):
 
     def __repr__(self) -> str:
         layer, mask = type(self._layer).__name__, self.mask
-        return f"ITOP({layer}.{self._tensor_name}, {self.active:,} of {mask.numel():,} active)"
+        pattern = "" if self.pattern is None else f" in {self.pattern[0]}:{self.pattern[1]}"
+        return f"ITOP({layer}.{self._tensor_name}, {self.active:,} of {mask.numel():,} active{pattern})"
 
 
 def find_masks(model: nn.Module) -> dict[str, ITOP]:

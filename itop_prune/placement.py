@@ -1,16 +1,18 @@
 """Where masks start: `apply` decides how many weights of each layer are active, and which, and places the masks."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from itop_prune import distributions, ranks, saliency, topology
+from itop_prune import distributions, patterns, ranks, saliency, topology
 from itop_prune.distributions import Distribution
 from itop_prune.layer import effective, standardizes
 from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
 from itop_prune.menu import nearest
-from itop_prune.selection import kernel_shape, matching, select
+from itop_prune.patterns import Pattern
+from itop_prune.selection import Place, indivisible, kernel_shape, matching, select
 
 SCORES = ("random", "magnitude")
 
@@ -24,6 +26,7 @@ def apply(
     densities: Mapping[str, float] | None = None,
     include: str | Iterable[str] = ("*",),
     exclude: str | Iterable[str] = (),
+    strict: bool = False,
     seed: int = 0,
 ) -> dict[str, ITOP]:
     """Make a model sparse: every weight matrix of a convolution or linear map gets a mask, and is 0 outside it.
@@ -38,16 +41,19 @@ def apply(
             stay active, at least 1 in each layer.
         method: How they are shared out: "ERK", "ERK+", "ER", "uniform", "uniform+"; a function `(shapes, density) ->
             densities`; or scores, "magnitude" or tensors by name: each layer gets what the best of all layers together
-            would leave in it.
+            would leave in it. A pattern "N:M", such as "2:4", keeps N of every M consecutive weights along dimension 1
+            (inputs, input channels), in every layer and at every update; `sparsity` is 1 - N / M then.
         scores: Which positions start active: "random"; "magnitude", for a pretrained model; or a tensor of the
             parameter's shape for every masked name, whose largest values stay (see `itop_prune.saliency`). The same
-            scores as `method` make it a choice over all layers together.
+            scores as `method` make it a choice over all layers together. With a pattern they choose in each group of M.
         densities: Of some layers, in [0, 1] by pattern, such as {"head": 1.0}; the others share what they leave of the
             budget. (What `exclude` names is not masked at all and does not count.) They hold where the masks start:
             MaskScheduler's `final_method` and `redistribute` decide anew.
         include: Patterns (`fnmatch`) of what to mask. One matches a parameter by its name ("layer1.0.conv1.weight") or
             by its layer's ("layer1.0.conv1").
         exclude: Patterns of what to leave dense, such as "head". It does not count in the budget.
+        strict: Whether a layer that a pattern N:M does not divide is an error; otherwise it stays dense without a mask,
+            and a warning lists it.
         seed: Of the random positions; equal seeds give equal masks, on every device and rank. Torch's global generators
             are not touched.
 
@@ -56,7 +62,8 @@ def apply(
 
     Raises:
         ValueError: A value is out of range, a name unknown, nothing is there to mask, a pattern matches nothing, or a
-            selected weight can't be masked (masked already, tied, parametrized). The model is then as it was.
+            selected weight can't be masked (masked already, tied, parametrized) or divided, with `strict`. The model is
+            then as it was.
 
     Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv 2102.02887.
 
@@ -68,7 +75,11 @@ def apply(
         raise ValueError(
             f"sparsity is {sparsity!r}; allowed is a number in [0, 1), the share of zeros: 0.9 keeps a tenth"
         )
+    pattern = patterns.parse(method)
     selected = select(model, include, exclude)
+    if pattern is not None:
+        _check_pattern(pattern, sparsity, densities)
+        selected = _divided(selected, pattern, strict)
     parameters = {name: layer.get_parameter(tensor) for name, (layer, tensor) in selected.items()}
     shapes = {name: kernel_shape(layer, tensor) for name, (layer, tensor) in selected.items()}
     centred = {name: standardizes(type(layer)) for name, (layer, _) in selected.items()}
@@ -77,13 +88,21 @@ def apply(
     if method == "magnitude" or isinstance(method, Mapping):
         ranked = {n: _initial_scores(method, n, p, centred[n], generators[n]) for n, p in parameters.items()}
         method = distributions.uniform if any(t.is_meta for t in ranked.values()) else saliency.ratios(ranked)
-    fixed = _by_name(densities, selected) if densities else {}
-    counts = distributions.active_counts(shapes, 1.0 - sparsity, method, fixed)
+    if pattern is None:
+        fixed = _by_name(densities, selected) if densities else {}
+        counts = distributions.active_counts(shapes, 1.0 - sparsity, method, fixed)
+    else:
+        counts = {name: parameter.numel() * pattern[0] // pattern[1] for name, parameter in parameters.items()}
     masks = {}
     for name, parameter in parameters.items():
         first = _initial_scores(scores, name, parameter, centred[name], generators[name])
-        masks[name] = first if first.is_meta else topology.best(first, counts[name], generators[name])
-    applied = {name: ITOP.apply(layer, tensor, masks.pop(name)) for name, (layer, tensor) in selected.items()}
+        if first.is_meta:
+            masks[name] = first
+        elif pattern is None:
+            masks[name] = topology.best(first, counts[name], generators[name])
+        else:
+            masks[name] = patterns.best_of_groups(first, *pattern, generators[name])
+    applied = {n: ITOP.apply(layer, tensor, masks.pop(n), pattern) for n, (layer, tensor) in selected.items()}
     for name, (layer, tensor) in selected.items():
         if applied[name].mask.is_meta:
             setattr(layer, f"{tensor}_planned", counts[name])
@@ -91,6 +110,39 @@ def apply(
     if scores != "random" or ranked:
         ranks.check_equal_masks({name: itop.mask for name, itop in applied.items()})
     return applied
+
+
+def _check_pattern(pattern: Pattern, sparsity: float, densities: Mapping[str, float] | None) -> None:
+    n, m = pattern
+    if abs(sparsity - (1.0 - n / m)) > 5e-5:  # 0.6667 is 1:3
+        raise ValueError(
+            f"sparsity is {sparsity!r}, and the pattern {n}:{m} keeps {n} of {m}; allowed is {1.0 - n / m:.4g}: give "
+            "that, or another pattern"
+        )
+    if densities:
+        raise ValueError(
+            f"densities is {densities!r}, and the pattern {n}:{m} gives every layer the same; leave densities out, and "
+            "exclude what shall stay dense"
+        )
+
+
+def _divided(selected: Mapping[str, Place], pattern: Pattern, strict: bool) -> dict[str, Place]:
+    """Return the places in which groups of M can be formed; say which are left out."""
+    n, m = pattern
+    reasons = {name: reason for name, place in selected.items() if (reason := indivisible(*place, m))}
+    divided = {name: place for name, place in selected.items() if name not in reasons}
+    lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+    if not divided:
+        raise ValueError(f"the pattern {n}:{m} divides no weight, and nothing is left to mask; give another\n{lines}")
+    if reasons and strict:
+        raise ValueError(
+            f"the pattern {n}:{m} does not divide\n{lines}\nTo leave them dense: exclude={sorted(reasons)}"
+        )
+    if reasons and ranks.is_first():
+        warnings.warn(
+            f"the pattern {n}:{m} does not divide, so these stay dense, without a mask\n{lines}", stacklevel=3
+        )
+    return divided
 
 
 def _by_name(densities: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:

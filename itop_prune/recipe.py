@@ -114,7 +114,7 @@ NOT_YAML = (yaml.YAMLError, ValueError, AttributeError)  # the last two: what Py
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which neither a key given twice nor an alias passes: one may hold itself."""
+    """The safe loader, which neither a key given twice nor an alias passes: one may hold itself. 2:4 is text."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -123,12 +123,19 @@ class _Loader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
+    def construct_whole(self, node: yaml.ScalarNode) -> int | str:
+        """Read 2:4 as the text that it looks like, and not to base 60 as 124."""
+        return node.value if ":" in node.value else self.construct_yaml_int(node)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
 
 
 def _parse(path: Path) -> tuple[Section, list[str]]:

@@ -18,6 +18,7 @@ from itop_prune.layer import zero_off_mask
 from itop_prune.mask import ITOP
 from itop_prune.notices import odd_layers
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
+from itop_prune.patterns import check_held
 from itop_prune.plan import Plan
 from itop_prune.redistribution import Redistribution
 from itop_prune.schedules import Schedule, find
@@ -38,6 +39,9 @@ class MaskScheduler:
 
     The rate falls as `min_rate + (rate - min_rate) * schedule(min(1, step / (stop * total_steps)))`, step counted from
     1. With `final_sparsity` the density goes from what it is to that, as `density` says, exact at the last update.
+
+    A mask with a pattern N:M keeps it exactly: the same weights leave, and in each group of M as many enter as it lost,
+    those that `grow` scores highest in it.
 
     Args:
         masks: What `itop_prune.apply` returned, or a part of it: only what is passed moves.
@@ -74,7 +78,8 @@ class MaskScheduler:
 
     Raises:
         ValueError: A value is out of range, a name unknown, the optimizer does not hold a masked parameter, or it
-            keeps its statistics where they can't be reached.
+            keeps its statistics where they can't be reached; or a mask with a pattern does not hold it, or would have
+            to change its count.
         RuntimeError: Ranks hold different masks; in `step()`, with `check_ranks`, different masks or weights.
 
     Under torch.distributed all ranks must train the same model: the dense gradient is averaged over them.
@@ -122,6 +127,14 @@ class MaskScheduler:
         self._masks, self._optimizer, self._seed, self._check_ranks = dict(masks), optimizer, seed, check_ranks
         self._rules = Rules.of(prune, grow, redistribute, scope, floor)
         self._density = Density(self._masks, density, final_sparsity, final_method, self._rules.shares_layers)
+        patterned = {name: itop.pattern for name, itop in masks.items() if itop.pattern is not None}
+        if patterned and (self._rules.redistribute or self._density.moves):
+            name, (n, m) = next(iter(patterned.items()))
+            raise ValueError(
+                f"{name} keeps {n} of every {m} weights, and redistribute and final_sparsity would change how many; "
+                "leave them out, or place masks without a pattern"
+            )
+        check_held({name: itop.mask for name, itop in masks.items()}, patterned)
         active = sum(itop.active for itop in masks.values())
         weights = {name: itop.mask.numel() for name, itop in masks.items()}
         check_floor(self._rules, weights, active if self._density.least is None else self._density.least)

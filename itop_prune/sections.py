@@ -17,6 +17,7 @@
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ from accelerate import Accelerator
 from itop_prune.arguments import argument_problems
 from itop_prune.mask import remove
 from itop_prune.menu import nearest
+from itop_prune.patterns import Pattern, parse
 from itop_prune.placement import apply
 from itop_prune.saliency import SALIENCY
 from itop_prune.scheduler import MaskScheduler
@@ -93,7 +95,9 @@ def _try(sections: Mapping[str, Section], augment: Callable[..., Any]) -> list[s
             problems.extend(f"{name}: {problem}" for problem in dict.fromkeys(found))
         return None
 
-    layer = torch.nn.Linear(64, 64)
+    pattern = _pattern_of(sections.get("masks", {}))
+    n, m = pattern or (1, 2)
+    layer, sparsity = torch.nn.Linear(32 * m, 64), 1.0 - n / m
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     model = attempt("model", _make_model) if "model_name" in sections.get("model", {}) else None
     attempt("optimizer", functools.partial(_make_optimizer, list(layer.parameters())))
@@ -101,8 +105,9 @@ def _try(sections: Mapping[str, Section], augment: Callable[..., Any]) -> list[s
     attempt("augment", augment)
     attempt("mixup", timm.data.Mixup)
     attempt("loss", timm.loss.LabelSmoothingCrossEntropy)
-    attempt("masks", functools.partial(_try_masks, model), sparsity=0.5)
-    attempt("regrow", functools.partial(MaskScheduler, apply(layer, 0.5), optimizer, total_steps=10**9), every=1)
+    attempt("masks", functools.partial(_try_masks, model, layer.in_features), sparsity=sparsity)
+    masks = apply(layer, sparsity, f"{n}:{m}" if pattern else "ERK")
+    attempt("regrow", functools.partial(MaskScheduler, masks, optimizer, total_steps=10**9), every=1)
     return problems
 
 
@@ -132,12 +137,22 @@ def _make_schedule(optimizer: torch.optim.Optimizer, **arguments: Any) -> None:
         raise ValueError(f"timm knows no sched {arguments.get('sched')!r}")
 
 
-def _try_masks(model: torch.nn.Module | None, **arguments: Any) -> None:
+def _pattern_of(masks: Section) -> Pattern | None:
+    """Return the pattern that masks shall keep; None where there is none, or one that the call itself refuses."""
+    try:
+        return parse(masks.get("method"))
+    except ValueError:
+        return None
+
+
+def _try_masks(model: torch.nn.Module | None, inputs: int, **arguments: Any) -> None:
     for key in ("method", "scores"):
         if arguments.get(key) in tuple(SALIENCY):  # they need data, which the runner has
             del arguments[key]
     if model is None:  # patterns would have nothing to match
-        model = torch.nn.Linear(64, 64)
+        model = torch.nn.Linear(inputs, 64)
         arguments = {key: value for key, value in arguments.items() if key not in ("include", "exclude")}
-    apply(model, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself says what a pattern leaves out
+        apply(model, **arguments)
     remove(model)

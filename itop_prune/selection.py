@@ -81,6 +81,14 @@ def kernel_shape(layer: nn.Module, tensor: str) -> tuple[int, ...]:
     return (shape[0] * out, *rest)
 
 
+def indivisible(layer: nn.Module, tensor: str, m: int) -> str:
+    """Return why groups of `m` inputs can't be formed in a weight, or ""; they lie along its dimension 1."""
+    shape = tuple(layer.get_parameter(tensor).shape)
+    if getattr(layer, "transposed", False) or _mixes_kernels(layer) or len(shape) < 2:
+        return f"dimension 1 of {shape} is not its inputs"
+    return f"dimension 1 of {shape} is no multiple of {m}" if shape[1] % m else ""
+
+
 def _mixes_kernels(layer: nn.Module) -> bool:
     return derives(type(layer), MIXED_KERNELS) and hasattr(layer, "weight_shape")
 

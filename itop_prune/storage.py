@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune import compact
-from itop_prune.layer import masked_names
+from itop_prune.layer import BROKEN, breaks_pattern, masked_names, pattern_of
 from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
 from itop_prune.menu import nearest
 from itop_prune.packing import Packed
@@ -103,6 +103,9 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
             f"masked in the model and dense in the source: {', '.join(only_here)}; load into a dense model"
         )
     state = {entry: state[entry] for name, entries in owners.items() if name not in differing for entry in entries}
+    bound = [place for place in weights if place[0] in fitting & masked_here and pattern_of(*place[1:]) is not None]
+    if odd := [name for name, layer, tensor in bound if breaks_pattern(layer, tensor, _mask(state, name))]:
+        raise ValueError(f"{', '.join(odd)}: {BROKEN}")
     to_mask = {name: (layer, tensor) for name, layer, tensor in weights if name in fitting and name not in masked_here}
     if reasons := [f"  {name}: {why}" for name, place in to_mask.items() if (why := obstacle(*place))]:
         raise ValueError("can't mask\n" + "\n".join(reasons))
@@ -126,6 +129,12 @@ def _owners(state: Mapping[str, Tensor | Packed]) -> dict[str, list[str]]:
         both = stem != name and f"{stem}_orig" in state and f"{stem}_mask" in state
         owners.setdefault(stem if both else name, []).append(name)
     return owners
+
+
+def _mask(state: Mapping[str, Tensor | Packed], name: str) -> Tensor:
+    """Return the mask of a state dict for a weight."""
+    mask = state[f"{name}_mask"]
+    return mask.unpack()[1] if isinstance(mask, Packed) else mask
 
 
 def _shapes(state: Mapping[str, Tensor | Packed]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itop_prune import budget, criteria, redistribution, topology
+from itop_prune import budget, criteria, patterns, redistribution, topology
 from itop_prune.criteria import Criterion
 from itop_prune.gradients import DenseGradients
 from itop_prune.mask import ITOP
@@ -162,6 +162,10 @@ def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> Tensor:
         kept = mask ^ topology.select(scores, mask, leaving, layer.generator("prune", "ties"), smallest=True)
         role = rules.grow
         scores = layer.scores(rules.grow, rules.grow_needs, kept)
+        if layer.itop.pattern is not None:
+            grown = patterns.grow_in_groups(kept, scores, *layer.itop.pattern, layer.generator("ties"))
+            none_left = kept.count_nonzero() + leaving != mask.count_nonzero()
+            return grown | none_left  # groups that lost nothing grow nothing: the count would not tell
         return kept ^ topology.select(scores, ~kept, entering, layer.generator("ties"))
     except ValueError as error:
         if str(error) != topology.NAN:

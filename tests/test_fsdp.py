@@ -88,6 +88,7 @@ def train(
     micro_batches: int = 1,
     sync_last: bool = False,
     policy: str = "plain",
+    **placing: Any,
 ) -> dict[str, Any]:
     """Train on a rank's half of the data, or with `part` None on all of it without ranks; return whole tensors.
 
@@ -95,7 +96,7 @@ def train(
     """
     make, shape = BUILDS[build]
     network = make()
-    masks = itop_prune.apply(network, 0.6, method="uniform")
+    masks = itop_prune.apply(network, **{"sparsity": 0.6, "method": "uniform", **placing})
     if part is not None:
         shard(network, policy)
     optimizer = getattr(torch.optim, optimizer_of)(network.parameters(), lr=0.01)
@@ -247,6 +248,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "gradient growth, on the CPU": {"build": "mlp", "grow": "gradient", "policy": "offload"},
     "gradient growth, standardized": {"build": "standardized", "grow": "gradient"},
     "gradient growth, a rank without rows": {"build": "narrow", "grow": "gradient"},
+    "gradient growth, 2:4": {"build": "mlp", "grow": "gradient", "sparsity": 0.5, "method": "2:4", "exclude": "2"},
 }
 BF16: dict[str, dict[str, Any]] = {
     "bf16": {"build": "mlp", "grow": "gradient", "policy": "bf16"},
@@ -323,6 +325,12 @@ def test_masks_move_in_a_sharded_run_and_their_counts_do_not(name: str, results:
     assert [bool(numbers["moved"]) for numbers in results[0][name]["history"]] == [False, True] * (STEPS // 2)
     assert any(not torch.equal(first[key], last[key]) for key in masks)
     assert [int(first[key].sum()) for key in masks] == [int(last[key].sum()) for key in masks]
+
+
+def test_a_pattern_is_kept_in_a_sharded_run(results: list) -> None:
+    for step in results[0]["gradient growth, 2:4"]["history"]:
+        masks = [tensor for key, tensor in step.items() if key.startswith("mask of ")]
+        assert [mask.unflatten(1, (-1, 4)).sum(2).unique().tolist() for mask in masks] == [[2], [2]]
 
 
 def test_bf16_is_computed_with(results: list) -> None:

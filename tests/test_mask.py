@@ -499,6 +499,16 @@ def test_on_the_meta_device_there_are_the_counts_of_a_real_model(scores: str) ->
     assert {name: itop.active for name, itop in itop_prune.find_masks(copy.deepcopy(meta)).items()} == expected
 
 
+def test_what_was_planned_on_the_meta_device_goes_with_the_mask() -> None:
+    model = mlp().to("meta")
+    itop_prune.apply(model, 0.5)
+    itop_prune.remove(model)
+    model.to_empty(device="cpu")
+    masks = itop_prune.apply(model, 0.75, "uniform")
+    assert sum(itop.active for itop in masks.values()) == 140
+    assert model(torch.zeros(3, 20)).shape == (3, 4)
+
+
 def test_masks_of_the_meta_device_are_not_trained() -> None:
     model = mlp().to("meta")
     masks = itop_prune.apply(model, 0.7)

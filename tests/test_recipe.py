@@ -497,3 +497,14 @@ def test_files_of_any_content_give_a_recipe_or_a_recipe_error(tmp_path: Path, ch
 @given(st.text(max_size=40))
 def test_files_of_any_text_give_a_recipe_or_a_recipe_error(tmp_path: Path, text: str) -> None:
     reads_or_tells(write(tmp_path, text), [])
+
+
+@pytest.mark.parametrize("method", ["2:4", '"2:4"', "4:8"])
+def test_a_pattern_needs_no_quotes(tmp_path: Path, method: str) -> None:
+    path = write(tmp_path, GOOD.replace("sparsity: 0.9, method: ERK", f"sparsity: 0.5, method: {method}"))
+    recipe = read_recipe(path)
+    assert recipe.masks == {"sparsity": 0.5, "method": method.strip('"')}
+    assert yaml.safe_load(recipe.as_yaml())["masks"] == recipe.masks
+    override = read_recipe(write(tmp_path, GOOD), "masks.sparsity=0.5", f"masks.method={method}", "regrow.every=70")
+    assert override.masks == recipe.masks
+    assert override.regrow == {"every": 70, "grow": "random"}

@@ -127,6 +127,26 @@ def test_wrong_values_of_masks_and_regrow_are_reported_together() -> None:
     assert regrow.endswith("(nearest: 'gradient')")
 
 
+def test_a_pattern_of_masks_is_checked_against_the_model_and_with_what_moves_them() -> None:
+    masks = {"sparsity": 0.5, "method": "2:4"}
+    assert problems_of(model=MODEL, masks=masks, regrow={"every": 5, "grow": "gradient", "scope": "global"}) == []
+    (problem,) = problems_of(model=MODEL, masks=masks, regrow={"every": 5, "redistribute": "momentum"})
+    assert problem.startswith("regrow: weight keeps 2 of every 4 weights, and redistribute and final_sparsity")
+    (problem,) = problems_of(model=MODEL, masks={"sparsity": 0.9, "method": "1:4"})
+    assert problem.startswith("masks: sparsity is 0.9, and the pattern 1:4 keeps 1 of 4; allowed is 0.75")
+    (problem,) = problems_of(model=MODEL, masks={"sparsity": 0.5, "method": 124})
+    assert problem.startswith("masks: method is 124, a number")
+    resnet = {"model_name": "resnet18"}
+    assert problems_of(model=resnet, masks=masks) == []  # its first convolution is left out
+    (problem,) = problems_of(model=resnet, masks={**masks, "strict": True})
+    assert problem.startswith("masks: the pattern 2:4 does not divide")
+
+
+def test_a_pattern_is_not_judged_against_a_model_that_can_not_be_made() -> None:
+    (problem,) = problems_of(model={"model_name": "lenet30"}, masks={"sparsity": 4 / 7, "method": "3:7"})
+    assert problem.startswith("model: ")
+
+
 def test_a_mix_can_be_said_in_a_recipe_and_is_checked() -> None:
     assert problems_of(regrow={"every": 5, "grow": "gradient+random"}) == []
     (problem,) = problems_of(regrow={"every": 5, "grow": "gradient+randm"})

@@ -115,10 +115,10 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def waits(monkeypatch: pytest.MonkeyPatch, layers: int, **options: Any) -> int:
+def waits(monkeypatch: pytest.MonkeyPatch, layers: int, method: str = "ERK", **options: Any) -> int:
     """How often an update of so many layers waits for the device."""
     model = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(layers)))
-    masks = itop_prune.apply(model, 0.5)
+    masks = itop_prune.apply(model, 0.5, method)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     regrow = MaskScheduler(masks, optimizer, total_steps=10, every=2, **options)
     tolist, asked = Tensor.tolist, []
@@ -136,19 +136,23 @@ def waits(monkeypatch: pytest.MonkeyPatch, layers: int, **options: Any) -> int:
     return waiting.count + len(asked)
 
 
+@pytest.mark.parametrize("method", ["ERK", "2:4"])
 @pytest.mark.parametrize("grow", ["gradient", "random", "momentum"])
 def test_elsewhere_than_on_the_cpu_an_update_waits_as_often_for_many_layers_as_for_few(
-    monkeypatch: pytest.MonkeyPatch, grow: str
+    monkeypatch: pytest.MonkeyPatch, grow: str, method: str
 ) -> None:
-    assert waits(monkeypatch, 9, grow=grow) > waits(monkeypatch, 3, grow=grow)
+    assert waits(monkeypatch, 9, method, grow=grow) > waits(monkeypatch, 3, method, grow=grow)
     found = []
     for layers in (3, 9):
         monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
-        found.append(waits(monkeypatch, layers, grow=grow, survival=True))
+        found.append(waits(monkeypatch, layers, method, grow=grow, survival=True))
     assert found[0] == found[1] <= 2
 
 
-def test_scores_that_are_nan_are_named_where_no_layer_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["ERK", "2:4"])
+def test_scores_that_are_nan_are_named_where_no_layer_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     def broken(weight: Tensor) -> Tensor:
         return weight * torch.nan
 
@@ -158,5 +162,5 @@ def test_scores_that_are_nan_are_named_where_no_layer_is_waited_for(monkeypatch:
     ):
         monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
         with pytest.raises(ValueError, match=message):
-            waits(monkeypatch, 2, **options)
+            waits(monkeypatch, 2, method, **options)
         monkeypatch.undo()
