@@ -48,7 +48,7 @@ def images(tmp_path_factory) -> Path:
 
 def test_there_are_recipes():
     assert len(RECIPES) >= 30
-    assert len(FASHION) == 14
+    assert len(FASHION) == 15
     assert len(CIFAR) == 12
     assert len(BY_STEPS) == len(RECIPES)
     assert ONE_OF_EACH_MODEL.keys() == {recipe["model"]["model_name"] for recipe in READ.values()}
@@ -65,7 +65,9 @@ def test_a_name_says_data_distribution_sparsity_and_variant(path):
         return
     last = recipe.get("regrow", {}).get("final_sparsity", recipe["masks"]["sparsity"])
     *_, distribution, variant = path.stem.split("_")
-    assert distribution in (f"erk{100 * last:.0f}", f"global{100 * last:.0f}")
+    method = recipe["masks"].get("method", "ERK")
+    densities = (f"erk{100 * last:.0f}", f"global{100 * last:.0f}")
+    assert distribution in (densities if ":" not in method else (method.replace(":", "of"),))
     without_updates = ("static", "snip", "grasp", "synflow")
     assert (variant in without_updates) == ("regrow" not in recipe)
 
