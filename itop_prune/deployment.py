@@ -1,10 +1,11 @@
-"""After training: `deploy` copies a masked model for inference on a CPU and gives each layer its fastest kernel."""
+"""After training: `deploy` copies a masked model for inference and gives each layer its fastest kernel."""
 
 import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -16,26 +17,30 @@ from itop_prune.kernels import KERNELS
 from itop_prune.mask import find_masks, remove
 from itop_prune.menu import nearest
 from itop_prune.selection import unwrap
+from itop_prune.semi_structured import semi_structured
 from itop_prune.sparse_layers import SparseLinear, obstacle, replace, sparse
 from itop_prune.speed import Choice, Report, difference, in_turns
 
-CHOICES = ("dense", *KERNELS)
+CHOICES = ("dense", *KERNELS, "semi_structured")
 TOLERANCE = 1e-5
-"""How far outputs may be from the dense ones, as a share of their norm."""
+"""How far outputs may be from the dense ones, as a share of their norm; of half types twice their precision."""
 CLEARLY = 1.05
 """How many times as fast as its dense layer another one must be to take its place."""
 
 
 def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CHOICES) -> nn.Module:
-    """Return a copy of a masked model for inference on a CPU, in which each layer computes in the fastest way measured.
+    """Return a copy of a masked model for inference, in which each layer computes in the fastest way measured.
 
     A linear layer or a convolution stays dense unless a kernel for sparse weights is clearly faster on the inputs that
     the layer has here, and the whole model stays dense unless it is faster in the end. What no kernel here can do stays
     dense too: grouped, transposed and weight-standardised convolutions, recurrent layers, layers whose weight is read
-    by what holds them, classes of their own, other types than float32.
+    by what holds them, classes of their own, other types than float32 on a CPU.
+
+    The kernels are "csr" and "embedding_bag", for masks of any kind, and "semi_structured", for linear layers of the
+    pattern 2:4 in a half type on a GPU.
 
     Args:
-        model: Masked by `itop_prune.apply` or `load`, on the CPU; in a wrapper or not. It is left as it was.
+        model: Masked by `itop_prune.apply` or `load`, on the CPU or a GPU; in a wrapper or not. It is left as it was.
         example_inputs: What its forward takes, a tensor or a tuple of arguments, of the sizes that are to be fast.
         choices: What each layer may choose from. Without "dense" every layer that can takes another kernel, whether
             that is faster or not.
@@ -46,7 +51,7 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
         measured.
 
     Raises:
-        ValueError: The model has no masks, is not on the CPU or can't be run with these inputs; a choice is unknown.
+        ValueError: The model has no masks, is not on one device or can't be run with these inputs; a choice is unknown.
 
     >>> import itop_prune
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -67,15 +72,15 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
         rows = _choose(deployed, places, arguments, choices)
         for row, (layer, _) in zip(rows, places.values(), strict=True):
             if row.kernel != "dense":
-                replace(layer, sparse(layer, row.kernel))
+                replace(layer, _made(layer, row.kernel))
         _keep_transposed(deployed, arguments)
-        apart = difference(deployed(*arguments), expected)
+        apart = difference(found := deployed(*arguments), expected)
         models = {"dense": lambda: dense(*arguments), "deployed": lambda: deployed(*arguments)}
-        seconds = in_turns(models, at_least=11, within=1.0, of=median)
+        seconds = in_turns(models, at_least=11, within=1.0, of=median, wait=_wait_for(deployed))
     fallback = ""
     if all(row.kernel == "dense" for row in rows):
         seconds["deployed"] = seconds["dense"]  # the same model twice
-    elif not apart <= TOLERANCE:
+    elif not apart <= _tolerance(found):
         fallback = f"all of it dense: the outputs would differ by {apart:.1e}"
     elif "dense" in choices and seconds["deployed"] > seconds["dense"]:
         fallback = f"all of it dense: it would take {1e3 * seconds['deployed']:.3f} ms"
@@ -101,8 +106,10 @@ def _check(model: nn.Module, choices: Sequence[str]) -> None:
         )
     for itop in masks.values():
         itop.check_drawn()
-    if devices := {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())} - {"cpu"}:
-        raise ValueError(f"the model is on {', '.join(sorted(devices))}; allowed is the CPU: call model.cpu() first")
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1 or {device.type for device in devices} - {"cpu", "cuda"}:
+        where = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"the model is on {where}; allowed is one device, the CPU or a GPU: call model.to(...) first")
 
 
 def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
@@ -149,12 +156,37 @@ def _choose(
 def _seconds(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, choices: Sequence[str]) -> dict[str, float]:
     """Return the shortest seconds of one call of a layer, dense and with each kernel that gives the same output."""
     functions = {"dense": functools.partial(layer.forward, *inputs)}
-    for kernel in (kernel for kernel in KERNELS if kernel in choices):
-        function = functools.partial(sparse(layer, kernel).forward, *inputs)
-        with contextlib.suppress(RuntimeError):  # this torch was built without it
-            if difference(function(), output) <= TOLERANCE:
+    for kernel in (kernel for kernel in CHOICES if kernel in choices and kernel != "dense"):
+        with contextlib.suppress(RuntimeError):  # this torch was built without it, or has none for this layer
+            function = functools.partial(_made(layer, kernel).forward, *inputs)
+            if difference(function(), output) <= _tolerance(output):
                 functions[kernel] = function
-    return in_turns(functions, at_least=7, within=0.05, of=min)
+    return in_turns(functions, at_least=7, within=0.05, of=min, wait=_wait_for(layer))
+
+
+def _made(layer: nn.Module, kernel: str) -> Any:
+    """Return a layer that computes with a kernel.
+
+    Raises:
+        RuntimeError: There is none for this layer.
+    """
+    if kernel != "semi_structured":
+        return sparse(layer, kernel)
+    if not isinstance(layer, nn.Linear):
+        raise RuntimeError(f"{type(layer).__name__} is no linear layer, which this kernel is for")
+    return semi_structured(layer)
+
+
+def _tolerance(outputs: Any) -> float:
+    """Return how far outputs may be from the dense ones."""
+    types = {leaf.dtype for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+    return max([TOLERANCE, *(2 * torch.finfo(dtype).eps for dtype in types)])
+
+
+def _wait_for(model: nn.Module) -> Callable[[], object]:
+    """Return what waits until the device of a model has done all that it was asked for."""
+    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else bool
 
 
 def _keep_transposed(model: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -22,7 +22,8 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
         return f"{type(layer).__module__.partition('.')[0]}'s {type(layer).__name__} computes in a way of its own"
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return f"{layer.groups} groups"
-    return "" if layer.weight.dtype is torch.float32 else f"{layer.weight.dtype}, not float32"
+    known = layer.weight.is_cuda or layer.weight.dtype is torch.float32
+    return "" if known else f"{layer.weight.dtype}, not float32"
 
 
 def sparse(layer: nn.Module, kernel: str) -> Any:

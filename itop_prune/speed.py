@@ -72,7 +72,11 @@ def _numbers(dense: float, seconds: float) -> tuple[str, str, str]:
 
 
 def in_turns(
-    functions: Mapping[str, Callable[[], object]], at_least: int, within: float, of: Callable[[list[float]], float]
+    functions: Mapping[str, Callable[[], object]],
+    at_least: int,
+    within: float,
+    of: Callable[[list[float]], float],
+    wait: Callable[[], object] = bool,
 ) -> dict[str, float]:
     """Call functions in turns, after one call of each that does not count, and reduce the seconds of each.
 
@@ -81,6 +85,7 @@ def in_turns(
         at_least: So many rounds; at most 1000.
         within: So many seconds, if more rounds fit.
         of: What reduces the seconds of the rounds: `min`, `statistics.median`.
+        wait: Called before the clock is read: for a device that computes on its own.
     """
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
@@ -90,8 +95,10 @@ def in_turns(
         if turn >= at_least and time.perf_counter() > until:
             break
         for name, function in functions.items():
+            wait()
             began = time.perf_counter()
             function()
+            wait()
             taken[name].append(time.perf_counter() - began)
     return {name: of(seconds) for name, seconds in taken.items()}
 
