@@ -93,18 +93,28 @@ def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
             settings.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
             settings.enter_context(_no_fused_layers())
             settings.enter_context(counter)
-            model.eval()(*arguments)
-    except Exception as error:  # whatever a model raises at inputs that are not its own
-        raise ValueError(
-            f"{type(model).__name__} can't be run with inputs of shape "
-            f"{[tuple(t.shape) for t in arguments if isinstance(t, Tensor)]}: {error}; give what its forward takes, "
-            "a tensor or a tuple of arguments"
-        ) from error
+            run(model.eval(), arguments)
     finally:
         for module, training in modes:
             module.training = training
     densities = {name: itop.active / itop.mask.numel() for name, itop in masks.items()}
     return FLOPs({name: counter.flops[name] for name in masks}, counter.flops[""], densities)
+
+
+def run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
+    """Return what a model makes of an example.
+
+    Raises:
+        ValueError: It can't be run with it.
+    """
+    try:
+        return model(*arguments)
+    except Exception as error:  # whatever a model raises at inputs that are not its own
+        raise ValueError(
+            f"{type(model).__name__} can't be run with inputs of shape "
+            f"{[tuple(leaf.shape) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]}: {error}; give what "
+            "its forward takes, a tensor or a tuple of arguments"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from itop_prune.cost import run
 from itop_prune.kernels import KERNELS
 from itop_prune.mask import find_masks, remove
 from itop_prune.menu import nearest
@@ -68,7 +69,7 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
     remove(deployed)
     dense = copy.deepcopy(deployed)
     with torch.no_grad():
-        expected = _run(dense, arguments)
+        expected = run(dense, arguments)
         rows = _choose(deployed, places, arguments, choices)
         for row, (layer, _) in zip(rows, places.values(), strict=True):
             if row.kernel != "dense":
@@ -110,17 +111,6 @@ def _check(model: nn.Module, choices: Sequence[str]) -> None:
     if len(devices) != 1 or {device.type for device in devices} - {"cpu", "cuda"}:
         where = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"the model is on {where}; allowed is one device, the CPU or a GPU: call model.to(...) first")
-
-
-def _run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
-    try:
-        return model(*arguments)
-    except Exception as error:  # whatever a model raises at inputs that are not its own
-        raise ValueError(
-            f"{type(model).__name__} can't be run with inputs of shape "
-            f"{[tuple(leaf.shape) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]}: {error}; give what "
-            "its forward takes, a tensor or a tuple of arguments"
-        ) from error
 
 
 def _choose(
