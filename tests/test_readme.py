@@ -27,7 +27,8 @@ def runner_arguments() -> list[list[str]]:
     return [command[command.index("tools/train.py") + 1 :] for command in found]
 
 
-def test_the_python_blocks_run_one_after_the_other(capsys):
+def test_the_python_blocks_run_one_after_the_other(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     assert blocks("python")
     for block in blocks("python"):
