@@ -3,6 +3,9 @@
 Each is a sparse matrix times a dense one, [outputs, inputs] @ [inputs, columns]. A linear layer has a column for each
 row of its input; a convolution has one for each place that its kernel takes on an image, with the pixels under it: for
 a kernel of 1 by 1 that is the image as it lies there, a larger one has it unfolded.
+
+torch.export finds sums of embeddings in their place, whatever their kernel, for any batch: a CSR tensor it does not
+take. ONNX has no product for sparse weights; there each is a dense layer whose weight is made of the active ones.
 """
 
 import copy
@@ -63,18 +66,22 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made for whoever asks for it."""
-        counts = self.weight_starts.diff()
-        outputs = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-        dense = self.weight_values.new_zeros(self.weight_shape).flatten(1)
-        dense[outputs, self.weight_inputs.long()] = self.weight_values
-        return dense.view(self.weight_shape)
+        """The dense weight, made for whoever asks for it, by what ONNX has too."""
+        inputs, count = math.prod(self.weight_shape[1:]), len(self.weight_values)
+        ends = self.weight_starts[1:].long()
+        ended = ends.new_zeros(count + 1).scatter_add(0, ends, torch.ones_like(ends))
+        positions = ended[:count].cumsum(0) * inputs + self.weight_inputs  # as many outputs ended before as its own is
+        flat = self.weight_values.new_zeros(self.weight_shape[0] * inputs)
+        return flat.scatter(0, positions, self.weight_values).view(self.weight_shape)
 
     def prepare(self) -> None:
         """Make the product over the present buffers."""
+        self.__dict__ |= {"_product": self.product(self.kernel), "_dtype": self.weight_values.dtype}
+
+    def product(self, kernel: str) -> Product:
+        """Return a product over the present buffers."""
         shape = (self.weight_shape[0], math.prod(self.weight_shape[1:]))
-        active = Active(self.weight_starts, self.weight_inputs, self.weight_values, shape)
-        self.__dict__ |= {"_product": KERNELS[self.kernel](active), "_dtype": active.values.dtype}
+        return KERNELS[kernel](Active(self.weight_starts, self.weight_inputs, self.weight_values, shape))
 
     def check(self, x: Tensor) -> None:
         """Refuse an input that asks for a gradient or is of another type than the weight.
@@ -131,6 +138,8 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
         """Return [..., outputs] of [..., inputs]."""
         if input.dtype is not self._dtype or input.requires_grad:
             self.check(input)
+        if torch.compiler.is_exporting():
+            return self.exported(input)
         shape = (*input.shape[:-1], self.out_features)
         if input.numel() == self.in_features:
             return self._product(input.reshape(-1), self._parameters["bias"]).view(shape)  # self.bias takes a while
@@ -140,6 +149,13 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
             return (y if self.keeps_transposed else y.contiguous()).view(shape)
         y = self._product(columns, None).t()  # transposed and the bias added in one pass, which all threads share
         return torch.add(y, self.bias, out=y.new_empty(y.shape)).view(shape)
+
+    def exported(self, input: Tensor) -> Tensor:
+        """Return the same by what an exporter takes, for any number of rows."""
+        if torch.onnx.is_in_onnx_export():
+            return super().forward(input)
+        y = self.product("embedding_bag")(input.reshape(-1, self.in_features).t().contiguous(), self.bias)
+        return y.t().contiguous().view(*input.shape[:-1], self.out_features)
 
 
 class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
@@ -156,6 +172,9 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
             return self.forward(input[None])[0]
         if input.dtype is not self._dtype or input.requires_grad:
             self.check(input)
+        exporting = torch.compiler.is_exporting()
+        if exporting and torch.onnx.is_in_onnx_export():
+            return super().forward(input)
         padded = input
         if any(self._reversed_padding_repeated_twice):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -164,6 +183,10 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
         for axis, size, stride, step in zip((2, 3), self.kernel_size, self.stride, self.dilation, strict=True):
             windows = windows.unfold(axis, (size - 1) * step + 1, stride)[..., ::step]
         batch, _, height, width, _, _ = windows.shape
+        if exporting:  # all images in one product: a loop over them would fix their number
+            columns = windows.permute(1, 4, 5, 0, 2, 3).reshape(-1, batch * height * width)
+            y = self.product("embedding_bag")(columns, self.bias)
+            return y.view(self.out_channels, batch, height, width).transpose(0, 1).contiguous()
         columns = windows.permute(0, 1, 4, 5, 2, 3)
         if batch == 1:
             y = self._product(columns.reshape(-1, height * width).contiguous(), self.bias)

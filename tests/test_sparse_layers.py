@@ -4,7 +4,9 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -225,3 +227,40 @@ def test_hooks_are_called() -> None:
     layer.register_forward_hook(lambda *_: seen.append(1))
     sparse(layer, "csr")(torch.randn(2, 12))
     assert seen == [1]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel lengths", "ignore::DeprecationWarning:torch.*"
+)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_torch_exports_computes_with_the_active_weights_alone_for_any_batch(name: str, kernel: str) -> None:
+    layer = built(name)
+    x = inputs(layer)[-2] if isinstance(layer, nn.Linear) else inputs(layer)[2]
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(sparse(layer, kernel), (x,), dynamic_shapes=shapes)
+    for other in (x, x[:1], torch.cat([x, x])):
+        torch.testing.assert_close(exported.module()(other), layer(other))
+    tensors = [*exported.state_dict.values(), *exported.constants.values()]
+    values = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel() != len(layer.weight)]
+    assert [tensor.numel() for tensor in values] == [int(layer.weight.count_nonzero())]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel lengths", "ignore::DeprecationWarning:torch.*"
+)
+@pytest.mark.parametrize("name", ["linear", "linear without bias", "3x3", "oblong", "even, same"])
+def test_what_is_exported_to_onnx_is_a_dense_layer(name: str, tmp_path: Path) -> None:
+    layer = built(name)
+    x = inputs(layer)[-2] if isinstance(layer, nn.Linear) else inputs(layer)[2]
+    program = torch.onnx.export(
+        sparse(layer.eval(), "csr"), (x,), dynamic_shapes=({0: "batch"},), dynamo=True, verbose=False
+    )
+    program.save(tmp_path / "layer.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
+    for other in (x, x[:1]):
+        found = session.run(None, {session.get_inputs()[0].name: other.contiguous().numpy()})[0]
+        torch.testing.assert_close(torch.from_numpy(found), layer(other))
+    operations = {node.op_type for node in program.model.graph}
+    assert operations & {"Gemm", "MatMul", "Conv"}
+    assert "Loop" not in operations
