@@ -49,9 +49,17 @@ def evaluate(
     return {f"{split}_loss": loss_sum / images, f"{split}_top1": 100.0 * correct / images}
 
 
-def evaluate_only(recipe: Recipe, accelerator: Accelerator, data: Data, path: Path) -> int:
-    """Print loss and accuracy of saved weights on the test set; return the exit status."""
-    model = build_model(recipe, data, accelerator.device)
+def load_weights(recipe: Recipe, model: nn.Module, path: Path) -> None:
+    """Put saved weights into the model of a recipe, and masks where it has them.
+
+    Args:
+        recipe: What the model was built by.
+        model: Dense; changed in place.
+        path: A file, a checkpoint, or the folder of a run.
+
+    Raises:
+        RunError: They are missing, damaged, or of another model.
+    """
     if recipe.ema and (path / "ema.safetensors").exists():
         path = path / "ema.safetensors"  # of a checkpoint's two models the one that a run tests
     try:
@@ -60,7 +68,13 @@ def evaluate_only(recipe: Recipe, accelerator: Accelerator, data: Data, path: Pa
         else:
             model.load_state_dict(read_state(path))
     except (OSError, ValueError, RuntimeError) as error:
-        raise RunError(f"{path} can't be evaluated: {error}") from None
+        raise RunError(f"{path} can't be read: {error}") from None
+
+
+def evaluate_only(recipe: Recipe, accelerator: Accelerator, data: Data, path: Path) -> int:
+    """Print loss and accuracy of saved weights on the test set; return the exit status."""
+    model = build_model(recipe, data, accelerator.device)
+    load_weights(recipe, model, path)
     with StopRequest(accelerator.num_processes) as stop:
         result = evaluate(model, accelerator, data, data.test, "test", stop)
     if result is None:
