@@ -4,7 +4,7 @@
   python tools/export.py runs/quickstart/seed0 digits.safetensors --to dense            # a plain timm checkpoint
   python tools/export.py runs/quickstart/seed0 small.safetensors --to sparse --dtype float16
   python tools/export.py runs/quickstart/seed0 digits.onnx --to onnx                    # for any ONNX runtime
-  python tools/export.py runs/quickstart/seed0 digits.pt2 --to torch --deployed         # for torch.export.load, C++
+  python tools/export.py runs/quickstart/seed0 digits.pt2 --to torch --deployed         # for torch.export.load
   python tools/export.py weights.pt digits.onnx --to onnx --recipe recipes/quickstart.yaml --shape 1,8,8
 
 dense    weights under their plain names with zeros where a mask was, as timm's `checkpoint_path` and `load_state_dict`
