@@ -178,7 +178,7 @@ def _tolerance(outputs: Any) -> float:
 def _wait_for(model: nn.Module) -> Callable[[], object]:
     """Return what waits until the device of a model has done all that it was asked for."""
     device = next(itertools.chain(model.parameters(), model.buffers())).device
-    return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else bool
+    return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 def _keep_transposed(model: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -18,7 +18,7 @@ class Choice:
     shape: tuple[int, ...]
     density: float
     kernel: str
-    """ "dense", or one of `itop_prune.kernels.KERNELS`."""
+    """One of `itop_prune.deployment.CHOICES`."""
     dense_seconds: float
     """Of the dense layer in one forward; 0 where it was not timed."""
     seconds: float
@@ -76,7 +76,7 @@ def in_turns(
     at_least: int,
     within: float,
     of: Callable[[list[float]], float],
-    wait: Callable[[], object] = bool,
+    wait: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Call functions in turns, after one call of each that does not count, and reduce the seconds of each.
 

@@ -72,12 +72,13 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
         raise ValueError("the model is on the meta device; call model.to_empty(device=...) first")
     present = model.state_dict()
     actual = {plain_name(name): name for name in present}
-    shapes, owners = _shapes({name: present[actual[name]] for name in actual}), _owners(state)
+    here = {name: present[actual[name]] for name in actual}
+    shapes, owners = _shapes(here, _owners(here)), _owners(state)
     while state and not shapes.keys() & owners.keys() and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
         versions = {name.removeprefix("module").removeprefix("."): layer for name, layer in versions.items()}
         owners = _owners(state)
-    found, weights = _shapes(state), [*walk(model, remove_duplicate=False)]
+    found, weights = _shapes(state, owners), [*walk(model, remove_duplicate=False)]
     masked = {owner for owner, entries in owners.items() if owner not in entries}
     if not masked:
         raise ValueError(
@@ -114,7 +115,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
             ITOP.place(layer, tensor)
     named = OrderedDict((actual.get(name) or actual[name[:-5]] + name[-5:], tensor) for name, tensor in state.items())
     # How torch keeps the versions of layers beside the tensors; those that the source does not tell are the model's.
-    named._metadata = {name: versions.get(plain_name(name), here) for name, here in present._metadata.items()}  # type: ignore[attr-defined]
+    named._metadata = {name: versions.get(plain_name(name), own) for name, own in present._metadata.items()}  # type: ignore[attr-defined]
     model.load_state_dict(named, strict=strict)
     masks = find_masks(model)
     leave_out_of_ddp(model, masks)
@@ -124,10 +125,10 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
 def _owners(state: Mapping[str, Tensor | Packed]) -> dict[str, list[str]]:
     """Return the names of a state dict's entries by plain name: of a masked weight there are two, of others one."""
     owners: dict[str, list[str]] = {}
+    masked = compact.masked(state)
     for name in state:
         stem = name[:-5] if name.endswith(("_orig", "_mask")) else name
-        both = stem != name and f"{stem}_orig" in state and f"{stem}_mask" in state
-        owners.setdefault(stem if both else name, []).append(name)
+        owners.setdefault(stem if stem in masked else name, []).append(name)
     return owners
 
 
@@ -137,9 +138,9 @@ def _mask(state: Mapping[str, Tensor | Packed], name: str) -> Tensor:
     return mask.unpack()[1] if isinstance(mask, Packed) else mask
 
 
-def _shapes(state: Mapping[str, Tensor | Packed]) -> dict[str, str]:
+def _shapes(state: Mapping[str, Tensor | Packed], owners: Mapping[str, list[str]]) -> dict[str, str]:
     """Return the shapes in words by plain name; weight and mask have one and the same."""
-    shapes = {name: {tuple(state[entry].shape) for entry in entries} for name, entries in _owners(state).items()}
+    shapes = {name: {tuple(state[entry].shape) for entry in entries} for name, entries in owners.items()}
     return {name: " and ".join(sorted(map(str, different))) for name, different in shapes.items()}
 
 
