@@ -21,7 +21,7 @@ from itop_prune.packing import Packed
 from itop_prune.selection import plain_name, unwrap
 from itop_prune.sharding import whole
 
-FORMAT, VERSION = "itop_prune", "1"
+FORMAT, VERSION = "itop_prune", "2"
 BEFORE_CHECKSUM = f'"{FORMAT}":"{VERSION} '.encode()
 DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
@@ -120,7 +120,9 @@ def read(path: Path) -> Mapping[str, Tensor | Packed]:
         return tensors
     version, _, rest = about.partition(" ")
     if version != VERSION:
-        raise ValueError(f"{path} is of version {version}; this itop_prune reads version {VERSION}: update it")
+        raise ValueError(
+            f"{path} is of version {version}; this itop_prune reads version {VERSION}: install the one that wrote it"
+        )
     checksum, _, shapes = rest.partition(" ")
     if checksum != _checksum(path)[1]:
         raise ValueError(f"{path} is damaged: its checksum is not that of what it holds; copy or save it again")

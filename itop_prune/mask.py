@@ -243,8 +243,10 @@ def remove(model: nn.Module) -> None:
 def leave_out_of_ddp(model: nn.Module, masks: Iterable[str]) -> None:
     """Tell DistributedDataParallel not to send the masks around with every forward: they are equal on all ranks."""
     model, key = unwrap(model), "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
-    present = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    names = present.intersection(getattr(model, key, ())) | {f"{name}_mask" for name in masks}
+    names = set(getattr(model, key, ()))
+    if names:
+        names &= {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    names |= {f"{name}_mask" for name in masks}
     if names:
         setattr(model, key, sorted(names))
     elif hasattr(model, key):

@@ -1,4 +1,8 @@
-"""Masked weights in little memory: the active values, and where they are near the entropy of that. Tensors only."""
+"""Masked weights in little memory: the active values, and where they are in little more than that must take.
+
+Distances in few bits with exceptions are those of Zukowski et al., "Super-Scalar RAM-CPU Cache Compression", 2006.
+Tensors only.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -32,61 +36,68 @@ class Packed:
     @torch.no_grad()
     def fill(self, weight: Tensor, mask: Tensor) -> None:
         """Write the weight and the mask into contiguous tensors of the shape, of whatever dtype and device."""
-        positions = decode(self.code).to(weight.device)
+        positions = decode(self.code, len(self.values)).to(weight.device)
         weight.view(-1).zero_().scatter_(0, positions, self.values.to(weight))
         mask.view(-1).zero_().index_fill_(0, positions, True)
 
 
+EXCEPTION = 64
+"""The bits of two whole numbers that an exception takes."""
+
+
 def encode(positions: Tensor) -> Tensor:
-    """Return rising positions as bytes, near their entropy where they are scattered evenly.
+    """Return rising positions as bytes: few, and soon read.
 
-    The code is a row of numbers of b bits. A number below 2**b - 1 tells how many positions are skipped before the
-    next one that is meant; 2**b - 1 skips as many and means none. The first byte is b, the best there is; with b = 1
-    the code is the mask itself, a bit a position. Then come the lowest bits of all numbers, their second bits, and so
-    on: a byte holds those of eight numbers, the first in its lowest bit. The last eight are filled up with 2**b - 1.
+    They are the distances from each position to the next, and of the first from 0. The first byte is a width of w bits,
+    the best there is. Then come the lowest bits of all distances, their second bits, and so on up to the w-th: a byte
+    holds those of eight distances, the first in its lowest bit; the last eight are filled up with 0. Where a distance
+    is wider, what it is without its w lowest bits is an exception: after the bytes stand which distances have one, and
+    then the exceptions, each as four bytes, the lowest first.
 
-    Before 1 4 5 10 11 14 16 there are 1 2 0 4 0 2 1 to skip. With b = 2 that is 1 2 0 3 1 0 2 1, as 3 and 1 skip 4; the
-    low bits of these eight numbers are 1 0 0 1 1 0 0 1, and the high ones 0 1 0 1 0 0 1 0:
+    From 0 by way of 2 5 6 8 11 12 15 1000 it is 2 3 1 2 3 1 3 985. With w = 2 the lowest bits of these eight distances
+    are 0 1 1 0 1 1 1 1 and the others 1 1 0 1 1 0 1 0; the last distance, 4 * 246 + 1, has an exception:
 
-    >>> encode(torch.tensor([1, 4, 5, 10, 11, 14, 16])).tolist()
-    [2, 153, 74]
+    >>> encode(torch.tensor([2, 5, 6, 8, 11, 12, 15, 1000])).tolist()
+    [2, 246, 91, 7, 0, 0, 0, 246, 0, 0, 0]
     """
-    skipped = positions.diff(prepend=positions.new_tensor([-1])) - 1
-    most = (1 << _best_width(skipped)) - 1
-    ends = (skipped // most + 1).cumsum(0) - 1
-    count = int(ends[-1]) + 1 if len(ends) else 0
-    numbers = torch.full((count + -count % 8,), most)
-    numbers[ends] = skipped % most
-    width = most.bit_length()
-    bits = torch.cat([((numbers >> place) & 1).to(torch.uint8) for place in range(width)])
-    eights = bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)
-    return torch.cat([eights.new_tensor([width]), eights.sum(1, dtype=torch.uint8)])
+    distances = positions.diff(prepend=positions.new_zeros(1))
+    longest = int(distances.amax()).bit_length() if len(distances) else 1
+    widths = range(max(1, longest - 31), max(1, min(longest, 31)) + 1)  # what goes beyond must fit into four bytes
+    width = min(widths, key=lambda w: w * len(distances) + EXCEPTION * int((distances >= 1 << w).sum()))
+    rest = distances >> width
+    which = rest.nonzero().squeeze(1)
+    planes = [_bytes(((distances >> place) & 1).to(torch.uint8)) for place in range(width)]
+    exceptions = torch.cat([which, rest[which]]).int().view(torch.uint8)
+    return torch.cat([exceptions.new_tensor([width]), *planes, exceptions])
 
 
-def decode(code: Tensor) -> Tensor:
-    """Return the positions that `encode` was given.
+def decode(code: Tensor, count: int) -> Tensor:
+    """Return so many positions, as `encode` was given them.
 
-    >>> decode(torch.tensor([2, 153, 74], dtype=torch.uint8)).tolist()
-    [1, 4, 5, 10, 11, 14, 16]
+    >>> decode(torch.tensor([2, 246, 91, 7, 0, 0, 0, 246, 0, 0, 0], dtype=torch.uint8), 8).tolist()
+    [2, 5, 6, 8, 11, 12, 15, 1000]
     """
     width = int(code[0])
-    bits = _bits_of_bytes().index_select(0, code[1:].int()).view(torch.uint8).view(width, -1)
-    lowest, *others = bits.unbind()
-    numbers = lowest if width <= 8 else lowest.int()
+    planes, exceptions = code[1:].tensor_split([width * -(-count // 8)])
+    lowest, *others = _bits(planes).view(width, -1)[:, :count].unbind()
+    distances = lowest if width <= 8 else lowest.int()
     for place, higher in enumerate(others, 1):
-        numbers.add_(higher, alpha=1 << place)
-    means_one = numbers != (1 << width) - 1
-    return numbers.add_(means_one).cumsum(0).sub_(1).masked_select(means_one)
+        distances.add_(higher, alpha=1 << place)
+    if len(exceptions):
+        which, rest = exceptions.clone().view(torch.int32).long().chunk(2)  # a clone: four bytes begin at a fourth one
+        distances = distances.long().index_add_(0, which, rest << width)
+    return distances.cumsum(0)
 
 
-def _best_width(skipped: Tensor) -> int:
-    """Return the width that takes the fewest bits; a number that means none counts one more, for it takes time too."""
+def _bytes(bits: Tensor) -> Tensor:
+    """Return bits, each a byte, in bytes of eight."""
+    eights = torch.cat([bits, bits.new_zeros(-len(bits) % 8)]).view(-1, 8)
+    return (eights << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
-    def cost(width: int) -> int:
-        means_none = int((skipped // ((1 << width) - 1)).sum())
-        return width * len(skipped) + (width + 1) * means_none
 
-    return min(range(1, 25), key=cost)
+def _bits(packed: Tensor) -> Tensor:
+    """Return the bits of bytes, each as a byte."""
+    return _bits_of_bytes().index_select(0, packed.int()).view(torch.uint8)
 
 
 @functools.cache

@@ -68,9 +68,9 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     state = {plain_name(name): tensor for name, tensor in given.items()}
     versions = {plain_name(name): layer for name, layer in getattr(source, "_metadata", {}).items()}
     model = unwrap(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("the model is on the meta device; call model.to_empty(device=...) first")
     present = model.state_dict()
+    if any(tensor.is_meta for tensor in present.values()):
+        raise ValueError("the model is on the meta device; call model.to_empty(device=...) first")
     actual = {plain_name(name): name for name in present}
     here = {name: present[actual[name]] for name in actual}
     shapes, owners = _shapes(here, _owners(here)), _owners(state)

@@ -445,12 +445,14 @@ def test_a_file_whose_shapes_were_changed_is_refused_by_its_checksum(path: Path)
     assert "is damaged: its checksum is not" in refused(path, other())
 
 
-def test_a_file_of_a_newer_version_is_refused_with_both_versions(path: Path) -> None:
+@pytest.mark.parametrize("version", ["1", "3"])
+def test_a_file_of_another_version_is_refused_with_both_versions(version: str, path: Path) -> None:
     saved(path)
     with safe_open(path, framework="pt") as file:
         about = file.metadata()["itop_prune"]
-    save_file(load_file(path), path, {"itop_prune": f"2{about[1:]}"})
-    assert refused(path, other()) == f"{path} is of version 2; this itop_prune reads version 1: update it"
+    save_file(load_file(path), path, {"itop_prune": f"{version}{about[1:]}"})
+    told = f"{path} is of version {version}; this itop_prune reads version 2: install the one that wrote it"
+    assert refused(path, other()) == told
 
 
 def test_a_foreign_safetensors_file_has_no_masks(path: Path) -> None:
