@@ -143,12 +143,11 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
         shape = (*input.shape[:-1], self.out_features)
         if input.numel() == self.in_features:
             return self._product(input.reshape(-1), self._parameters["bias"]).view(shape)  # self.bias takes a while
-        columns = input.reshape(-1, self.in_features).t().contiguous()
-        if self.keeps_transposed or self.bias is None:
-            y = self._product(columns, self.bias).t()
-            return (y if self.keeps_transposed else y.contiguous()).view(shape)
-        y = self._product(columns, None).t()  # transposed and the bias added in one pass, which all threads share
-        return torch.add(y, self.bias, out=y.new_empty(y.shape)).view(shape)
+        columns = input.reshape(-1, self.in_features).t()
+        columns = columns if columns.is_contiguous() else _added(columns, 0)
+        if self.keeps_transposed:
+            return self._product(columns, self.bias).t().view(shape)
+        return _added(self._product(columns, None).t(), 0 if self.bias is None else self.bias).view(shape)
 
     def exported(self, input: Tensor) -> Tensor:
         """Return the same by what an exporter takes, for any number of rows."""
@@ -156,6 +155,11 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
             return super().forward(input)
         y = self.product("embedding_bag")(input.reshape(-1, self.in_features).t().contiguous(), self.bias)
         return y.t().contiguous().view(*input.shape[:-1], self.out_features)
+
+
+def _added(tensor: Tensor, more: Tensor | int) -> Tensor:
+    """Return the sum as it lies row by row; torch shares this among its threads, but not a copy of what is transposed."""
+    return torch.add(tensor, more, out=tensor.new_empty(tensor.shape))
 
 
 class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]

@@ -269,9 +269,9 @@ def test_a_source_that_is_none_is_refused(run: Path, tmp_path: Path, capsys: pyt
     assert "is damaged or no safetensors file" in error_of(capsys, weights, out, *stated)
     save_file({"head.weight": torch.zeros(10, 100)}, weights)
     assert "the source has no masks" in error_of(capsys, weights, out, *stated)
-    newer = (run / "sparse.safetensors").read_bytes().replace(b'"itop_prune":"1 ', b'"itop_prune":"2 ')
+    newer = (run / "sparse.safetensors").read_bytes().replace(b'"itop_prune":"2 ', b'"itop_prune":"3 ')
     Path(weights).write_bytes(newer)
-    assert "is of version 2; this itop_prune reads version 1: update it" in error_of(capsys, weights, out, *stated)
+    assert "is of version 3; this itop_prune reads version 2: install" in error_of(capsys, weights, out, *stated)
     assert not out.exists()
 
 
