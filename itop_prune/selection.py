@@ -21,6 +21,8 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
 """The weight matrices of convolutions and linear maps, by the class of the layer."""
 
 NOTHING_LEFT = "There is no other weight: without these nothing is left to mask"
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""The attributes that torch keeps parameters, buffers, modules and hooks in."""
 MIXED_KERNELS = frozenset({"CondConv2d"})
 """Convolutions that mix kernels of several experts, a kernel a row of their weight; by the name of their class."""
 
@@ -162,7 +164,7 @@ def _held_again(layer: nn.Module, tensor: str) -> str:
     parameter = layer._parameters[tensor]
     for attribute, value in vars(layer).items():
         lists_it = attribute == "_flat_weights" and isinstance(layer, nn.RNNBase)  # which the masked layer replaces
-        if attribute != "_parameters" and not lists_it and _contains(value, parameter):
+        if attribute not in OF_EVERY_MODULE and not lists_it and _contains(value, parameter):
             return f"from its {attribute}"
     return _asks_for(type(layer), tensor)  # type: ignore[arg-type]  # a class can be hashed
 

@@ -158,7 +158,7 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
 
 
 def _added(tensor: Tensor, more: Tensor | int) -> Tensor:
-    """Return the sum as it lies row by row; torch shares this among its threads, but not a copy of what is transposed."""
+    """Return the sum, row by row; torch shares this among its threads, but not the copy of a transposed matrix."""
     return torch.add(tensor, more, out=tensor.new_empty(tensor.shape))
 
 

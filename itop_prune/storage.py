@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -89,7 +89,8 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
     if strict and differing:
         lines = [
-            f"  {n}: the model has {shapes.get(n, 'none')}, the source {found.get(n, 'none')}" for n in differing[:10]
+            f"  {n}: the model has {_in_words(shapes.get(n))}, the source {_in_words(found.get(n))}"
+            for n in differing[:10]
         ]
         more = f"\n  and {len(differing) - 10} more" if differing[10:] else ""
         raise ValueError("model and source differ; strict=False loads the rest\n" + "\n".join(lines) + more)
@@ -138,10 +139,13 @@ def _mask(state: Mapping[str, Tensor | Packed], name: str) -> Tensor:
     return mask.unpack()[1] if isinstance(mask, Packed) else mask
 
 
-def _shapes(state: Mapping[str, Tensor | Packed], owners: Mapping[str, list[str]]) -> dict[str, str]:
-    """Return the shapes in words by plain name; weight and mask have one and the same."""
-    shapes = {name: {tuple(state[entry].shape) for entry in entries} for name, entries in owners.items()}
-    return {name: " and ".join(sorted(map(str, different))) for name, different in shapes.items()}
+def _shapes(state: Mapping[str, Tensor | Packed], owners: Mapping[str, list[str]]) -> dict[str, set[tuple[int, ...]]]:
+    """Return the shapes by plain name; weight and mask have one and the same."""
+    return {name: {tuple(state[entry].shape) for entry in entries} for name, entries in owners.items()}
+
+
+def _in_words(shapes: Collection[tuple[int, ...]] | None) -> str:
+    return " and ".join(sorted(map(str, shapes))) if shapes else "none"
 
 
 def read_state(path: str | Path) -> Mapping[str, Tensor]:
