@@ -6,7 +6,8 @@ algorithm itself, `.topology`, and `.patterns` for N:M.
 
 To read the code, begin with five files: `topology` (the algorithm), `layer` and `mask` (where it acts), `update` (what
 happens at one) and `scheduler` (when). The menus above are lists of small functions, read as they are needed; all else
-is checks, ranks and files.
+is checks and ranks. What comes before and after training lies in folders that no training step needs: `files` and
+`inference`.
 """
 
 from importlib import import_module
@@ -18,11 +19,11 @@ from itop_prune.placement import apply
 from itop_prune.scheduler import MaskScheduler
 
 if TYPE_CHECKING:
-    from itop_prune.compact import save
     from itop_prune.cost import FLOPs, flops
-    from itop_prune.deployment import deploy
+    from itop_prune.files.compact import save
+    from itop_prune.files.storage import dense_state_dict, load
+    from itop_prune.inference.deployment import deploy
     from itop_prune.report import Summary, summarize
-    from itop_prune.storage import dense_state_dict, load
 
 __version__ = "0.1.0"
 
@@ -52,9 +53,9 @@ __all__ = [
 LATER = {
     **dict.fromkeys(("FLOPs", "flops"), "cost"),
     **dict.fromkeys(("Summary", "summarize"), "report"),
-    **dict.fromkeys(("dense_state_dict", "load"), "storage"),
-    "deploy": "deployment",
-    "save": "compact",
+    **dict.fromkeys(("dense_state_dict", "load"), "files.storage"),
+    "deploy": "inference.deployment",
+    "save": "files.compact",
 }
 """What no training step needs, by the module that it is imported from when it is asked for: a third of all the time."""
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itop_prune.packing import Packed
 from itop_prune.patterns import Pattern, holds
-from itop_prune.sharding import is_sharded, like, local
+from itop_prune.sharding import like, local
 
 STANDARDIZED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
 """Convolutions that standardise each filter (Qiao et al., 2019, arXiv 1903.10520), by the name of their class.
@@ -115,12 +114,9 @@ class MaskedLayer:
         if odd := [n for n in self.masked_names if breaks_pattern(self, n, state_dict.get(f"{prefix}{n}_mask"))]:  # type: ignore[arg-type]
             args[-1].append(f"{prefix}({', '.join(odd)}): {BROKEN}")  # the messages that load_state_dict raises with
             return
-        clean = set()
+        filled = {n for n in self.masked_names if state_dict.get(f"{prefix}{n}_mask") is getattr(self, f"{n}_mask")}
         for name in self.masked_names:
             weight, parameter, mask = (prefix + name + ending for ending in ("", "_orig", "_mask"))
-            if isinstance(packed := state_dict.get(mask), Packed):
-                state_dict[parameter], state_dict[mask] = self._unpack(name, packed)
-                clean.add(name)
             if mask in state_dict:  # torch's own pruning keeps float masks
                 state_dict[mask] = state_dict[mask].bool()
                 self.__dict__.pop(f"{name}_planned", None)
@@ -129,16 +125,8 @@ class MaskedLayer:
                 state_dict.setdefault(mask, getattr(self, name + "_mask"))
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         for name in self.masked_names:
-            if name not in clean:
+            if name not in filled:  # whoever gives the layer its own mask has written weight and mask in place
                 zero_off_mask(getattr(self, name + "_orig"), getattr(self, name + "_mask"))
-
-    def _unpack(self, name: str, packed: Packed) -> tuple[Tensor, Tensor]:
-        """Return a weight and its mask as tensors; written in place at once where that can be, to save a copy."""
-        parameter, mask = getattr(self, f"{name}_orig"), getattr(self, f"{name}_mask")
-        if is_sharded(parameter) or not (parameter.is_contiguous() and mask.is_contiguous()):
-            return packed.unpack()
-        packed.fill(parameter, mask)
-        return parameter, mask
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)

@@ -19,9 +19,9 @@ from torch.nn.utils import prune
 from toys import batch, convnet, mlp, train
 
 import itop_prune
-from itop_prune.compact import write
+from itop_prune.files.compact import write
+from itop_prune.files.storage import read_state
 from itop_prune.selection import unwrap
-from itop_prune.storage import read_state
 
 # timm scripts functions and uses parts of torch that torch deprecates; nothing of ours warns.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:timm.*", "ignore::DeprecationWarning:torch.*")

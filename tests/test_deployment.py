@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from toys import convnet, mlp
 
 import itop_prune
-from itop_prune import deployment
-from itop_prune.deployment import CHOICES, deploy
-from itop_prune.kernels import KERNELS
-from itop_prune.sparse_layers import SparseConv2d, SparseLinear
+from itop_prune.inference import deployment
+from itop_prune.inference.deployment import CHOICES, deploy
+from itop_prune.inference.kernels import KERNELS
+from itop_prune.inference.sparse_layers import SparseConv2d, SparseLinear
 
 # timm scripts functions and uses parts of torch that torch deprecates; nothing of ours warns.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:timm.*", "ignore::DeprecationWarning:torch.*")

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import itop_prune
-from itop_prune import deployment
+from itop_prune.files.storage import read_state
+from itop_prune.inference import deployment
 from itop_prune.recipe import Recipe
-from itop_prune.storage import read_state
 
 CPU = torch.device("cpu")
 OPTIMIZER = "optimizer: {opt: sgd, lr: 0.1}"

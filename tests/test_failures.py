@@ -26,7 +26,7 @@ from processes import (
     without_last_checkpoint,
 )
 
-from itop_prune.storage import read_state
+from itop_prune.files.storage import read_state
 
 FULL = OSError(28, "No space left on device")
 

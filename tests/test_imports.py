@@ -102,16 +102,30 @@ def test_the_package_neither_prints_nor_logs(source: Path) -> None:
             assert "logging" not in {name.partition(".")[0] for name in names}, node.lineno
 
 
-def test_imports_inside_the_package_make_no_circle() -> None:
-    imports: dict[str, set[str]] = {}
-    for source in SOURCES:
-        own = imports.setdefault(source.stem, set())
+def imports_inside() -> dict[str, set[str]]:
+    """Return, by module of the package, the modules of the package that it imports."""
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in SOURCES}
+    known, imports = set(names.values()), {}
+    for source, name in names.items():
+        imports[name] = set[str]()
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("itop_prune"):
-                inner = node.module.partition(".")[2]
-                own |= {inner} if inner else {alias.name for alias in node.names}
+            if isinstance(node, ast.ImportFrom) and node.module in known:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                imports[name] |= inner & known or {node.module}
+    return imports
+
+
+def test_imports_inside_the_package_make_no_circle() -> None:
+    imports = imports_inside()
     assert any(imports.values())
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
+
+
+def test_what_trains_knows_nothing_of_what_comes_before_and_after() -> None:
+    imports = imports_inside()
+    outer = {name for name in imports if name.startswith(("itop_prune.files", "itop_prune.inference"))}
+    assert outer
+    assert {name: used for name in imports.keys() - outer - {"itop_prune"} if (used := imports[name] & outer)} == {}
 
 
 def test_there_are_tools_to_look_at() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from itop_prune.kernels import KERNELS, Active
+from itop_prune.inference.kernels import KERNELS, Active
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from itop_prune.packing import Packed, decode, encode
+from itop_prune.files.packing import Packed, decode, encode
 
 
 def scattered(size: int, density: float, seed: int = 0) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from itop_prune.semi_structured import semi_structured
+from itop_prune.inference.semi_structured import semi_structured
 
 
 def layer() -> nn.Linear:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from itop_prune.kernels import KERNELS
-from itop_prune.sparse_layers import SparseConv2d, SparseLinear, obstacle, replace, sparse
+from itop_prune.inference.kernels import KERNELS
+from itop_prune.inference.sparse_layers import SparseConv2d, SparseLinear, obstacle, replace, sparse
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(12, 7),

@@ -5,8 +5,8 @@ from statistics import median
 import pytest
 import torch
 
-from itop_prune import speed
-from itop_prune.speed import Choice, Report, difference, in_turns
+from itop_prune.inference import speed
+from itop_prune.inference.speed import Choice, Report, difference, in_turns
 
 
 def test_functions_take_turns_after_one_call_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import itop_prune
-from itop_prune.storage import read_state
+from itop_prune.files.storage import read_state
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")

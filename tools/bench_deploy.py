@@ -21,7 +21,7 @@ from measure import Settings
 from torch import Tensor, nn
 
 import itop_prune
-from itop_prune.speed import difference, in_turns
+from itop_prune.inference.speed import difference, in_turns
 
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "MLP 3072-1024-512-10": ("cifar_mlp", {}, (1, 3, 32, 32)),

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sharded import load_model_state
 from torch import Tensor, nn
 
-from itop_prune import compact
+from itop_prune.files import compact
 
 State = dict[str, Tensor]
 CHECKSUMS = "checksums.json"

@@ -12,8 +12,8 @@ from source import Source
 from torch import nn
 
 import itop_prune
+from itop_prune.files.storage import read_state
 from itop_prune.recipe import Recipe
-from itop_prune.storage import read_state
 
 
 @torch.no_grad()

@@ -42,8 +42,8 @@ from source import CPU, DataError
 from torch import Tensor, nn
 
 import itop_prune
+from itop_prune.inference.speed import Report, difference
 from itop_prune.recipe import Recipe, RecipeError, read
-from itop_prune.speed import Report, difference
 
 TOLERANCE = 1e-4
 """How far outputs may be from those of the model, as a share of their norm; rounded values are shown, not judged."""

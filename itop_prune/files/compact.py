@@ -1,9 +1,9 @@
 """Small files of sparse models: of a masked weight the active values and where they are, of the rest all.
 
 A file is safetensors. A tensor that is not masked stands in it as in a state dict; of a masked weight `<name>_orig`
-holds the active values and `<name>_mask` their positions, as `itop_prune.packing` writes them. The metadata say under
-"itop_prune" the version of the format, the CRC-32 of the whole file but its own eight digits, and as JSON the shapes of
-the masked weights. Equal models give equal files.
+holds the active values and `<name>_mask` their positions, as `itop_prune.files.packing` writes them. The metadata say
+under "itop_prune" the version of the format, the CRC-32 of the whole file but its own eight digits, and as JSON the
+shapes of the masked weights. Equal models give equal files.
 """
 
 import json
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from itop_prune.files.packing import Packed
 from itop_prune.mask import find_masks
-from itop_prune.packing import Packed
 from itop_prune.selection import plain_name, unwrap
 from itop_prune.sharding import whole
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from itop_prune.cost import run
-from itop_prune.kernels import KERNELS
+from itop_prune.inference.kernels import KERNELS
+from itop_prune.inference.semi_structured import semi_structured
+from itop_prune.inference.sparse_layers import SparseLinear, obstacle, replace, sparse
+from itop_prune.inference.speed import Choice, Report, difference, in_turns
 from itop_prune.mask import find_masks, remove
 from itop_prune.menu import nearest
 from itop_prune.selection import unwrap
-from itop_prune.semi_structured import semi_structured
-from itop_prune.sparse_layers import SparseLinear, obstacle, replace, sparse
-from itop_prune.speed import Choice, Report, difference, in_turns
 
 CHOICES = ("dense", *KERNELS, "semi_structured")
 TOLERANCE = 1e-5

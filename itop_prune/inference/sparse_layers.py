@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from itop_prune.kernels import KERNELS, Active, Product
+from itop_prune.inference.kernels import KERNELS, Active, Product
 
 
 def obstacle(layer: nn.Module, tensor: str) -> str:

@@ -18,7 +18,7 @@ class Choice:
     shape: tuple[int, ...]
     density: float
     kernel: str
-    """One of `itop_prune.deployment.CHOICES`."""
+    """One of `itop_prune.inference.deployment.CHOICES`."""
     dense_seconds: float
     """Of the dense layer in one forward; 0 where it was not timed."""
     seconds: float

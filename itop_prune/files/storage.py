@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from itop_prune import compact
+from itop_prune.files import compact
+from itop_prune.files.packing import Packed
 from itop_prune.layer import BROKEN, breaks_pattern, masked_names, pattern_of
 from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
 from itop_prune.menu import nearest
-from itop_prune.packing import Packed
 from itop_prune.selection import obstacle, plain_name, unwrap, walk
-from itop_prune.sharding import whole
+from itop_prune.sharding import is_sharded, whole
 
 State = dict[str, Tensor]
 
@@ -114,6 +114,9 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     for layer, tensor in to_mask.values():
         if tensor not in masked_names(layer):  # it may have two names
             ITOP.place(layer, tensor)
+    for name, layer, tensor in weights:
+        if isinstance(packed := state.get(f"{name}_mask"), Packed):
+            state[f"{name}_orig"], state[f"{name}_mask"] = _unpacked(packed, layer, tensor)
     named = OrderedDict((actual.get(name) or actual[name[:-5]] + name[-5:], tensor) for name, tensor in state.items())
     # How torch keeps the versions of layers beside the tensors; those that the source does not tell are the model's.
     named._metadata = {name: versions.get(plain_name(name), own) for name, own in present._metadata.items()}  # type: ignore[attr-defined]
@@ -131,6 +134,15 @@ def _owners(state: Mapping[str, Tensor | Packed]) -> dict[str, list[str]]:
         stem = name[:-5] if name.endswith(("_orig", "_mask")) else name
         owners.setdefault(stem if stem in masked else name, []).append(name)
     return owners
+
+
+def _unpacked(packed: Packed, layer: nn.Module, tensor: str) -> tuple[Tensor, Tensor]:
+    """Return a weight and its mask, written into those of a masked layer at once where that can be, to save a copy."""
+    parameter, mask = getattr(layer, f"{tensor}_orig"), getattr(layer, f"{tensor}_mask")
+    if is_sharded(parameter) or not (parameter.is_contiguous() and mask.is_contiguous()):
+        return packed.unpack()
+    packed.fill(parameter, mask)
+    return parameter, mask
 
 
 def _mask(state: Mapping[str, Tensor | Packed], name: str) -> Tensor:

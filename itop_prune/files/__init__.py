@@ -1,0 +1,1 @@
+"""Weights in and out: state dicts and files that others read, and small ones of our own."""

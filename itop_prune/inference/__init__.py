@@ -1,0 +1,1 @@
+"""After training: masked models computed with their active weights alone."""
