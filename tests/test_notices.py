@@ -1,0 +1,68 @@
+"""What is odd about a layer at an update is told with its name, what was seen and what to do; all else is silence."""
+
+from collections.abc import Collection
+
+import pytest
+from toys import mlp
+
+import itop_prune
+from itop_prune.notices import odd_layers
+from itop_prune.ranks import State
+
+OUTPUTS = {"0.weight": 16, "2.weight": 12, "4.weight": 4}
+
+
+def odd(
+    *,
+    without_gradient: Collection[str] = (),
+    silent: Collection[str] = (),
+    active: dict[str, int] | None = None,
+    any_gradient: bool = True,
+    listened: bool = True,
+) -> dict[str, str]:
+    """Return messages by key at step 7, of an `mlp` with as many active weights as outputs but for what is given."""
+    state = State(True, any_gradient, dict.fromkeys(OUTPUTS, True), list(silent), OUTPUTS | (active or {}))
+    found = list(odd_layers(state, itop_prune.apply(mlp(), 0.5), without_gradient, listened, 7))
+    messages = dict(found)
+    assert len(messages) == len(found)
+    return messages
+
+
+def test_of_layers_with_gradients_and_a_weight_for_every_output_nothing_is_said() -> None:
+    assert odd() == {}
+
+
+def test_layers_without_a_gradient_are_told_by_name_with_how_to_mask_another() -> None:
+    messages = odd(without_gradient=["4.weight", "0.weight"])
+    assert list(messages) == ["0.weight", "4.weight"]
+    for name, message in messages.items():
+        assert message.startswith(f"{name} got no gradient since the last update: is its layer still used by the model")
+        assert "apply(model, ..., include=[...])" in message
+        assert message.endswith("build optimizer and MaskScheduler anew with find_masks(model)")
+
+
+def test_a_dense_gradient_of_zero_is_told_with_the_step_and_what_may_be_the_cause() -> None:
+    messages = odd(silent=["2.weight"])
+    assert list(messages) == ["silent 2.weight"]
+    message = messages["silent 2.weight"]
+    assert message.startswith("the dense gradient of 2.weight is 0 everywhere at step 7, so growth there is by chance")
+    assert "a layer near it so sparse that nothing passes, or a scale behind it still 0?" in message
+
+
+@pytest.mark.parametrize("given", [{"listened": False}, {"any_gradient": False}])
+def test_zeros_are_not_told_where_no_dense_gradient_was_asked_for_or_no_layer_got_any(given: dict[str, bool]) -> None:
+    assert odd(silent=["2.weight"], **given) == {}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_one_active_weight_less_than_outputs_is_told_with_both_counts_and_what_to_do(name: str) -> None:
+    messages = odd(active={name: OUTPUTS[name] - 1})
+    assert list(messages) == [f"few {name}"]
+    message = messages[f"few {name}"]
+    assert message.startswith(f"{name} has {OUTPUTS[name] - 1} active weights for {OUTPUTS[name]} outputs")
+    assert message.endswith("lower the sparsity, or take a method that gives small layers more (ERK)")
+
+
+def test_a_layer_that_is_odd_in_every_way_is_told_of_under_three_keys() -> None:
+    messages = odd(without_gradient=["0.weight"], silent=["0.weight"], active={"0.weight": 0})
+    assert list(messages) == ["0.weight", "silent 0.weight", "few 0.weight"]
