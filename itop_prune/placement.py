@@ -13,6 +13,7 @@ from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
 from itop_prune.menu import nearest
 from itop_prune.patterns import Pattern
 from itop_prune.selection import Place, indivisible, kernel_shape, matching, select
+from itop_prune.values import is_number
 
 SCORES = ("random", "magnitude")
 
@@ -71,7 +72,7 @@ def apply(
     >>> apply(model, sparsity=0.75, method="uniform")
     {'0.weight': ITOP(Linear.weight, 8 of 32 active), '2.weight': ITOP(Linear.weight, 2 of 8 active)}
     """
-    if not isinstance(sparsity, (int, float)) or isinstance(sparsity, bool) or not 0.0 <= sparsity < 1.0:
+    if not is_number(sparsity) or not 0.0 <= sparsity < 1.0:
         raise ValueError(
             f"sparsity is {sparsity!r}; allowed is a number in [0, 1), the share of zeros: 0.9 keeps a tenth"
         )
@@ -149,7 +150,7 @@ def _by_name(densities: Mapping[str, float], names: Iterable[str]) -> dict[str, 
     """Return the densities of the layers that the patterns match; where several do, of the first."""
     fixed: dict[str, float] = {}
     for pattern, density in densities.items():
-        if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0.0 <= density <= 1.0:
+        if not is_number(density) or not 0.0 <= density <= 1.0:
             raise ValueError(f"densities[{pattern!r}] is {density!r}; allowed is a number in [0, 1], the share kept")
         fixed |= {name: float(density) for name in matching(pattern, names, "densities") if name not in fixed}
     return fixed
