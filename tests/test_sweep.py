@@ -9,6 +9,7 @@ import pytest
 import sweep
 import timm
 import torch
+import twins
 from torch import Tensor, nn
 
 import itop_prune
@@ -55,7 +56,7 @@ SPREAD: dict[str, dict[str, Any]] = {
 def test_a_family_trains_as_its_dense_twin(name: str) -> None:
     if name not in architectures.names():
         pytest.skip(f"timm {timm.__version__} does not have {name}")
-    found = architectures.trained(name, **SPREAD[name])
+    found = twins.trained(name, **SPREAD[name])
     assert found.wrong == []
     assert found.refused == ""
     assert found.masked > 5
@@ -64,7 +65,7 @@ def test_a_family_trains_as_its_dense_twin(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["efficientnet_cc_b1_8e", "sequencer2d_l", "nfnet_f7", "vit_giant_patch14_dinov2"])
 def test_a_model_of_any_size_is_counted_on_the_meta_device(name: str) -> None:
-    found = architectures.counts(name)
+    found = twins.counts(name)
     assert found.wrong == []
     assert found.refused == ""
     assert found.covered > 0.99
@@ -103,13 +104,13 @@ class Assigning(Small):
         return super().forward(x)
 
 
-def check(model: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> architectures.Finding:
-    monkeypatch.setattr(architectures, "_with_images", lambda name, keywords: (model(), torch.randn(2, 3, 8, 8)))
-    return architectures.trained("a model")
+def check(model: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> twins.Finding:
+    monkeypatch.setattr(twins, "with_images", lambda name, keywords: (model(), torch.randn(2, 3, 8, 8)))
+    return twins.trained("a model")
 
 
 def test_a_plain_model_passes_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check(Small, monkeypatch) == architectures.Finding(masked=2, covered=248 / 260, size=8)
+    assert check(Small, monkeypatch) == twins.Finding(masked=2, covered=248 / 260, size=8)
 
 
 def test_a_layer_that_the_model_does_not_use_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,7 @@ def test_a_weight_that_is_not_what_the_twin_computes_with_is_found(monkeypatch: 
 
 def test_a_kernel_that_is_dense_in_use_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "effective", lambda weight, mask, centred: weight * mask)
-    found = architectures.trained("test_nfnet")
+    found = twins.trained("test_nfnet")
     assert any(text.endswith("the kernel in use is not 0 where the mask is") for text in found.wrong)
 
 
@@ -145,12 +146,12 @@ def test_a_mask_that_loses_weights_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", ["torchvision/fasterrcnn_resnet50_fpn", "torchvision/raft_small"])
 def test_a_model_with_inputs_of_its_own_kind_is_left_out_with_the_reason(name: str) -> None:
-    assert architectures.trained(name).refused.startswith("it needs inputs of its own kind: it ")
+    assert twins.trained(name).refused.startswith("it needs inputs of its own kind: it ")
 
 
 def test_a_refusal_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "create", lambda name, **keywords: nn.Embedding(3, 4))
-    assert "nothing to mask" in architectures.counts("a model").refused
+    assert "nothing to mask" in twins.counts("a model").refused
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

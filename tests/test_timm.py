@@ -8,11 +8,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import architectures
 import onnxruntime
 import pytest
 import timm
 import torch
+import twins
 from timm.layers.ml_decoder import TransformerDecoderLayerOptimal
 from timm.utils import ModelEmaV2, ModelEmaV3, reparameterize_model
 from torch import Tensor, nn
@@ -416,7 +416,7 @@ def test_naflex_patches_of_another_size_are_made_of_the_masked_weights() -> None
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_v2_t", "vit_b_16", "googlenet", "fcn_resnet50", "r3d_18"])
 def test_models_of_torchvision_are_covered_on_the_meta_device(name: str) -> None:
-    found = architectures.counts(f"torchvision/{name}")
+    found = twins.counts(f"torchvision/{name}")
     assert not found.wrong
     assert not found.refused
     assert found.covered > 0.98

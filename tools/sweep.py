@@ -24,6 +24,7 @@ import architectures
 import timm
 import torch
 import torchvision
+import twins
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -121,9 +122,9 @@ def look_at(name: str, real: bool) -> Line:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the models, about versions to come
-            found = (architectures.trained if real else architectures.counts)(name)
+            found = (twins.trained if real else twins.counts)(name)
     except Exception as error:  # the sweep goes on, and the table says what happened
-        found = architectures.Finding(wrong=[f"{type(error).__name__}: {error}"])
+        found = twins.Finding(wrong=[f"{type(error).__name__}: {error}"])
     gc.collect()
     check = f"trained, {found.size} px" if found.size else "trained" if real else "counted"
     result = "failed" if found.wrong else "refused" if found.refused else "exact" if real else "masked"
