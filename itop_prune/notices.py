@@ -1,9 +1,29 @@
-"""What is odd about the layers at an update, in words: unused, deaf or starved."""
+"""What is odd at an update, in words, each said once: layers that are unused, deaf or starved."""
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 
 from itop_prune.mask import ITOP
-from itop_prune.ranks import State
+from itop_prune.ranks import State, is_first
+
+
+class Notices:
+    """Warnings that wait until a step is over, lest one stops it halfway; each once, and on the first rank alone."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+        self._waiting: list[str] = []
+
+    def add(self, key: str, message: str) -> None:
+        """Keep a message to be given, if none of its key was before."""
+        if key not in self._known and is_first():
+            self._waiting.append(message)
+        self._known.add(key)
+
+    def give(self) -> None:
+        """Warn of what was kept; the warning points at the line that called the caller."""
+        while self._waiting:
+            warnings.warn(self._waiting.pop(0), stacklevel=3)
 
 
 def odd_layers(

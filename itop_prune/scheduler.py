@@ -1,6 +1,5 @@
 """When masks move: `MaskScheduler` counts optimizer steps, prunes and regrows when it is time, and knows R_s."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from itop_prune.exploration import Exploration
 from itop_prune.gradients import DenseGradients
 from itop_prune.layer import zero_off_mask
 from itop_prune.mask import ITOP
-from itop_prune.notices import odd_layers
+from itop_prune.notices import Notices, odd_layers
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
 from itop_prune.patterns import check_held
 from itop_prune.plan import Plan
@@ -152,8 +151,7 @@ class MaskScheduler:
         self._dense = DenseGradients(self._masks, self._rules.needs, gradient_steps, every)
         self._exploration = Exploration(self._masks, survival)
         self._without_gradient = set(self._movable())
-        self._warned: set[str] = set()
-        self._to_say: list[str] = []
+        self._notices = Notices()
         self._prepare_next_step()
 
     @property
@@ -226,8 +224,7 @@ class MaskScheduler:
         moved = self._due and bool(masks) and self._update(masks, heard)
         self._due = self._due and not moved
         self._prepare_next_step()
-        while self._to_say:
-            warnings.warn(self._to_say.pop(0), stacklevel=2)
+        self._notices.give()
         return moved
 
     def state_dict(self) -> dict[str, Any]:
@@ -319,10 +316,11 @@ class MaskScheduler:
         state = ranks.examine(parameters, tensors, heard if self._dense.wanted else None)
         if not state.finite:
             self.skipped += 1
-            self._say("not finite", f"a gradient or masked weight is not finite at step {self._step}: the update waits")
+            where = f"at step {self._step}"
+            self._notices.add("not finite", f"a gradient or masked weight is not finite {where}: the update waits")
             return None
         if not state.any_gradient and not has_any_gradient(self._optimizer):
-            self._say("zero", f"every gradient is 0 at step {self._step}: were they cleared before? {ORDER}")
+            self._notices.add("zero", f"every gradient is 0 at step {self._step}: were they cleared before? {ORDER}")
         if not any(state.has_gradient.values()):  # nobody listened: the backward pass was before the MaskScheduler
             return None
         if self._check_ranks:
@@ -332,7 +330,7 @@ class MaskScheduler:
         if self.updates == 0:
             check_statistics(self._optimizer, masks)
         for key, message in odd_layers(state, masks, self._without_gradient, self._dense.wanted, self._step):
-            self._say(key, message)
+            self._notices.add(key, message)
         return state
 
     def _move(self, itop: ITOP, mask: Tensor) -> None:
@@ -342,9 +340,3 @@ class MaskScheduler:
         for tensor in statistics(self._optimizer, itop.parameter).values():
             zero_off_mask(tensor, stayed)
         itop.mask.copy_(mask)
-
-    def _say(self, key: str, message: str) -> None:
-        """Warn once of each thing, on the first rank, when the step is over."""
-        if key not in self._warned and ranks.is_first():
-            self._to_say.append(message)
-        self._warned.add(key)

@@ -1,12 +1,13 @@
 """What is odd about a layer at an update is told with its name, what was seen and what to do; all else is silence."""
 
+import linecache
 from collections.abc import Collection
 
 import pytest
 from toys import mlp
 
 import itop_prune
-from itop_prune.notices import odd_layers
+from itop_prune.notices import Notices, odd_layers
 from itop_prune.ranks import State
 
 OUTPUTS = {"0.weight": 16, "2.weight": 12, "4.weight": 4}
@@ -66,3 +67,39 @@ def test_one_active_weight_less_than_outputs_is_told_with_both_counts_and_what_t
 def test_a_layer_that_is_odd_in_every_way_is_told_of_under_three_keys() -> None:
     messages = odd(without_gradient=["0.weight"], silent=["0.weight"], active={"0.weight": 0})
     assert list(messages) == ["0.weight", "silent 0.weight", "few 0.weight"]
+
+
+def step(notices: Notices) -> None:
+    """Give notices as a method does that a user has called."""
+    notices.give()
+
+
+def test_a_notice_waits_and_is_given_once_where_the_user_called() -> None:
+    notices = Notices()
+    notices.add("key", "the first")
+    notices.add("key", "of the same key")
+    notices.add("other", "the second")
+    with pytest.warns(UserWarning, match="the ") as given:
+        step(notices)
+    assert [str(one.message) for one in given] == ["the first", "the second"]
+    assert {one.filename for one in given} == {__file__}
+    assert {linecache.getline(one.filename, one.lineno).strip() for one in given} == {"step(notices)"}
+    notices.add("key", "the first again")
+    step(notices)  # warnings are errors here
+
+
+def test_where_warnings_are_errors_the_next_one_is_not_lost() -> None:
+    notices = Notices()
+    notices.add("a", "the first")
+    notices.add("b", "the second")
+    for message in ("the first", "the second"):
+        with pytest.raises(UserWarning, match=message):
+            step(notices)
+    step(notices)
+
+
+def test_other_ranks_than_the_first_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("itop_prune.notices.is_first", lambda: False)
+    notices = Notices()
+    notices.add("key", "a message")
+    step(notices)
