@@ -153,6 +153,8 @@ def test_the_same_step_is_taken_whatever_listens(method: str) -> None:
     assert run.train(range(EVERY)) == plain.train(range(EVERY))
 
 
+# Older compilers of torch make an instance of a torch.autograd.Function, which torch deprecates.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("method", ["erk98_snfs", "global98_granet", "momentum everywhere"])
 def test_torch_compile_gives_the_masks_of_an_eager_run(method: str) -> None:
     eager, compiled = Run(method), Run(method)

@@ -23,6 +23,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from checkpoint import Checkpoints
 from safetensors.torch import load_file
 from torch import Tensor, distributed
+from torch.torch_version import TorchVersion
 
 import itop_prune
 from itop_prune.sharding import is_sharded
@@ -237,6 +238,8 @@ def test_an_optimizer_that_does_not_work_on_sharded_weights_is_refused(optimizer
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw, layer_decay: 0.7", "lamb", "muon"])
 @pytest.mark.usefixtures("one_rank")
 def test_others_are_not(optimizer: str) -> None:
+    if optimizer == "muon" and TorchVersion(torch.__version__) < (2, 11):
+        pytest.skip("torch 2.10 does not clamp a norm of sharded weights in place, as timm's Muon does; 2.11 does")
     check(f"optimizer={{opt: {optimizer}, lr: 0.01}}")
 
 

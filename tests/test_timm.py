@@ -466,7 +466,7 @@ def test_torch_export_of_a_masked_model_computes_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", EXPORTED)
 def test_onnx_export_of_a_masked_model_computes_the_same(name: str, removed: bool, tmp_path: Path) -> None:
     if not removed and TorchVersion(torch.__version__) < (2, 15):
-        pytest.skip("torch 2.9 does not export a product with bools to ONNX; 2.15 is known to")
+        pytest.skip("torch 2.10 does not export a product with bools to ONNX; 2.15 is known to")
     model, _, x = masked_for_export(name)
     expected = model(x).detach()
     if removed:

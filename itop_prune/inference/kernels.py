@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ class Active(NamedTuple):
     """(outputs, inputs)."""
 
 
-Bias: TypeAlias = "Tensor | None"  # as text: torch 2.9 can't compile a function that has the union itself
-Product = Callable[[Tensor, Bias], Tensor]
+Product = Callable[[Tensor, Tensor | None], Tensor]
 """(x, bias) -> matrix times x plus bias; x is [inputs, columns] or [inputs], the bias [outputs] or None."""
 
 
@@ -33,7 +32,7 @@ def csr(active: Active) -> Product:
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)
         matrix = torch.sparse_csr_tensor(*active, check_invariants=False)
 
-    def product(x: Tensor, bias: Bias) -> Tensor:
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.ndim == 1:
             return torch.mv(matrix, x) if bias is None else torch.addmv(bias, matrix, x)
         if x.shape[1] == 1:
@@ -47,7 +46,7 @@ def embedding_bag(active: Active) -> Product:
     """Sums of embeddings with weights, as torch.nn.EmbeddingBag makes them: a row of x is an embedding."""
     bag = functools.partial(F.embedding_bag, mode="sum", include_last_offset=True)
 
-    def product(x: Tensor, bias: Bias) -> Tensor:
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.ndim == 1:
             return product(x[:, None], bias)[:, 0]
         if len(x) != active.shape[1]:  # more embeddings than there are inputs would do no harm, to nobody's notice
