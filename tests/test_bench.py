@@ -72,6 +72,7 @@ def test_both_ways_of_an_update_choose_as_many() -> None:
     assert new.sum() == mask.sum()
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # which older profilers say of themselves
 def test_masks_hold_two_bytes_a_weight_and_an_update_three_of_its_largest_layer() -> None:
     between, during = bench_masks.memory(QUICK)
     assert between.ours[0] <= between.target == 2.0

@@ -247,7 +247,9 @@ def test_what_torch_exports_computes_with_the_active_weights_alone_for_any_batch
 
 
 @pytest.mark.filterwarnings(
-    "ignore:Using padding='same' with even kernel lengths", "ignore::DeprecationWarning:torch.*"
+    "ignore:Using padding='same' with even kernel lengths",
+    "ignore::DeprecationWarning:torch.*",
+    "ignore:.*LeafSpec:FutureWarning",  # of an older exporter, about itself
 )
 @pytest.mark.parametrize("name", ["linear", "linear without bias", "3x3", "oblong", "even, same"])
 def test_what_is_exported_to_onnx_is_a_dense_layer(name: str, tmp_path: Path) -> None:
