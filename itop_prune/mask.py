@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from itop_prune.layer import attach, detach, effective, pass_dense_gradient, pattern_of, standardizes, zero_off_mask
+from itop_prune.layer import attach, detach, effective, pattern_of, standardizes, zero_off_mask
+from itop_prune.listening import Listener
 from itop_prune.patterns import Pattern, holds
 from itop_prune.selection import kernel_shape, obstacle, unwrap, walk
 from itop_prune.sharding import is_sharded, like
@@ -21,9 +22,7 @@ class ITOP(prune.BasePruningMethod):
     """
 
     PRUNING_TYPE = "unstructured"
-    _heard: Tensor | None = None
-    _heard_in: Tensor | None = None
-    _ear: torch.utils.hooks.RemovableHandle | None = None
+    _listener: Listener | None = None
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self._layer = layer
@@ -170,46 +169,13 @@ class ITOP(prune.BasePruningMethod):
         zero_off_mask(self.parameter, self.mask)
 
     def listen(self) -> None:
-        """Collect the dense gradient in the backward passes to come.
-
-        `.grad` stays sparse: a hook on the parameter keeps what arrives and hands on what the mask lets through, so
-        that clipping and the optimizer's step are those of any other step. Micro-batches add up; where `.grad` was
-        cleared before, collecting starts anew.
-        """
-        if self._ear is not None:
-            return
-
-        @torch.utils.hooks.unserializable_hook  # a copy or a pickle does without, and that is meant
-        def hear(gradient: Tensor) -> Tensor:
-            heard = None if self.parameter.grad is None else self._heard
-            self._heard = gradient.to(torch.float32, copy=True) if heard is None else heard + gradient
-            return gradient * self.mask
-
-        @torch.utils.hooks.unserializable_hook
-        def hear_part(parameter: Tensor) -> None:
-            """FSDP2 puts the mean over ranks into `.grad`, no hook between, and adds micro-batches up there."""
-            gradient = parameter.grad
-            if gradient is None:
-                return
-            if self._heard is None or gradient is not self._heard_in:
-                self._heard, self._heard_in = gradient.to(torch.float32, copy=True), gradient
-            else:
-                self._heard = torch.where(like(self.mask, gradient), gradient, self._heard + gradient)
-            zero_off_mask(gradient, self.mask)
-
-        pass_dense_gradient(self._layer, self._tensor_name, on=True)
-        if is_sharded(self.parameter):
-            self._ear = self.parameter.register_post_accumulate_grad_hook(hear_part)
-        else:
-            self._ear = self.parameter.register_hook(hear)
+        """Collect the dense gradient in the backward passes to come; `.grad` stays sparse."""
+        self._listener = self._listener or Listener(self._layer, self._tensor_name)
 
     def take_gradient(self) -> Tensor | None:
         """Return the dense gradient collected since `listen`, float32, or None; and stop listening."""
-        if self._ear is not None:
-            self._ear.remove()
-            pass_dense_gradient(self._layer, self._tensor_name, on=False)
-        heard, self._heard, self._heard_in, self._ear = self._heard, None, None, None
-        return heard
+        listener, self._listener = self._listener, None
+        return listener.take() if listener else None
 
     def __getstate__(self) -> dict[str, object]:
         return {"_layer": self._layer, "_tensor_name": self._tensor_name}

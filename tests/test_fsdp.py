@@ -87,12 +87,14 @@ def train(
     optimizer_of: str = "AdamW",
     micro_batches: int = 1,
     sync_last: bool = False,
+    cleared: bool = False,
     policy: str = "plain",
     **placing: Any,
 ) -> dict[str, Any]:
     """Train on a rank's half of the data, or with `part` None on all of it without ranks; return whole tensors.
 
-    With `sync_last` gradients are exchanged after the last micro-batch alone.
+    With `sync_last` gradients are exchanged after the last micro-batch alone; with `cleared` those of the others are
+    cleared.
     """
     make, shape = BUILDS[build]
     network = make()
@@ -105,6 +107,8 @@ def train(
     for step in range(STEPS):
         for micro in range(micro_batches):
             x, y = data(step, micro, part, shape)
+            if cleared:
+                network.zero_grad()
             if part is not None and sync_last:
                 network.set_requires_gradient_sync(micro == micro_batches - 1)
             (F.cross_entropy(network(x), y) / micro_batches).backward()
@@ -244,6 +248,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "gradient growth": {"build": "mlp", "grow": "gradient"},
     "gradient growth, SGD": {"build": "mlp", "grow": "gradient", "optimizer_of": "SGD"},
     "gradient growth, accumulation": {"build": "mlp", "grow": "gradient", "micro_batches": 2},
+    "gradient growth, cleared": {"build": "mlp", "grow": "gradient", "micro_batches": 2, "cleared": True},
     "gradient growth, one exchange": {"build": "mlp", "grow": "gradient", "micro_batches": 3, "sync_last": True},
     "gradient growth, on the CPU": {"build": "mlp", "grow": "gradient", "policy": "offload"},
     "gradient growth, standardized": {"build": "standardized", "grow": "gradient"},

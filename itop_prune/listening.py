@@ -1,0 +1,84 @@
+"""The dense gradient of one masked parameter, beside the sparse `.grad` that the optimizer sees."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import unserializable_hook
+
+from itop_prune.layer import pass_dense_gradient, zero_off_mask
+from itop_prune.sharding import is_sharded, like
+
+
+class Listener:
+    """Collects what the backward passes bring, from when it is made until `take`.
+
+    Hooks on the parameter keep what arrives and hand on what the mask lets through, so that clipping and the
+    optimizer's step are those of any other step. What adds up in `.grad`, micro-batches, adds up here. Where `.grad`
+    was cleared between two passes, to None or to 0 (with FSDP2 to None), collecting starts anew; what
+    `torch.autograd.grad` is asked for is not counted.
+    """
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        self._layer, self._name = layer, name
+        self._heard: Tensor | None = None
+        self._arriving: Tensor | None = None
+        self._left: tuple[Tensor, int] | None = None
+        parameter = layer.get_parameter(f"{name}_orig")
+        after = parameter.register_post_accumulate_grad_hook
+        pass_dense_gradient(layer, name, on=True)
+        if is_sharded(parameter):
+            self._hooks = [after(self._added_by_fsdp)]
+        else:
+            self._hooks = [parameter.register_hook(self._arrives), after(self._added)]
+
+    def take(self) -> Tensor | None:
+        """Return the sum of what came, float32, or None; and stop."""
+        for hook in self._hooks:
+            hook.remove()
+        pass_dense_gradient(self._layer, self._name, on=False)
+        return self._heard
+
+    @property
+    def _mask(self) -> Tensor:
+        return getattr(self._layer, f"{self._name}_mask")
+
+    @unserializable_hook  # a copy or a pickle does without, and that is meant
+    def _arrives(self, gradient: Tensor) -> Tensor:
+        """Keep the dense gradient on its way, and hand on the sparse one; `.grad` is as it was before."""
+        present = getattr(self._layer, f"{self._name}_orig").grad
+        if present is None:
+            self._heard = None
+        elif self._heard is not None and not self._is_as_left(present):
+            self._heard = torch.where(present.any(), self._heard, 0.0)
+        self._arriving = gradient.detach()
+        return gradient * self._mask
+
+    @unserializable_hook
+    def _added(self, parameter: Tensor) -> None:
+        """Count what arrived, now that `.grad` has its sparse part."""
+        arrived, self._arriving = self._arriving, None
+        if arrived is not None:
+            self._heard = arrived.to(torch.float32, copy=True) if self._heard is None else self._heard + arrived
+        self._leave(parameter.grad)
+
+    @unserializable_hook
+    def _added_by_fsdp(self, parameter: Tensor) -> None:
+        """FSDP2 puts the mean over ranks into `.grad`, no hook between, and adds micro-batches up there.
+
+        Whether it was set to 0 in between can't be told: all gradients that it holds are views of one tensor.
+        """
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if self._heard is None or self._left is None or self._left[0] is not gradient:
+            self._heard = gradient.to(torch.float32, copy=True)
+        else:
+            self._heard = torch.where(like(self._mask, gradient), gradient, self._heard + gradient)
+        zero_off_mask(gradient, self._mask)
+        self._leave(gradient)
+
+    def _leave(self, gradient: Tensor | None) -> None:
+        self._left = None if gradient is None else (gradient, gradient._version)
+
+    def _is_as_left(self, gradient: Tensor) -> bool:
+        """Return whether it is the `.grad` of the last pass, and nobody has written to it since."""
+        return self._left is not None and self._left[0] is gradient and self._left[1] == gradient._version
