@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from itop_prune.mask import ITOP
 from itop_prune.sharding import local
@@ -46,14 +47,20 @@ def has_any_gradient(optimizer: Optimizer) -> bool:
 
 
 def check_statistics(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
-    """Refuse an optimizer whose statistics can't be set to 0: kept out of `optimizer.state`, or quantized."""
+    """Refuse an optimizer whose statistics can't be set to 0: kept out of `optimizer.state`, quantized, a step size."""
+    if isinstance(optimizer, torch.optim.Rprop):
+        raise ValueError(
+            "Rprop keeps a step size of each weight, and with 0 a weight that has grown would stand still; pass an "
+            "optimizer whose statistics may begin at 0, such as SGD or AdamW"
+        )
     parameters = [itop.parameter for itop in masks.values()]
     for name, part in vars(optimizer).items():
         if isinstance(part, Optimizer):
             check_statistics(part, masks)
             hidden = part.state is not optimizer.state
         else:
-            hidden = isinstance(part, Mapping) and part is not optimizer.state and any(p in part for p in parameters)
+            kept = part if isinstance(part, Mapping) and part is not optimizer.state else {}
+            hidden = any(isinstance(leaf, Tensor) for p in parameters if p in kept for leaf in tree_leaves(kept[p]))
         if hidden:
             raise ValueError(
                 f"{type(optimizer).__name__} keeps statistics of weights in its {name}, out of reach: pruned weights "

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -62,12 +62,7 @@ def select(model: nn.Module, include: str | Iterable[str], exclude: str | Iterab
     if not wanted:
         raise ValueError(f"include={include!r} without exclude={exclude!r} leaves nothing of: {_shorten(found)}")
     selected = {name: place for name, place in found.items() if name in wanted}
-    owners = _owners(model)
-    reasons = {}
-    for name, (layer, tensor) in selected.items():
-        if reason := obstacle(layer, tensor) or _tie(name, owners[id(layer._parameters[tensor])]):
-            reasons[name] = reason
-    if reasons:
+    if reasons := obstacles(model, selected):
         lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
         leave_out = f"To leave them dense: exclude={sorted(reasons)}"
         raise ValueError(f"can't mask\n{lines}\n{leave_out if reasons.keys() < found.keys() else NOTHING_LEFT}")
@@ -93,6 +88,20 @@ def indivisible(layer: nn.Module, tensor: str, m: int) -> str:
 
 def _mixes_kernels(layer: nn.Module) -> bool:
     return derives(type(layer), MIXED_KERNELS) and hasattr(layer, "weight_shape")
+
+
+def obstacles(model: nn.Module, places: Mapping[str, Place]) -> dict[str, str]:
+    """Return, by name, why weights of a model can't be masked; those that can are left out."""
+    owners = _owners(model)
+    found = {}
+    for name, (layer, tensor) in places.items():
+        others = [
+            owner for owner, *place in owners.get(id(layer._parameters.get(tensor)), ()) if place != [layer, tensor]
+        ]
+        tied = f"it is tied to {', '.join(others)}, which would not see the mask: untie them (a copy of the parameter)"
+        if reason := obstacle(layer, tensor) or (tied if others else ""):
+            found[name] = reason
+    return found
 
 
 def obstacle(layer: nn.Module, tensor: str) -> str:
@@ -150,12 +159,13 @@ def matching(patterns: str | Iterable[str], names: Iterable[str], what: str) -> 
     return matched
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Return the names under which each parameter is held, by its identity."""
-    owners: dict[int, list[str]] = {}
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
+    """Return where each parameter is held, by its identity: a name, the module and the tensor's name in it."""
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in unwrap(model).named_modules():
         for tensor, parameter in module._parameters.items():
-            owners.setdefault(id(parameter), []).append(plain_name(prefix, tensor))
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((plain_name(prefix, tensor), module, tensor))
     return owners
 
 
@@ -183,13 +193,6 @@ def _contains(value: object, parameter: object) -> bool:
     if isinstance(value, (list, tuple, set, frozenset)):
         return any(_contains(item, parameter) for item in value)
     return _contains(list(value.values()), parameter) if isinstance(value, dict) else value is parameter
-
-
-def _tie(name: str, owners: Sequence[str]) -> str:
-    others = ", ".join(other for other in owners if other != name)
-    return (
-        f"it is tied to {others}, which would not see the mask: untie them (a copy of the parameter)" if others else ""
-    )
 
 
 def _shorten(names: Iterable[str], most: int = 12) -> str:

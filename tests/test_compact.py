@@ -538,3 +538,15 @@ def test_two_that_write_one_name_at_once_leave_a_whole_file(path: Path, monkeypa
     assert [*path.parent.iterdir()] == [path]
     itop_prune.load(target, path)
     assert_same(model, target)
+
+
+def test_a_state_that_is_no_tensor_is_refused_by_name(path: Path) -> None:
+    class Counting(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"seen": 3}
+
+    model = nn.Sequential(nn.Linear(4, 6), Counting(6, 4))
+    itop_prune.apply(model, 0.5)
+    with pytest.raises(ValueError, match=r"^1\._extra_state holds no tensor, and this file nothing else"):
+        itop_prune.save(model, path)
+    assert not path.exists()

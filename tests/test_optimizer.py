@@ -123,6 +123,26 @@ def test_the_lookahead_of_timm_is_refused() -> None:
         itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=1)
 
 
+def test_rprop_is_refused_before_it_trains() -> None:
+    """A grown weight would have the step size 0, and go on with the smallest one there is."""
+    model = mlp()
+    masks = masked(model)
+    with pytest.raises(ValueError, match="Rprop keeps a step size of each weight"):
+        itop_prune.MaskScheduler(masks, torch.optim.Rprop(model.parameters()), total_steps=4, every=2)
+
+
+def test_what_is_kept_of_a_weight_and_holds_no_tensor_is_no_statistic() -> None:
+    """Kron keeps the text of its products by weight."""
+    model = mlp()
+    masks = masked(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.texts = {itop.parameter: ("ab,bc->ac", [("bc", 1)]) for itop in masks.values()}
+    assert check_statistics(optimizer, masks) is None
+    optimizer.texts[masks["2.weight"].parameter] = ("ab", [torch.zeros(3)])
+    with pytest.raises(ValueError, match="in its texts, out of reach"):
+        check_statistics(optimizer, masks)
+
+
 def test_an_optimizer_with_statistics_of_its_own_is_refused_at_the_first_update() -> None:
     model = mlp()
     masks = masked(model)

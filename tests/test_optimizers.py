@@ -164,6 +164,47 @@ def test_an_optimizer_built_before_apply_trains_as_one_built_after() -> None:
     assert Watch(name, "before apply").losses == Watch(name, "after apply").losses
 
 
+MOVING: dict[str, Factory] = {
+    "LBFGS": lambda model: torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3),
+    **{
+        name: lambda model, name=name: timm.optim.create_optimizer_v2(model, opt=name, lr=0.01)
+        for name in ("kron", "muon", "adamuon", "nadamuon")
+    },
+}
+"""Optimizers that mix weights, and so move those off the mask."""
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+@pytest.mark.parametrize("name", MOVING)
+def test_what_an_optimizer_moves_off_the_mask_is_not_seen_and_gone_at_an_update(name: str) -> None:
+    model = mlp()
+    masks = itop_prune.apply(model, 0.7)
+    optimizer = MOVING[name](model)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=12, every=3, grow="gradient")
+    first = {key: int(itop.mask.sum()) for key, itop in masks.items()}
+    x, y = torch.randn(8, 20), torch.arange(8) % 4
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    off = False
+    for _ in range(12):
+        optimizer.step(closure)
+        off = off or any(bool(itop.parameter[~itop.mask].any()) for itop in masks.values())
+        old = {key: itop.mask.clone() for key, itop in masks.items()}
+        moved = regrow.step()
+        for key, itop in masks.items():
+            assert not itop.weight[~itop.mask].any()
+            assert int(itop.mask.sum()) == first[key]
+            if moved:
+                assert not itop.parameter[~(itop.mask & old[key])].any()
+    assert regrow.updates == 4
+    assert off, "it belongs into the table above"
+
+
 # --- groups of parameters --------------------------------------------------------------------------------------------
 
 

@@ -338,3 +338,10 @@ def test_a_class_that_happens_to_be_called_like_timms_is_masked_as_what_it_is() 
         pass
 
     assert itop_prune.apply(CondConv2d(2, 3, 3), 0.5)["weight"].mask.shape == (3, 2, 3, 3)
+
+
+def test_a_weight_under_two_names_in_its_own_module_is_tied() -> None:
+    layer = nn.Linear(4, 4)
+    layer.register_parameter("again", layer.weight)
+    with pytest.raises(ValueError, match=r"weight: it is tied to again"):
+        itop_prune.apply(layer, 0.5)

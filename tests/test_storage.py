@@ -477,3 +477,101 @@ def test_versions_are_found_behind_prefixes(where: str) -> None:
         dense[1] = torch.compile(dense[1], backend="eager")
     itop_prune.load(dense, state)
     assert torch.equal(dense[1].weight, model[1].weight)
+
+
+def tied(kind: str) -> nn.Module:
+    if kind == "two layers":
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model[1].weight = model[0].weight
+        return model
+    model = nn.ModuleDict({"0": nn.Embedding(10, 4), "1": nn.Linear(4, 10)})
+    model["1"].weight = model["0"].weight
+    return model
+
+
+@pytest.mark.parametrize("kind", ["two layers", "embedding"])
+def test_tied_weights_are_refused_as_by_apply_and_nothing_changes(kind: str) -> None:
+    model = tied(kind)
+    source = copy.deepcopy(model)
+    source["1" if kind == "embedding" else 1].weight = nn.Parameter(source.get_submodule("0").weight.detach().clone())
+    itop_prune.apply(source, 0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"can't mask\n(.*\n)?  1\.weight: it is tied to 0\.weight.*untie them"):
+        itop_prune.load(model, source.state_dict())
+    assert untouched(model, before)
+    assert itop_prune.find_masks(model) == {}
+
+
+class Counting(nn.Linear):
+    """A layer with something else than tensors in its state."""
+
+    seen = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+@pytest.mark.parametrize("form", ["mapping", "file"])
+def test_the_extra_state_of_a_layer_goes_with_the_weights(form: str, tmp_path: Path) -> None:
+    model, source = (nn.Sequential(nn.Linear(4, 6), Counting(6, 4)) for _ in range(2))
+    itop_prune.apply(source, 0.5)
+    source[1].seen = 7
+    itop_prune.load(model, source.state_dict() if form == "mapping" else save_pt(source.state_dict(), tmp_path))
+    assert model[1].seen == 7
+    assert torch.equal(model[1].weight, source[1].weight)
+
+
+def test_an_extra_state_that_is_missing_is_a_difference() -> None:
+    model, source = (nn.Sequential(nn.Linear(4, 6), kind(6, 4)) for kind in (Counting, nn.Linear))
+    itop_prune.apply(source, 0.5)
+    with pytest.raises(ValueError, match=r"1\._extra_state: the model has \(\), the source none"):
+        itop_prune.load(model, source.state_dict())
+    assert itop_prune.find_masks(model) == {}
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_a_checkpoint_in_memory_is_unwrapped_as_one_in_a_file(key: str) -> None:
+    model, source = mlp(seed=5), trained()
+    itop_prune.load(model, {key: source.state_dict(), "epoch": 3})
+    assert torch.equal(outputs(model), outputs(source))
+
+
+def test_a_mapping_of_something_else_is_no_state_dict() -> None:
+    with pytest.raises(ValueError, match="the source holds no state dict, a dict of tensors by name"):
+        itop_prune.load(mlp(), {"weights": trained().state_dict(), "epoch": 3})
+
+
+def test_the_state_dict_of_an_averaged_model_loads() -> None:
+    source = torch.optim.swa_utils.AveragedModel(trained())
+    model = mlp(seed=5)
+    itop_prune.load(model, source.state_dict())
+    assert torch.equal(outputs(model), outputs(source.module))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: b"hello world",
+        lambda c: bytes(99),
+    ],
+    ids=["half", "empty", "text", "zeros"],
+)
+def test_a_damaged_torch_file_is_refused_by_its_name(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    path, model = save_pt(trained().state_dict(), tmp_path), mlp(seed=5)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"model\.pt (is|holds .*or is) damaged"):
+        itop_prune.load(model, path)
+    assert itop_prune.find_masks(model) == {}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index_of_shards_is_refused_by_its_name(content: str, tmp_path: Path) -> None:
+    save_shards(trained().state_dict(), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is damaged: it has no weight_map"):
+        itop_prune.load(mlp(), tmp_path)

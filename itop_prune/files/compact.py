@@ -76,6 +76,11 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
             "there are no masks, and without them the file would not be small; call itop_prune.apply first, or save a "
             "dense model's state_dict() with safetensors"
         )
+    if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise ValueError(
+            f"{', '.join(strange)} holds no tensor, and this file nothing else; let get_extra_state return one, or "
+            "write model.state_dict() with torch.save"
+        )
     tensors, shapes = {}, {}
     for name, tensor in state.items():
         owner = name.removesuffix("_mask")

@@ -5,6 +5,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,12 @@ from itop_prune.files.packing import Packed
 from itop_prune.layer import BROKEN, breaks_pattern, masked_names, pattern_of
 from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
 from itop_prune.menu import nearest
-from itop_prune.selection import obstacle, plain_name, unwrap, walk
+from itop_prune.selection import obstacles, plain_name, unwrap, walk
 from itop_prune.sharding import is_sharded, whole
 
 State = dict[str, Tensor]
+AVERAGED = "n_averaged"
+"""What AveragedModel counts in, beside its `module`."""
 
 
 def dense_state_dict(model: nn.Module) -> State:
@@ -64,18 +67,18 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
         ValueError: The source is no state dict, is damaged, has no masks, or does not fit the model, which is then as
             it was.
     """
-    given: Mapping[str, Tensor | Packed] = source if isinstance(source, Mapping) else _read(Path(source))
+    given = _state_in(source, "the source") if isinstance(source, Mapping) else _read(Path(source))
     state = {plain_name(name): tensor for name, tensor in given.items()}
-    versions = {plain_name(name): layer for name, layer in getattr(source, "_metadata", {}).items()}
+    versions = {plain_name(name): layer for name, layer in getattr(given, "_metadata", {}).items()}
     model = unwrap(model)
     present = model.state_dict()
-    if any(tensor.is_meta for tensor in present.values()):
+    if any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in present.values()):
         raise ValueError("the model is on the meta device; call model.to_empty(device=...) first")
     actual = {plain_name(name): name for name in present}
     here = {name: present[actual[name]] for name in actual}
     shapes, owners = _shapes(here, _owners(here)), _owners(state)
-    while state and not shapes.keys() & owners.keys() and all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    while not shapes.keys() & owners.keys() and {name.partition(".")[0] for name in state} - {AVERAGED} == {"module"}:
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items() if name != AVERAGED}
         versions = {name.removeprefix("module").removeprefix("."): layer for name, layer in versions.items()}
         owners = _owners(state)
     found, weights = _shapes(state, owners), [*walk(model, remove_duplicate=False)]
@@ -109,8 +112,8 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     if odd := [name for name, layer, tensor in bound if breaks_pattern(layer, tensor, _mask(state, name))]:
         raise ValueError(f"{', '.join(odd)}: {BROKEN}")
     to_mask = {name: (layer, tensor) for name, layer, tensor in weights if name in fitting and name not in masked_here}
-    if reasons := [f"  {name}: {why}" for name, place in to_mask.items() if (why := obstacle(*place))]:
-        raise ValueError("can't mask\n" + "\n".join(reasons))
+    if reasons := obstacles(model, to_mask):
+        raise ValueError("can't mask\n" + "\n".join(f"  {name}: {reason}" for name, reason in reasons.items()))
     for layer, tensor in to_mask.values():
         if tensor not in masked_names(layer):  # it may have two names
             ITOP.place(layer, tensor)
@@ -153,7 +156,7 @@ def _mask(state: Mapping[str, Tensor | Packed], name: str) -> Tensor:
 
 def _shapes(state: Mapping[str, Tensor | Packed], owners: Mapping[str, list[str]]) -> dict[str, set[tuple[int, ...]]]:
     """Return the shapes by plain name; weight and mask have one and the same."""
-    return {name: {tuple(state[entry].shape) for entry in entries} for name, entries in owners.items()}
+    return {name: {tuple(getattr(state[e], "shape", ())) for e in entries} for name, entries in owners.items()}
 
 
 def _in_words(shapes: Collection[tuple[int, ...]] | None) -> str:
@@ -183,16 +186,32 @@ def _read(path: Path) -> Mapping[str, Tensor | Packed]:
         return compact.read(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than tensors and plain values, or is damaged; no code from a file is run: save "
             "model.state_dict()"
         ) from None
-    for key in ("state_dict", "model"):  # what timm and others wrap a state dict into
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
+    except Exception as error:  # of any kind, as what is damaged happens to read
+        raise ValueError(f"{path} is damaged or no file of torch.save: {error!r}; copy or save it again") from None
+    return _state_in(state, str(path))
+
+
+def _state_in(source: Any, called: str) -> Mapping[str, Tensor]:
+    """Return the state dict that was given, or that timm and others have wrapped.
+
+    Raises:
+        ValueError: It is none.
+    """
+    state = source
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict, a dict of tensors by name; save model.state_dict()")
+    if not isinstance(state, Mapping) or not all(
+        isinstance(value, Tensor) or str(name).endswith("_extra_state") for name, value in state.items()
+    ):
+        raise ValueError(f"{called} holds no state dict, a dict of tensors by name; save model.state_dict()")
     return state
 
 
@@ -202,7 +221,10 @@ def _read_folder(folder: Path) -> Mapping[str, Tensor | Packed]:
             return _read(folder / stem)
         index = folder / f"{stem}.index.json"
         if index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{index} is damaged: it has no weight_map, files by name; save it again") from None
             return {name: tensor for shard in shards for name, tensor in _read(folder / shard).items()}
     raise FileNotFoundError(
         f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a folder of Accelerate's?"
