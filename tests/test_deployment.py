@@ -1,6 +1,7 @@
 """A deployed model: the outputs of the masked one whatever is chosen, dense where that is faster; a copy."""
 
 import copy
+import dataclasses
 import functools
 import pickle
 from collections.abc import Callable
@@ -178,10 +179,106 @@ def test_a_layer_stays_transposed_where_the_next_one_takes_it_so_and_nothing_bet
     model = Attention(heads)
     itop_prune.apply(model, 0.5)
     deployed = deploy(model, torch.randn(1, 5, 8), choices=(kernel,))
-    assert (deployed.first.keeps_transposed, deployed.second.keeps_transposed) == (not heads, False)
+    assert [bool(layer.keeps_transposed) for layer in (deployed.first, deployed.second)] == [not heads, False]
     for x in (torch.randn(1, 5, 8), torch.randn(3, 7, 8), torch.randn(1, 1, 8)):
         assert apart(output(deployed, x), output(model, x)) <= 1e-5
         assert output(deployed, x).is_contiguous()
+
+
+class Flattening(nn.Module):
+    """Between two linear layers a view that a transposed output has for some sizes only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        batch, tokens, width = x.shape
+        return self.second(torch.relu(x).view(batch, tokens * width).view(batch * tokens, width))
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_other_sizes_are_computed_also_where_only_those_of_the_example_can_be_viewed(kernel: str) -> None:
+    torch.manual_seed(0)
+    model = Flattening()
+    itop_prune.apply(model, 0.5)
+    example = torch.randn(4, 1, 8)
+    deployed = deploy(model, example, choices=(kernel,))
+    assert deployed.first.keeps_transposed == {example.shape}
+    for x in (example, torch.randn(4, 3, 8), torch.randn(1, 5, 8)):
+        assert apart(output(deployed, x), output(model, x)) <= 1e-5
+
+
+@dataclasses.dataclass
+class Scores:
+    scores: Tensor
+    hidden: list[Tensor]
+
+
+class Telling(nn.Module):
+    """What models do besides computing: write into their input, rule classes out, tell in a class of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Scores:
+        hidden = self.first(x.mul_(2.0))
+        scores = self.second(torch.relu(hidden))
+        scores[:, 1] = -torch.inf
+        return Scores(scores, [hidden])
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_model_that_writes_into_its_input_and_rules_classes_out_is_deployed(kernel: str) -> None:
+    torch.manual_seed(0)
+    model = Telling()
+    itop_prune.apply(model, 0.5)
+    example = torch.randn(3, 8)
+    before = example.clone()
+    deployed = deploy(model, example, choices=(kernel,))
+    assert torch.equal(example, before)
+    assert [row.kernel for row in deployed.report.choices] == [kernel] * 2
+    assert deployed.report.fallback == ""
+    assert deployed.report.difference <= 1e-5
+    found, expected = deployed(example.clone()), model(example.clone())
+    torch.testing.assert_close(found.scores, expected.scores.detach())
+
+
+@pytest.mark.usefixtures("hurried")
+def test_outputs_that_can_not_be_compared_leave_the_model_dense_and_it_says_so() -> None:
+    class Words(nn.Sequential):
+        def forward(self, x: Tensor) -> str:
+            return str(super().forward(x).argmax())
+
+    model = Words(nn.Linear(8, 4))
+    itop_prune.apply(model, 0.5)
+    report = deploy(model, torch.randn(1, 8), choices=("csr",)).report
+    assert report.fallback == "all of it dense: no numbers in the outputs, or NaN, to compare"
+
+
+def test_a_model_with_a_report_of_its_own_is_refused() -> None:
+    model = nn.ModuleDict({"report": nn.Linear(8, 4)})
+    itop_prune.apply(model, 0.5)
+    with pytest.raises(ValueError, match=r"ModuleDict has a `report` of its own, .* give it another name"):
+        deploy(model, torch.randn(1, 8))
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_is_refused_with_what_to_do(kernel: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(16, 4))
+    itop_prune.apply(model, 0.5)
+    x = torch.randn(2, 3, 2, 2)
+    deployed = deploy(model, x, choices=(kernel,))
+    for part, given in ((deployed, x), (deployed[2], torch.randn(2, 16))):
+        refused = pytest.raises(RuntimeError, match=r"was given torch\.float32 under autocast; .*: leave out autocast")
+        with refused, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            part(given)
+    assert output(deployed, x).shape == (2, 4)
 
 
 @pytest.mark.usefixtures("hurried")

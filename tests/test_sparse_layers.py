@@ -76,12 +76,14 @@ def test_what_stays_transposed_has_the_same_values_and_the_next_layer_takes_it_a
     torch.manual_seed(0)
     first, second = nn.Linear(12, 8, bias=bias).requires_grad_(False), nn.Linear(8, 5).requires_grad_(False)
     one, two = sparse(first, kernel), sparse(second, kernel)
-    one.keeps_transposed = True
-    for shape in [(6, 12), (2, 3, 12), (1, 12)]:
+    shapes = [(6, 12), (2, 3, 12), (1, 12)]
+    one.keeps_transposed = {torch.Size(shape) for shape in shapes}
+    for shape in shapes:
         x = torch.randn(shape)
         torch.testing.assert_close(one(x), first(x))
         torch.testing.assert_close(two(torch.relu(one(x))), second(torch.relu(first(x))))
     assert one(torch.randn(6, 12)).t().is_contiguous()
+    assert one(torch.randn(7, 12)).is_contiguous()  # of another shape than those
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -1,12 +1,13 @@
 """Functions are timed in turns, outputs compared whatever holds them; the report is a table of what was chosen."""
 
+import dataclasses
 from statistics import median
 
 import pytest
 import torch
 
 from itop_prune.inference import speed
-from itop_prune.inference.speed import Choice, Report, difference, in_turns
+from itop_prune.inference.speed import Choice, Report, copied, difference, in_turns, tensors_in
 
 
 def test_functions_take_turns_after_one_call_that_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,3 +69,33 @@ def test_what_can_t_be_compared_is_no_number_and_never_small_enough() -> None:
     one, nan = torch.ones(2), torch.tensor([1.0, float("nan")])
     for ours, theirs in [(1, 1), (one, one * 0), (nan, one), (nan, nan)]:
         assert not difference(ours, theirs) <= 1e9
+
+
+@dataclasses.dataclass
+class Output:
+    y: torch.Tensor
+    more: tuple[torch.Tensor, ...] = ()
+
+
+def test_tensors_of_a_dataclass_are_compared() -> None:
+    one, other = (Output(torch.tensor([3.0, y]), (torch.zeros(2),)) for y in (4.5, 4.0))
+    assert difference(one, other) == pytest.approx(0.1)
+    assert difference([other], [other]) == 0.0
+    assert [tensor.tolist() for tensor in tensors_in({"a": other})] == [[3.0, 4.0], [0.0, 0.0]]
+
+
+def test_an_infinity_in_both_is_no_difference_and_in_one_it_is() -> None:
+    ours, theirs = torch.tensor([3.0, 4.5, -torch.inf]), torch.tensor([3.0, 4.0, -torch.inf])
+    assert difference(ours, theirs) == pytest.approx(0.1)
+    assert difference(-ours, theirs) == torch.inf
+    assert difference(ours[:2], ours[1:]) == torch.inf
+
+
+def test_copies_of_arguments_are_of_their_own() -> None:
+    arguments = (torch.ones(2), {"x": torch.ones(3), "n": 3})
+    copies = copied(arguments)
+    copies[0].zero_()
+    copies[1]["x"].zero_()
+    assert arguments[0].all()
+    assert arguments[1]["x"].all()
+    assert copies[1]["n"] == 3

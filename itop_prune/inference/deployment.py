@@ -5,19 +5,19 @@ import copy
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from itop_prune.cost import run
 from itop_prune.inference.kernels import KERNELS
 from itop_prune.inference.semi_structured import semi_structured
 from itop_prune.inference.sparse_layers import SparseLinear, obstacle, replace, sparse
-from itop_prune.inference.speed import Choice, Report, difference, in_turns
+from itop_prune.inference.speed import Choice, Report, copied, difference, in_turns, tensors_in
 from itop_prune.mask import find_masks, remove
 from itop_prune.menu import nearest
 from itop_prune.selection import unwrap
@@ -71,26 +71,29 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
     remove(deployed)
     dense = copy.deepcopy(deployed)
     with torch.no_grad():
-        expected = run(dense, arguments)
+        expected = run(dense, copied(arguments))
         rows = _choose(deployed, places, arguments, choices)
         for row, (layer, _) in zip(rows, places.values(), strict=True):
             if row.kernel != "dense":
                 replace(layer, _made(layer, row.kernel))
         _keep_transposed(deployed, arguments)
-        apart = difference(found := deployed(*arguments), expected)
+        apart = difference(found := deployed(*copied(arguments)), expected)
+        arguments = copied(arguments)  # a forward may write into them
         models = {"dense": lambda: dense(*arguments), "deployed": lambda: deployed(*arguments)}
         seconds = in_turns(models, at_least=11, within=1.0, of=median, wait=_wait_for(deployed))
     fallback = ""
     if all(row.kernel == "dense" for row in rows):
         seconds["deployed"] = seconds["dense"]  # the same model twice
-    elif not apart <= _tolerance(found):
+    elif math.isnan(apart):
+        fallback = "all of it dense: no numbers in the outputs, or NaN, to compare"
+    elif apart > _tolerance(found):
         fallback = f"all of it dense: the outputs would differ by {apart:.1e}"
     elif "dense" in choices and seconds["deployed"] > seconds["dense"]:
         fallback = f"all of it dense: it would take {1e3 * seconds['deployed']:.3f} ms"
     if fallback:
         deployed, apart, seconds["deployed"] = dense, 0.0, seconds["dense"]
         rows = [dataclasses.replace(row, kernel="dense", seconds=row.dense_seconds) for row in rows]
-    shapes = tuple(tuple(leaf.shape) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor))
+    shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(arguments))
     whole = (seconds["dense"], seconds["deployed"], apart, fallback)
     deployed.report = Report(tuple(rows), shapes, torch.get_num_threads(), *whole)  # type: ignore[assignment]
     return deployed
@@ -106,6 +109,11 @@ def _check(model: nn.Module, choices: Sequence[str]) -> None:
         raise ValueError(
             f"{type(unwrap(model)).__name__} has no masks; deploy what itop_prune.apply or itop_prune.load made "
             "sparse, and before itop_prune.remove"
+        )
+    if hasattr(unwrap(model), "report"):
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has a `report` of its own, where the table of a deployed model goes; give "
+            "it another name"
         )
     for itop in masks.values():
         itop.check_drawn()
@@ -127,7 +135,7 @@ def _choose(
     reasons = {name: obstacle(*place) for name, place in places.items()}
     layers = [layer for name, (layer, _) in places.items() if not reasons[name]]
     hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers]
-    model(*arguments)
+    model(*copied(arguments))
     for hook in hooks:
         hook.remove()
     rows = []
@@ -171,7 +179,7 @@ def _made(layer: nn.Module, kernel: str) -> Any:
 
 def _tolerance(outputs: Any) -> float:
     """Return how far outputs may be from the dense ones."""
-    types = {leaf.dtype for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+    types = {tensor.dtype for tensor in tensors_in(outputs) if tensor.is_floating_point()}
     return max([TOLERANCE, *(2 * torch.finfo(dtype).eps for dtype in types)])
 
 
@@ -182,28 +190,32 @@ def _wait_for(model: nn.Module) -> Callable[[], object]:
 
 
 def _keep_transposed(model: nn.Module, arguments: tuple[Any, ...]) -> None:
-    """Let linear layers leave their output as the next one takes it, where only what acts on elements lies between."""
+    """Let linear layers leave their output as the next one takes it, where only what acts on elements lies between.
+
+    That is seen for inputs of the shapes that they have here, and done for these alone.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
-    called: list[SparseLinear] = []
-    arrived: set[SparseLinear] = set()
+    called: list[tuple[SparseLinear, torch.Size]] = []
+    arrived: set[tuple[SparseLinear, torch.Size]] = set()
 
     def note(layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = (*inputs, *named.values())[0]
-        fits = called and called[-1].out_features == layer.in_features < x.numel()
+        fits = called and called[-1][0].out_features == layer.in_features < x.numel()
         if fits and x.reshape(-1, layer.in_features).t().is_contiguous():
             arrived.add(called[-1])
-        called.append(layer)
+        called.append((layer, x.shape))
 
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    kept, tried = set(layers), set[SparseLinear]()
+    model(*copied(arguments))
+    kept, tried = set(called), set[tuple[SparseLinear, torch.Size]]()
     while kept != tried:
         tried = set(kept)
         called.clear()
         arrived.clear()
         for layer in layers:
-            layer.keeps_transposed = layer in kept
+            layer.keeps_transposed = {shape for keeper, shape in kept if keeper is layer}
         try:
-            model(*arguments)
+            model(*copied(arguments))
             kept &= arrived
         except RuntimeError:  # it views what lies otherwise than a dense layer leaves it, most likely the last one's
             kept = kept - {called[-1]} if called[-1] in kept else set()

@@ -10,6 +10,7 @@ take. ONNX has no product for sparse weights; there each is a dense layer whose 
 
 import copy
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ class SparseLayer(nn.Module):
     weight_inputs: Tensor
     weight_values: Tensor
     _product: Product
+    _dtype: torch.dtype
+    _device: str
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -76,7 +79,8 @@ class SparseLayer(nn.Module):
 
     def prepare(self) -> None:
         """Make the product over the present buffers."""
-        self.__dict__ |= {"_product": self.product(self.kernel), "_dtype": self.weight_values.dtype}
+        values = self.weight_values
+        self.__dict__ |= {"_product": self.product(self.kernel), "_dtype": values.dtype, "_device": values.device.type}
 
     def product(self, kernel: str) -> Product:
         """Return a product over the present buffers."""
@@ -84,7 +88,7 @@ class SparseLayer(nn.Module):
         return KERNELS[kernel](Active(self.weight_starts, self.weight_inputs, self.weight_values, shape))
 
     def check(self, x: Tensor) -> None:
-        """Refuse an input that asks for a gradient or is of another type than the weight.
+        """Refuse an input that asks for a gradient or is of another type than the weight, and autocast, which casts it.
 
         Raises:
             RuntimeError: It does, or it is.
@@ -94,10 +98,12 @@ class SparseLayer(nn.Module):
                 "a gradient is asked for through a deployed layer, which has none: use torch.no_grad() or "
                 "torch.inference_mode(), or the model that was deployed"
             )
-        if x.dtype is not self._dtype:
+        autocast = torch.is_autocast_enabled(self._device)
+        if x.dtype is not self._dtype or autocast:
+            under = " under autocast" if autocast else ""
             raise RuntimeError(
-                f"a deployed layer of {self._dtype} was given {x.dtype}; allowed is {self._dtype}: leave out autocast "
-                "and convert the input"
+                f"a deployed layer of {self._dtype} was given {x.dtype}{under}; allowed is {self._dtype}: leave out "
+                "autocast and convert the input"
             )
 
     def extra_repr(self) -> str:
@@ -126,8 +132,11 @@ class SparseLayer(nn.Module):
 class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the weight is made when asked for
     """nn.Linear with its active weights alone."""
 
-    keeps_transposed: bool = False
-    """Whether the output stays as the product gives it, column after column: good for a next one that takes it so."""
+    keeps_transposed: Collection[torch.Size] = ()
+    """Inputs of which shapes have an output that stays as the product gives it, column after column.
+
+    That is good for a next layer that takes it so. Of other shapes it is laid out as by a dense layer, since what lies
+    between might view it in a way that was not tried."""
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -136,7 +145,7 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., outputs] of [..., inputs]."""
-        if input.dtype is not self._dtype or input.requires_grad:
+        if input.dtype is not self._dtype or input.requires_grad or torch.is_autocast_enabled(self._device):
             self.check(input)
         if torch.compiler.is_exporting():
             return self.exported(input)
@@ -145,7 +154,7 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
             return self._product(input.reshape(-1), self._parameters["bias"]).view(shape)  # self.bias takes a while
         columns = input.reshape(-1, self.in_features).t()
         columns = columns if columns.is_contiguous() else _added(columns, 0)
-        if self.keeps_transposed:
+        if self.keeps_transposed and input.shape in self.keeps_transposed and not torch.compiler.is_compiling():
             return self._product(columns, self.bias).t().view(shape)
         return _added(self._product(columns, None).t(), 0 if self.bias is None else self.bias).view(shape)
 
@@ -174,7 +183,7 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
         """Return [batch, outputs, height, width] of [batch, inputs, height, width], or both without a batch."""
         if input.ndim == 3:
             return self.forward(input[None])[0]
-        if input.dtype is not self._dtype or input.requires_grad:
+        if input.dtype is not self._dtype or input.requires_grad or torch.is_autocast_enabled(self._device):
             self.check(input)
         exporting = torch.compiler.is_exporting()
         if exporting and torch.onnx.is_in_onnx_export():

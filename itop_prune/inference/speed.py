@@ -1,13 +1,15 @@
 """What functions take and how far their outputs are apart, and what `deploy` found with both, as a table."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,35 @@ def in_turns(
     return {name: of(seconds) for name, seconds in taken.items()}
 
 
+def copied(arguments: Any) -> Any:
+    """Return arguments with copies of their tensors, for a forward that writes into its inputs."""
+    return tree_map_only(Tensor, torch.clone, arguments)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Return all tensors of nested containers, dataclasses among them, in order.
+
+    >>> [tuple(tensor.shape) for tensor in tensors_in({"y": [torch.zeros(2), 3], "z": (torch.zeros(1, 4),)})]
+    [(2,), (1, 4)]
+    """
+    found = []
+    for leaf in tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf):
+            found += tensors_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+    return found
+
+
 def difference(ours: Any, theirs: Any) -> float:
     """Return the norm of the difference of all tensors as a share of theirs; NaN where there is nothing to compare.
 
-    >>> import torch
+    An infinity where theirs is the same one makes no difference.
+
     >>> difference({"y": torch.tensor([3.0, 4.5]), "n": 1}, {"y": torch.tensor([3.0, 4.0]), "n": 2})
     0.1
     """
-    pairs = [(a, b) for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True) if isinstance(b, Tensor)]
-    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
-    size = sum(float(b.double().square().sum()) for _, b in pairs)
+    pairs = [(a.double(), b.double()) for a, b in zip(tensors_in(ours), tensors_in(theirs), strict=True)]
+    apart = sum(float((a - b)[a != b].square().sum()) for a, b in pairs)
+    size = sum(float(b[b.isfinite()].square().sum()) for _, b in pairs)
     return 0.0 if pairs and apart == 0 else math.sqrt(apart / size) if size else math.nan
