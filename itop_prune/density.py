@@ -56,7 +56,7 @@ class Density:
             shapes = {name: itop.kernel_shape for name, itop in masks.items()}
             self.first = {name: itop.active for name, itop in masks.items()}
             self._last = distributions.active_counts(
-                shapes, 1.0 - final_sparsity, distributions.uniform if in_total else method
+                shapes, 1.0 - float(final_sparsity), distributions.uniform if in_total else method
             )
 
     @property

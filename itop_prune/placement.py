@@ -13,7 +13,7 @@ from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
 from itop_prune.menu import nearest
 from itop_prune.patterns import Pattern
 from itop_prune.selection import Place, indivisible, kernel_shape, matching, select
-from itop_prune.values import is_number
+from itop_prune.values import checked_seed, is_number
 
 SCORES = ("random", "magnitude")
 
@@ -76,7 +76,7 @@ def apply(
         raise ValueError(
             f"sparsity is {sparsity!r}; allowed is a number in [0, 1), the share of zeros: 0.9 keeps a tenth"
         )
-    pattern = patterns.parse(method)
+    sparsity, seed, pattern = float(sparsity), checked_seed(seed), patterns.parse(method)
     selected = select(model, include, exclude)
     if pattern is not None:
         _check_pattern(pattern, sparsity, densities)
@@ -90,7 +90,7 @@ def apply(
         ranked = {n: _initial_scores(method, n, p, centred[n], generators[n]) for n, p in parameters.items()}
         method = distributions.uniform if any(t.is_meta for t in ranked.values()) else saliency.ratios(ranked)
     if pattern is None:
-        fixed = _by_name(densities, selected) if densities else {}
+        fixed = {} if densities is None else _by_name(densities, selected)
         counts = distributions.active_counts(shapes, 1.0 - sparsity, method, fixed)
     else:
         counts = {name: parameter.numel() * pattern[0] // pattern[1] for name, parameter in parameters.items()}
@@ -148,6 +148,8 @@ def _divided(selected: Mapping[str, Place], pattern: Pattern, strict: bool) -> d
 
 def _by_name(densities: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
     """Return the densities of the layers that the patterns match; where several do, of the first."""
+    if not isinstance(densities, Mapping):
+        raise ValueError(f"densities is {densities!r}; allowed are shares by pattern, such as {{'head': 1.0}}")
     fixed: dict[str, float] = {}
     for pattern, density in densities.items():
         if not is_number(density) or not 0.0 <= density <= 1.0:

@@ -43,7 +43,7 @@ class Plan:
     def rate_at(self, step: int) -> float:
         """Return the share of active weights that an update at a step exchanges."""
         progress = min(1.0, step / (self.stop * self.total_steps))
-        return self.min_rate + (self.rate - self.min_rate) * factor(self.schedule, progress)
+        return float(self.min_rate + (self.rate - self.min_rate) * factor(self.schedule, progress))
 
     def progress(self, step: int) -> float:
         """Return the share of the way to the last update, in [0, 1]; 1 past it, where one may still be due."""

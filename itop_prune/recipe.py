@@ -140,8 +140,9 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
 
 def _parse(path: Path) -> tuple[Section, list[str]]:
     if not path.is_file():
-        others = [str(other) for other in sorted(path.parent.glob("*.yaml"))]
-        raise RecipeError(path, [f"no such file; there are: {', '.join(others) or 'none'}{nearest(path, others)}"])
+        what, folder = ("a folder, no file", path) if path.is_dir() else ("no such file", path.parent)
+        others = [str(other) for other in sorted(folder.glob("*.yaml"))]
+        raise RecipeError(path, [f"{what}; there are: {', '.join(others) or 'none'}{nearest(path, others)}"])
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except NOT_YAML as error:

@@ -22,10 +22,14 @@ from itop_prune.plan import Plan
 from itop_prune.redistribution import Redistribution
 from itop_prune.schedules import Schedule, find
 from itop_prune.update import Layer, Rules, check_counts, check_floor, counts, exchange
+from itop_prune.values import checked_seed
 
 ORDER = (
     "The order is loss.backward(), optimizer.step(), step() of the MaskScheduler, and only then optimizer.zero_grad()"
 )
+
+SAVED = ("step", "updates", "skipped", "due", "without_gradient", "first_counts", "dense", "explored")
+"""What a state dict of a MaskScheduler has in any case."""
 
 
 class MaskScheduler:
@@ -123,7 +127,8 @@ class MaskScheduler:
             )
         for itop in masks.values():
             itop.check_drawn()
-        self._masks, self._optimizer, self._seed, self._check_ranks = dict(masks), optimizer, seed, check_ranks
+        self._masks, self._optimizer = dict(masks), optimizer
+        self._seed, self._check_ranks = checked_seed(seed), check_ranks
         self._rules = Rules.of(prune, grow, redistribute, scope, floor)
         self._density = Density(self._masks, density, final_sparsity, final_method, self._rules.shares_layers)
         patterned = {name: itop.pattern for name, itop in masks.items() if itop.pattern is not None}
@@ -244,8 +249,10 @@ class MaskScheduler:
         """Go on where `state_dict` was taken; load the model's and the optimizer's state dicts as well.
 
         Raises:
-            ValueError: The state is of other masks.
+            ValueError: It is no such state, or one of other masks; nothing is changed then.
         """
+        if missing := [key for key in SAVED if key not in state]:
+            raise ValueError(f"the state lacks {', '.join(missing)}; give what a MaskScheduler's state_dict() returned")
         self._exploration.load_state_dict(state)
         self._step, self._due = state["step"], state["due"]
         self.updates, self.skipped = state["updates"], state["skipped"]

@@ -1,7 +1,8 @@
 """Numbers that a user gives, checked: what was seen, what is allowed."""
 
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -40,6 +41,17 @@ def is_count(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-def is_number(value: object) -> bool:
-    """Return whether a value is an int or a float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether a value is a real number, NumPy's among them, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def checked_seed(seed: object) -> int:
+    """Return a seed as a plain whole number.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
+        raise ValueError(f"seed is {seed!r}; allowed is a whole number")
+    return int(seed)

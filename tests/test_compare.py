@@ -222,6 +222,18 @@ def test_a_folder_without_finished_runs_is_left_out_and_named(tmp_path, capsys):
     assert len(out.splitlines()) == 3
 
 
+def test_a_folder_given_twice_is_one_line(tmp_path, capsys):
+    write(tmp_path / "a" / "seed0", 87.0)
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "a" / ".." / "a")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_run_itself_is_left_out_with_where_it_lies(tmp_path, capsys):
+    write(tmp_path / "a" / "seed0", 87.0)
+    assert compare.main([str(tmp_path / "a" / "seed0")]) == 1
+    assert f"seed0 is a run itself; give the folder that holds it, {tmp_path / 'a'}" in capsys.readouterr().err
+
+
 def test_nothing_finished_at_all_is_an_error(tmp_path, capsys):
     write(tmp_path / "set" / "seed0", None)
     assert compare.main([str(tmp_path / "set")]) == 1

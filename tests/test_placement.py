@@ -3,7 +3,9 @@
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,6 +144,26 @@ def test_of_two_patterns_that_match_the_first_decides() -> None:
 def test_what_is_excluded_does_not_count_in_the_budget() -> None:
     masks = itop_prune.apply(mlp(), 0.5, exclude="4")
     assert sum(itop.active for itop in masks.values()) == 256
+
+
+@pytest.mark.parametrize("densities", [["4"], "4", 0.5, [], 0])
+def test_densities_that_are_no_mapping_are_refused(densities: Any) -> None:
+    with pytest.raises(ValueError, match=r"densities is .*; allowed are shares by pattern, such as \{'head': 1\.0\}"):
+        itop_prune.apply(mlp(), 0.5, densities=densities)
+
+
+def test_numbers_of_numpy_are_those_of_python() -> None:
+    expected = tensors(itop_prune.apply(mlp(), 0.5, seed=3))
+    for seed in (np.int64(3), np.uint8(3)):
+        assert all_equal(tensors(itop_prune.apply(mlp(), np.float32(0.5), seed=seed)), expected)
+
+
+@pytest.mark.parametrize("seed", [1.5, "x", None])
+def test_a_seed_that_is_no_whole_number_is_refused_and_nothing_is_masked(seed: Any) -> None:
+    model = mlp()
+    with pytest.raises(ValueError, match=r"seed is .*; allowed is a whole number"):
+        itop_prune.apply(model, 0.5, seed=seed)
+    assert itop_prune.find_masks(model) == {}
 
 
 def test_fixed_densities_above_the_budget_are_refused_and_nothing_is_masked() -> None:

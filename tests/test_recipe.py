@@ -218,6 +218,12 @@ def test_a_folder_without_recipes_says_so(tmp_path: Path) -> None:
     assert mistakes_of(tmp_path / "empty" / "a.yaml") == ("no such file; there are: none",)
 
 
+def test_a_folder_is_no_recipe_and_its_recipes_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").touch()
+    (mistake,) = mistakes_of(tmp_path)
+    assert mistake.startswith(f"a folder, no file; there are: {tmp_path / 'a.yaml'}")
+
+
 def test_a_number_that_yaml_reads_as_text_is_answered_with_how_to_write_it(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD.replace("lr: 0.1", "lr: 1e-3"))
     assert mistakes_of(path) == ("optimizer.lr: '1e-3' is text to YAML; write 0.001",)

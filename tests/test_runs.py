@@ -90,6 +90,13 @@ def test_a_run_is_never_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8") == RECIPE.as_yaml()
 
 
+def test_a_file_is_no_folder_to_write_into_or_to_resume(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for act in (start, check_same_recipe):
+        with pytest.raises(RunError, match="file is no folder; write elsewhere with --out FOLDER"):
+            act(tmp_path / "file", RECIPE)
+
+
 @pytest.mark.parametrize("hidden", [".unfinished", "notes.txt"])
 def test_a_folder_that_holds_anything_is_not_written_into(tmp_path: Path, hidden: str) -> None:
     (tmp_path / hidden).write_text("mine")

@@ -5,7 +5,9 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from toys import batch, convnet, mlp, train
 
 import itop_prune
 from itop_prune import ITOP, MaskScheduler
+from itop_prune.scheduler import SAVED
 
 OPTIMIZERS: dict[str, Callable] = {
     "SGD momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=1e-3),
@@ -854,6 +857,41 @@ def test_a_state_of_other_shapes_is_refused_by_name() -> None:
     state = Run(nn.Sequential(nn.Linear(20, 8))).regrow.state_dict()
     with pytest.raises(ValueError, match=r"saved for other masks; different are: 0\.weight"):
         Run(only=("0.weight",)).regrow.load_state_dict(state)
+
+
+@pytest.mark.parametrize("lacking", ["step", "dense", "explored"])
+def test_a_state_that_lacks_something_is_refused_and_changes_nothing(lacking: str) -> None:
+    run, other = Run(), Run()
+    run.train(range(4))
+    before = other.regrow.state_dict()
+    state = {key: value for key, value in run.regrow.state_dict().items() if key != lacking}
+    with pytest.raises(ValueError, match=f"the state lacks {lacking}; give what a MaskScheduler's state_dict"):
+        other.regrow.load_state_dict(state)
+    after = other.regrow.state_dict()
+    assert all(torch.equal(after["explored"][name], explored) for name, explored in before["explored"].items())
+    assert after["step"] == before["step"]
+
+
+def test_what_a_state_needs_is_in_it() -> None:
+    assert Run().regrow.state_dict().keys() - {"entered"} == set(SAVED)
+
+
+@pytest.mark.parametrize("seed", [1.5, "x", None])
+def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
+    model = mlp()
+    masks, optimizer = itop_prune.apply(model, 0.5), torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"seed is .*; allowed is a whole number"):
+        itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=2, seed=seed)
+
+
+def test_rates_of_numpy_are_those_of_python() -> None:
+    model = mlp()
+    masks, optimizer = itop_prune.apply(model, 0.5), torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(
+        masks, optimizer, total_steps=4, every=2, rate=np.float32(0.25), stop=np.float64(1)
+    )
+    assert type(regrow.rate) is float
+    assert regrow.update_steps() == range(2, 5, 2)
 
 
 def test_a_refused_state_changes_nothing() -> None:

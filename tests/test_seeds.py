@@ -43,6 +43,7 @@ def test_the_end_is_mean_and_deviation_of_accuracy_and_explored_share(tmp_path, 
 
 def test_other_seeds_of_the_folder_are_not_counted(tmp_path, capsys):
     assert seeds(tmp_path / "all", 1, "seed=7") == 0
+    assert last_line(capsys.readouterr().out).startswith("1 seed of all: ")
     assert seeds(tmp_path / "all", 2) == 0
     assert last_line(capsys.readouterr().out).startswith("2 seeds of all: ")
 
@@ -119,6 +120,13 @@ def test_a_run_that_is_there_is_an_error_before_any_training(tmp_path, capsys):
     assert seeds(tmp_path / "all", 2) == 1
     assert f"{tmp_path / 'all' / 'seed1'} exists; continue that run with --resume" in capsys.readouterr().err
     assert not (tmp_path / "all" / "seed0").exists()
+
+
+def test_a_run_is_no_folder_of_runs(tmp_path, capsys):
+    assert train.main([QUICKSTART, "epochs=1", "--out", str(tmp_path / "one")]) == 0
+    assert seeds(tmp_path / "one", 1) == 1
+    assert f"{tmp_path / 'one'} is a run itself; several seeds go into a folder that" in capsys.readouterr().err
+    assert not (tmp_path / "one" / "seed0").exists()
 
 
 def test_a_finished_run_of_another_recipe_is_not_counted(tmp_path, capsys):

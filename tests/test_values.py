@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from itop_prune.values import check_rates, check_scores, check_steps, is_count, is_number
+from itop_prune.values import check_rates, check_scores, check_steps, checked_seed, is_count, is_number
 
 NO_NUMBERS = [True, False, "1", None, 1j, torch.tensor(1), [1]]
 LEAST = math.ulp(0.0)  # the smallest float above 0
@@ -24,7 +24,7 @@ def test_all_else_is_no_count(value: object) -> None:
     assert not is_count(value)
 
 
-@pytest.mark.parametrize("value", [0, 1, -1, 0.5, math.inf, math.nan])
+@pytest.mark.parametrize("value", [0, 1, -1, 0.5, math.inf, math.nan, np.float32(0.5), np.float64(0.5), np.int64(1)])
 def test_ints_and_floats_are_numbers_whatever_their_range(value: object) -> None:
     assert is_number(value)
 
@@ -32,6 +32,18 @@ def test_ints_and_floats_are_numbers_whatever_their_range(value: object) -> None
 @pytest.mark.parametrize("value", NO_NUMBERS)
 def test_all_else_is_no_number(value: object) -> None:
     assert not is_number(value)
+
+
+@pytest.mark.parametrize("seed", [0, -3, 10**20, np.int64(7)])
+def test_whole_numbers_are_seeds_and_become_plain(seed: Any) -> None:
+    assert checked_seed(seed) == seed
+    assert type(checked_seed(seed)) is int
+
+
+@pytest.mark.parametrize("seed", [1.5, "x", None, True])
+def test_all_else_is_no_seed(seed: object) -> None:
+    with pytest.raises(ValueError, match=f"^seed is {re.escape(repr(seed))}; allowed is a whole number$"):
+        checked_seed(seed)
 
 
 @pytest.mark.parametrize(("total_steps", "every"), [(1, 1), (1, 2), (2, 1)])

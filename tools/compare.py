@@ -107,6 +107,8 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
     """
     found = seeds or sorted(folder.glob("seed*"), key=lambda path: (as_number(path.name[4:]), path.name))
     finished = [seed for seed in found if Metrics(seed).test and Metrics(seed).epochs]
+    if not finished and (folder / "recipe.yaml").exists():
+        raise RunError(f"{folder} is a run itself; give the folder that holds it, {folder.parent}")
     if not finished:
         raise RunError(f"{folder} holds no finished run; give folders of seed<k>/, such as runs/quickstart")
     epochs = [Metrics(seed).epochs for seed in finished]
@@ -193,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what the picture calls them, in its order")
     options = parser.parse_args(argv)
     found = []
-    for folder in options.runs:
+    for folder in {folder.resolve(): folder for folder in options.runs}.values():
         try:
             found.append(read(folder))
         except RunError as error:

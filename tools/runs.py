@@ -74,7 +74,9 @@ def check_free(folder: Path) -> None:
     Raises:
         RunError: This one does.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is no folder; write elsewhere with --out FOLDER")
+    if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} exists; continue that run with --resume, or write elsewhere with --out FOLDER")
 
 
@@ -102,7 +104,11 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     """
     path = folder / "recipe.yaml"
     if not path.exists():
-        raise RunError(f"{folder} holds no run to resume; start it without --resume")
+        raise RunError(
+            f"{folder} is no folder; write elsewhere with --out FOLDER"
+            if folder.is_file()
+            else f"{folder} holds no run to resume; start it without --resume"
+        )
     now = yaml.safe_load(recipe.as_yaml())
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))

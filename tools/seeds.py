@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from build import make_accelerator
 from metrics import Metrics
-from runs import check_free, check_same_recipe
+from runs import RunError, check_free, check_same_recipe
 from state import on_main
 
 from itop_prune.recipe import Recipe
@@ -31,6 +31,8 @@ def train_seeds(recipe: Recipe, count: int, folder: Path, resume: bool, train: T
     folders = [folder / f"seed{one.seed}" for one in recipes]
 
     def look() -> list[str]:
+        if (folder / "recipe.yaml").exists():
+            raise RunError(f"{folder} is a run itself; several seeds go into a folder that holds runs: {folder.parent}")
         return [standing(path, one, resume) for path, one in zip(folders, recipes, strict=True)]
 
     (standings,) = broadcast_object_list([on_main(accelerator, look)])  # a disk may show itself differently
@@ -62,4 +64,5 @@ def standing(folder: Path, recipe: Recipe, resume: bool) -> str:
 def in_words(runs: compare.Runs) -> str:
     """Return mean and spread of several seeds in one line."""
     top1, explored = compare.spread(runs.top1, 2), compare.spread(runs.explored, 4)
-    return f"{len(runs.top1)} seeds of {runs.name}: test top-1 {top1} %  R_s {explored}"
+    count = len(runs.top1)
+    return f"{count} {'seed' if count == 1 else 'seeds'} of {runs.name}: test top-1 {top1} %  R_s {explored}"
