@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from itop_prune.distributions import apportion, scaled
 
 Counts = Mapping[str, int]
+NOTHING: Counts = {}
 
 
 def targets(first: Counts, last: Counts, weights: Counts, factor: float) -> dict[str, int]:
@@ -42,12 +43,19 @@ def to_prune(active: Counts, target: Counts, weights: Counts, rate: float, spare
     """
     return {
         name: max(0, active[name] - target[name])
-        + (math.ceil(rate * min(active[name], target[name])) if target[name] < weights[name] or not spare_dense else 0)
+        + (exchanged(rate, min(active[name], target[name])) if target[name] < weights[name] or not spare_dense else 0)
         for name in active
     }
 
 
-def to_grow(kept: Counts, total: int, weights: Counts, raw: Mapping[str, float]) -> dict[str, int]:
+def exchanged(rate: float, active: int) -> int:
+    """Return `ceil(rate * active)` of what is meant: 0.07 of 100 are 7, though the product is 7.000000000000001."""
+    return math.ceil(rate * active - 1e-9)
+
+
+def to_grow(
+    kept: Counts, total: int, weights: Counts, raw: Mapping[str, float], least: Counts = NOTHING
+) -> dict[str, int]:
     """Return how many enter each layer: `total` in proportion to `raw`, none above the room that a layer has.
 
     A layer that kept nothing gets at least one.
@@ -57,12 +65,13 @@ def to_grow(kept: Counts, total: int, weights: Counts, raw: Mapping[str, float])
         total: From the number of layers that kept nothing to the room of all.
         weights: All weights of a layer.
         raw: Numbers from 0; layers with 0 get what the others have no room for, by their own room.
+        least: How many shall be active in a layer at least, within its room and the total.
 
     >>> to_grow({"a": 4, "b": 4}, 8, {"a": 10, "b": 6}, raw={"a": 1.0, "b": 3.0})
     {'a': 6, 'b': 2}
     """
     room = {name: weights[name] - kept[name] for name in kept if weights[name] > kept[name]}
     shares = scaled({name: raw[name] / room[name] for name in room}, room, total)
-    least = {name: int(not kept[name]) for name in room}
-    counts = apportion({name: shares[name] * room[name] for name in room}, total, least, room)
+    needed = {name: max(int(not kept[name]), least.get(name, 0) - kept[name]) for name in room}
+    counts = apportion({name: shares[name] * room[name] for name in room}, total, needed, room)
     return {name: counts.get(name, 0) for name in kept}

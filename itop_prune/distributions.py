@@ -168,7 +168,8 @@ def active_counts(
     """Return how many weights of each layer are active: whole numbers that sum to exactly `round(density * total)`.
 
     The shares of the distribution are rounded by largest remainder: every layer gets its share to within one, and at
-    least one. Only where the ones given to tiny layers exceed the budget do the largest layers pay more than one.
+    least one. Only where the ones given to tiny layers exceed the budget do the largest layers pay more than one; what
+    the rounding of several fixed densities leaves or takes, the others share.
 
     Args:
         shapes: The shape of every masked weight by name.

@@ -27,6 +27,12 @@ class Exploration:
         explored = self.explored[name] = self.explored[name].to(mask.device)
         return explored
 
+    def begin(self) -> None:
+        """Begin an update: in a layer of which nothing is noted, nothing enters."""
+        self._entered = dict.fromkeys(self.explored, 0)
+        if self._survival:
+            self._survival.begin()
+
     def note(self, name: str, before: Tensor, after: Tensor) -> None:
         """Take in an update of one layer: its mask before and after, equal where it did not move."""
         self.of(name, after).logical_or_(before | after)

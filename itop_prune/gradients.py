@@ -33,6 +33,7 @@ class DenseGradients:
         self._sums_wanted = "grad" in needs and steps > 1
         self.listens = self._near = False
         self._heard: dict[str, Tensor | None] = {}
+        self._means: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._averages: dict[str, Tensor] = {}
 
@@ -48,7 +49,7 @@ class DenseGradients:
     def listen(self, names: Collection[str]) -> None:
         """Listen in the next step to the weights of these names, and to no others; let go of what was heard before."""
         self.listens = bool(names)
-        self._heard = {}
+        self._heard, self._means = {}, {}
         for name, itop in self._masks.items() if self.wanted else ():
             itop.listen() if name in names else itop.take_gradient()
 
@@ -62,7 +63,7 @@ class DenseGradients:
 
     @torch.no_grad()
     def _add(self, name: str, heard: Tensor | None) -> None:
-        mean = ranks.mean(heard, self._masks[name].mask)
+        mean = self._means[name] = ranks.mean(heard, self._masks[name].mask)
         mean = torch.where(mean.isfinite().all(), mean, torch.nan)
         summed = self._sums_wanted and self._near
         for kept, wanted, decay in ((self._sums, summed, 1.0), (self._averages, self._averages_wanted, DECAY)):
@@ -74,13 +75,15 @@ class DenseGradients:
     def gradient(self, name: str) -> Tensor:
         """Return the dense gradient for an update, mean over ranks: of its step, or the sum over the last steps."""
         if name not in self._sums:
-            self._sums[name] = ranks.mean(self._heard.pop(name), self._masks[name].mask)
+            heard, mean = self._heard.pop(name), self._means.pop(name, None)
+            self._sums[name] = ranks.mean(heard, self._masks[name].mask) if mean is None else mean
         return self._sums[name]
 
     def forget(self, name: str) -> None:
         """Give back the gradient of a layer whose update is made."""
         self._sums.pop(name, None)
         self._heard.pop(name, None)
+        self._means.pop(name, None)
 
     def forget_all(self) -> None:
         """Begin the next sums at 0, also of layers that took no part in the update."""

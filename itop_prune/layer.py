@@ -85,7 +85,7 @@ def _weight(name: str, centred: bool) -> property:
     def read(layer: nn.Module) -> Tensor:
         present = getattr(layer, parameter)  # whole in a forward; outside of it FSDP2 keeps a part
         active = like(getattr(layer, mask), present)
-        if getattr(layer, listening):
+        if getattr(layer, listening) and _is_own(layer, present):
             return _DenseBackward.apply(present, active, centred)
         return effective(present, active, centred)
 
@@ -96,6 +96,14 @@ def _weight(name: str, centred: bool) -> property:
         )
 
     return property(read, write)
+
+
+def _is_own(layer: nn.Module, parameter: Tensor) -> bool:
+    """Return whether it is what the optimizer holds, and no tensor that somebody computes with in its place.
+
+    Only there the gradient is masked when it arrives (`itop_prune.listening`). The copies of DataParallel lead there.
+    """
+    return isinstance(parameter, nn.Parameter) or hasattr(layer, "_is_replica")
 
 
 class MaskedLayer:

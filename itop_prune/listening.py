@@ -1,5 +1,7 @@
 """The dense gradient of one masked parameter, beside the sparse `.grad` that the optimizer sees."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
@@ -28,7 +30,11 @@ class Listener:
         if is_sharded(parameter):
             self._hooks = [after(self._added_by_fsdp)]
         else:
-            self._hooks = [parameter.register_hook(self._arrives), after(self._added)]
+            first = parameter.register_hook(self._arrives)
+            hooks: Any = parameter._backward_hooks
+            for other in [key for key in hooks if key != first.id]:
+                hooks[other] = hooks.pop(other)  # behind: they see the sparse gradient, as in any other step
+            self._hooks = [first, after(self._added)]
 
     def take(self) -> Tensor | None:
         """Return the sum of what came, float32, or None; and stop."""
@@ -57,7 +63,7 @@ class Listener:
         """Count what arrived, now that `.grad` has its sparse part."""
         arrived, self._arriving = self._arriving, None
         if arrived is not None:
-            self._heard = arrived.to(torch.float32, copy=True) if self._heard is None else self._heard + arrived
+            self._heard = arrived.to(torch.float32, copy=True) if self._heard is None else self._heard + arrived.float()
         self._leave(parameter.grad)
 
     @unserializable_hook
@@ -72,7 +78,7 @@ class Listener:
         if self._heard is None or self._left is None or self._left[0] is not gradient:
             self._heard = gradient.to(torch.float32, copy=True)
         else:
-            self._heard = torch.where(like(self._mask, gradient), gradient, self._heard + gradient)
+            self._heard = torch.where(like(self._mask, gradient), gradient, self._heard + gradient).float()
         zero_off_mask(gradient, self._mask)
         self._leave(gradient)
 

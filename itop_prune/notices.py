@@ -13,6 +13,12 @@ class Notices:
     def __init__(self) -> None:
         self._known: set[str] = set()
         self._waiting: list[str] = []
+        self._rows: dict[str, int] = {}
+
+    def in_a_row(self, key: str, now: bool) -> int:
+        """Return how many times in a row, this one included, something was so."""
+        self._rows[key] = self._rows.get(key, 0) + 1 if now else 0
+        return self._rows[key]
 
     def add(self, key: str, message: str) -> None:
         """Keep a message to be given, if none of its key was before."""
@@ -26,8 +32,26 @@ class Notices:
             warnings.warn(self._waiting.pop(0), stacklevel=3)
 
 
+MISSES = 3
+"""So many updates in a row without a gradient are no accident."""
+
+
+def deaf(step: int) -> str:
+    """Return what to say where gradients are there and nothing was heard."""
+    return (
+        f"an update is due at step {step}, and waits: weights have gradients, and no dense gradient was seen. It is "
+        "collected where loss.backward() goes through the model; what is set by hand or made by torch.func is not"
+    )
+
+
 def odd_layers(
-    state: State, masks: Mapping[str, ITOP], without_gradient: Collection[str], listened: bool, step: int
+    state: State,
+    masks: Mapping[str, ITOP],
+    without_gradient: Collection[str],
+    missed: Collection[str],
+    listened: bool,
+    step: int,
+    ends: bool = False,
 ) -> Iterator[tuple[str, str]]:
     """Yield a key and a message for every layer that is not used, hears nothing or has too few active weights.
 
@@ -35,8 +59,10 @@ def odd_layers(
         state: Of all ranks.
         masks: Those that can move.
         without_gradient: Names of those that got none since the last update.
+        missed: Names of those that got none at each of the last updates, this one included.
         listened: Whether the dense gradient was asked for.
         step: For the message.
+        ends: Whether the density must be the final one after this update.
     """
     for name in sorted(without_gradient):
         yield (
@@ -44,6 +70,19 @@ def odd_layers(
             f"{name} got no gradient since the last update: is its layer still used by the model? Where another "
             "took its place (reset_classifier, set_input_size), mask that one by apply(model, ..., include=[...]), "
             "then build optimizer and MaskScheduler anew with find_masks(model)",
+        )
+    if used := [name for name in missed if name not in without_gradient]:
+        yield (
+            "missed",
+            f"{_listed(used)} got no gradient at step {step} and the updates before it, though between them: the masks "
+            "stay as they are. Where layers are used in turn (experts, heads), choose `every` so that it meets all",
+        )
+    absent = [name for name, has in state.has_gradient.items() if not has]
+    if absent and ends:
+        yield (
+            "final",
+            f"the final sparsity is missed: these got no gradient at the last update, step {step}, and stay as they "
+            f"are: {_listed(absent)}. Choose `every`, `stop` and total_steps so that all layers are used in that step",
         )
     for name in state.silent if listened and state.any_gradient else ():
         yield (
@@ -58,3 +97,7 @@ def odd_layers(
                 f"{name} has {state.active[name]} active weights for {itop.outputs} outputs, so some have none: "
                 "lower the sparsity, or take a method that gives small layers more (ERK)",
             )
+
+
+def _listed(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{' and others' if names[5:] else ''}"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from itop_prune import ranks, topology
 from itop_prune.distributions import Distribution, Shapes
 from itop_prune.layer import masked_names
-from itop_prune.selection import walk
+from itop_prune.selection import unwrap, walk
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -61,7 +61,8 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss) -> dict[str, Tensor]:
     """Return w (Hg), how much of the gradient's squared norm the weight carries: what would reduce it most is kept.
 
     g is the gradient and H the Hessian of the mean loss over all batches: 0 where the loss is linear in the weights.
-    Arguments and errors are those of `snip`; the batches are gone through twice.
+    Arguments and errors are those of `snip`, and a RuntimeError where torch has no second derivative; the batches are
+    gone through twice.
 
     Reference: Wang et al., "Picking Winning Tickets Before Training by Preserving Gradient Flow", 2020, arXiv
     2002.07376. Of its score -w (Hg) its authors' code removes the largest, as here. They divide outputs by 200 first:
@@ -73,7 +74,7 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss) -> dict[str, Tensor]:
     >>> grasp(layer, [(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0]]))], squared)
     {'weight': tensor([[-20.,  30.]])}
     """
-    with _copy_of(model) as (twin, weights):
+    with _copy_of(model) as (twin, weights), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         kept = list(batches)
         towards = _mean_gradient(twin, weights, kept, loss)
         _check_any(towards, "the gradient of the loss")
@@ -86,7 +87,13 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss) -> dict[str, Tensor]:
             pairs = zip(gradients, towards.values(), strict=True)
             return sum(((g * v).sum() for g, v in pairs if g is not None), torch.zeros(()))
 
-        product = _mean_gradient(twin, weights, kept, flow)
+        try:
+            product = _mean_gradient(twin, weights, kept, flow)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"GraSP needs second derivatives, which torch lacks for a part of {type(model).__name__}: {error}; "
+                "score it by snip or synflow"
+            ) from error
         return {name: (weights[name] * product[name]).detach() for name in weights}
 
 
@@ -171,7 +178,7 @@ def _copy_of(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
     if masked := [name for name, layer, tensor in places if tensor in masked_names(layer)]:
         raise ValueError(f"{masked[0]} has a mask already; score the dense model, before itop_prune.apply")
     with torch.inference_mode(False), torch.enable_grad():
-        twin = copy.deepcopy(model)
+        twin = copy.deepcopy(unwrap(model))
         weights: dict[str, Tensor] = {
             name: layer.get_parameter(tensor).requires_grad_(True) for name, layer, tensor in walk(twin)
         }

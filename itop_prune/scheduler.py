@@ -15,7 +15,7 @@ from itop_prune.exploration import Exploration
 from itop_prune.gradients import DenseGradients
 from itop_prune.layer import zero_off_mask
 from itop_prune.mask import ITOP
-from itop_prune.notices import Notices, odd_layers
+from itop_prune.notices import MISSES, Notices, deaf, odd_layers
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
 from itop_prune.patterns import check_held
 from itop_prune.plan import Plan
@@ -301,6 +301,7 @@ class MaskScheduler:
         target = self._density.targets(active, self._plan.progress(self._step))
         leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)
         moved: dict[str, Tensor] = {}
+        self._exploration.begin()
         for name, itop in masks.items():
             moves = leaving.get(name) or entering.get(name)
             mask = exchange(self._rules, layers[name], leaving[name], entering[name]) if moves else itop.mask
@@ -328,7 +329,10 @@ class MaskScheduler:
             return None
         if not state.any_gradient and not has_any_gradient(self._optimizer):
             self._notices.add("zero", f"every gradient is 0 at step {self._step}: were they cleared before? {ORDER}")
-        if not any(state.has_gradient.values()):  # nobody listened: the backward pass was before the MaskScheduler
+        nothing = not any(state.has_gradient.values())  # or this is as old as the backward pass: nobody listened yet
+        if self._notices.in_a_row("deaf", nothing and self._dense.listens) > 1:
+            self._notices.add("deaf", deaf(self._step))
+        if nothing:
             return None
         if self._check_ranks:
             held = {f"mask of {name}": mask for name, mask in tensors.items()}
@@ -336,7 +340,12 @@ class MaskScheduler:
             ranks.check_equal(held, f"the run has diverged by step {self._step}: go back to a checkpoint before it")
         if self.updates == 0:
             check_statistics(self._optimizer, masks)
-        for key, message in odd_layers(state, masks, self._without_gradient, self._dense.wanted, self._step):
+        ends = self._density.moves and self._plan.next_update(self._step) is None
+        missed = [
+            n for n, has in state.has_gradient.items() if self._notices.in_a_row(f"missed {n}", not has) >= MISSES
+        ]
+        silence = (self._without_gradient, missed, self._dense.wanted)
+        for key, message in odd_layers(state, masks, *silence, self._step, ends):
             self._notices.add(key, message)
         return state
 

@@ -114,6 +114,8 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
             return "its shape is not known yet: run the model once first"
         if is_sharded(parameter):
             return "each rank holds a part of it: call itop_prune.apply before fully_shard or accelerator.prepare"
+        if parameter is not None and not parameter.numel():
+            return f"it is empty, of shape {tuple(parameter.shape)}"
         if torch.is_inference_mode_enabled() or (parameter is not None and parameter.is_inference()):
             return "tensors made in inference mode can't be trained: build and mask outside of torch.inference_mode"
         if parameter is not None and (where := _held_again(layer, tensor)):

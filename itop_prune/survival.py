@@ -15,12 +15,17 @@ class Survival:
     """
 
     def __init__(self) -> None:
+        self._before: dict[str, Tensor] = {}
         self._grown: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
+    def begin(self) -> None:
+        """Begin an update: a layer that has no part in it is left out of the shares."""
+        self._before, self._grown, self._counts = self._grown, {}, {}
+
     def note(self, name: str, before: Tensor, after: Tensor) -> None:
         """Take in an update of one layer: its mask before and after, equal where it did not move."""
-        grown = self._grown.get(name)
+        grown = self._before.get(name)
         if grown is not None:
             self._counts[name] = torch.stack(
                 [(grown.to(after.device) & after).count_nonzero(), grown.count_nonzero().to(after.device)]

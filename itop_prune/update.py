@@ -147,7 +147,8 @@ def counts(
     if rules.redistribute:
         known = {"weights": weights, "active": active, "pruned": leaving}
         raw = _statistics(rules.redistribute, rules.redistribute_needs, layers, **known)
-    return leaving, budget.to_grow(kept, sum(target.values()) - sum(kept.values()), weights, raw)
+    least = {name: min(active[name], least_of(rules, weights[name])) for name in layers}
+    return leaving, budget.to_grow(kept, sum(target.values()) - sum(kept.values()), weights, raw, least)
 
 
 def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> Tensor:

@@ -79,3 +79,14 @@ def test_where_nothing_is_said_room_decides() -> None:
 @pytest.mark.parametrize(("rate", "leaving"), [(0.0, 0), (0.01, 1), (0.5, 5), (1.0, 10)])
 def test_the_share_to_be_exchanged_is_rounded_up(rate: float, leaving: int) -> None:
     assert budget.to_prune({"a": 10}, {"a": 10}, {"a": 20}, rate) == {"a": leaving}
+
+
+def test_a_layer_gets_what_it_must_have_at_least() -> None:
+    kept, weights, raw = {"a": 1, "b": 5}, {"a": 10, "b": 10}, {"a": 0.0, "b": 1.0}
+    assert budget.to_grow(kept, 4, weights, raw) == {"a": 0, "b": 4}
+    assert budget.to_grow(kept, 4, weights, raw, {"a": 3, "b": 3}) == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(("rate", "leaving"), [(0.07, 7), (0.14, 14), (0.28, 28), (0.55, 55), (0.56, 56), (0.071, 8)])
+def test_a_product_that_is_whole_but_for_rounding_is_whole(rate: float, leaving: int) -> None:
+    assert budget.to_prune({"a": 100}, {"a": 100}, {"a": 200}, rate) == {"a": leaving}

@@ -114,3 +114,72 @@ def test_nothing_is_heard_after_it_was_taken() -> None:
     loss(layer, 1.0).backward()
     assert itop.take_gradient() is None
     assert not itop.parameter.grad[~itop.mask].any()
+
+
+def adapted(layer: nn.Linear, steps: int) -> list[Tensor]:
+    """Gradients of a loss after some steps of an inner optimization, as in MAML."""
+    parameters, x = dict(layer.named_parameters()), torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+    for _ in range(steps):
+        inner = torch.func.functional_call(layer, parameters, (x,)).square().mean()
+        gradients = torch.autograd.grad(inner, list(parameters.values()), create_graph=True)
+        parameters = {n: p - 0.5 * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+    torch.func.functional_call(layer, parameters, (x,)).square().mean().backward()
+    found = [parameter.grad.clone() for parameter in layer.parameters()]
+    layer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_step_through_other_parameters_is_that_of_any_other_step(steps: int) -> None:
+    layer, itop = masked()
+    expected = adapted(layer, steps)
+    itop.listen()
+    for found, other in zip(adapted(layer, steps), expected, strict=True):
+        assert torch.equal(found, other)
+
+
+def test_the_copies_of_data_parallel_are_heard() -> None:
+    """They hold plain tensors that lead to the parameters."""
+    layer, itop = masked()
+    itop.listen()
+    replica = layer._replicate_for_data_parallel()  # noqa: SLF001  (as torch.nn.parallel.replicate does)
+    replica._parameters = {}  # noqa: SLF001
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter * 1.0)
+    loss(replica, 1.0).backward()
+    torch.testing.assert_close(itop.take_gradient(), dense_gradient(layer, 1.0))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_of_others_see_the_sparse_gradient(when: str) -> None:
+    layer, itop = masked()
+    seen: list[Tensor] = []
+    if when == "after":
+        itop.listen()
+    handle = layer.weight_orig.register_hook(lambda gradient: seen.append(gradient) or gradient * 2.0)
+    itop.listen()
+    loss(layer, 1.0).backward()
+    collected = itop.take_gradient()
+    torch.testing.assert_close(collected, dense_gradient(layer, 1.0))
+    assert torch.equal(seen[0], collected * itop.mask)
+    assert torch.equal(layer.weight_orig.grad, 2.0 * seen[0])
+    layer.zero_grad()
+    loss(layer, 1.0).backward()
+    assert len(seen) == 2  # it is there when nobody listens any more
+    handle.remove()
+    loss(layer, 1.0).backward()
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_collected_is_float32(dtype: torch.dtype, passes: int) -> None:
+    layer = nn.Linear(6, 4).to(dtype)
+    itop = itop_prune.apply(layer, 0.5)["weight"]
+    itop.listen()
+    for _ in range(passes):
+        layer(torch.ones(2, 6, dtype=dtype)).sum().backward()
+    collected = itop.take_gradient()
+    assert collected is not None
+    assert collected.dtype is torch.float32
+    assert torch.equal(collected, torch.full((4, 6), 2.0 * passes))

@@ -20,10 +20,14 @@ def odd(
     active: dict[str, int] | None = None,
     any_gradient: bool = True,
     listened: bool = True,
+    missed: Collection[str] = (),
+    absent: Collection[str] = (),
+    ends: bool = False,
 ) -> dict[str, str]:
     """Return messages by key at step 7, of an `mlp` with as many active weights as outputs but for what is given."""
-    state = State(True, any_gradient, dict.fromkeys(OUTPUTS, True), list(silent), OUTPUTS | (active or {}))
-    found = list(odd_layers(state, itop_prune.apply(mlp(), 0.5), without_gradient, listened, 7))
+    has_gradient = {name: name not in absent for name in OUTPUTS}
+    state = State(True, any_gradient, has_gradient, list(silent), OUTPUTS | (active or {}))
+    found = list(odd_layers(state, itop_prune.apply(mlp(), 0.5), without_gradient, missed, listened, 7, ends))
     messages = dict(found)
     assert len(messages) == len(found)
     return messages
@@ -40,6 +44,29 @@ def test_layers_without_a_gradient_are_told_by_name_with_how_to_mask_another() -
         assert message.startswith(f"{name} got no gradient since the last update: is its layer still used by the model")
         assert "apply(model, ..., include=[...])" in message
         assert message.endswith("build optimizer and MaskScheduler anew with find_masks(model)")
+
+
+def test_layers_that_several_updates_missed_are_told_of_together() -> None:
+    (message,) = odd(missed=["0.weight", "4.weight"]).values()
+    assert message.startswith("0.weight, 4.weight got no gradient at step 7 and the updates before it, though between")
+    assert "(experts, heads), choose `every`" in message
+    assert list(odd(missed=["0.weight"], without_gradient=["0.weight"])) == ["0.weight"]
+
+
+def test_what_is_so_in_a_row_is_counted() -> None:
+    notices = Notices()
+    assert [notices.in_a_row("key", now) for now in (True, True, False, True)] == [1, 2, 0, 1]
+    assert notices.in_a_row("other", now=True) == 1
+
+
+def test_a_final_density_that_a_layer_can_not_reach_is_told() -> None:
+    messages = odd(absent=["2.weight"], without_gradient=["2.weight"], ends=True)
+    assert list(messages) == ["2.weight", "final"]
+    assert messages["final"].startswith(
+        "the final sparsity is missed: these got no gradient at the last update, step 7"
+    )
+    assert "are: 2.weight. Choose `every`, `stop` and total_steps" in messages["final"]
+    assert odd(ends=True) == {}
 
 
 def test_a_dense_gradient_of_zero_is_told_with_the_step_and_what_may_be_the_cause() -> None:

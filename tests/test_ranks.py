@@ -153,6 +153,31 @@ def starve_a_layer(rank: int) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
+def use_a_layer_on_one_rank(rank: int) -> dict[str, Tensor]:
+    """What growth sees of the dense gradient, asked for alone and beside its moving average."""
+    seen: dict[str, Tensor] = {}
+    for asks in ("grad", "grad and momentum"):
+        model = nn.ModuleList([nn.Linear(8, 8, bias=False) for _ in range(2)])
+        for layer in model:
+            nn.init.ones_(layer.weight)
+        masks = itop_prune.apply(model, 0.5, "uniform")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+        def grow(grad: Tensor) -> Tensor:
+            seen[f"{asks} {sum(name.startswith(asks + ' ') for name in seen)}"] = grad.clone()  # noqa: B023
+            return grad.abs()
+
+        def prune(weight: Tensor, momentum: Tensor) -> Tensor:
+            return weight.abs()
+
+        other = {"prune": prune} if asks != "grad" else {}
+        regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=9, every=1, grow=grow, **other)
+        x = torch.arange(8.0)
+        (model[0](x).sum() + (model[1](x).sum() if rank == 0 else 0.0)).backward()
+        regrow.step()
+    return seen
+
+
 def diverge(rank: int, check_ranks: bool) -> dict[str, Any]:
     """A weight that is changed on one rank, between two updates."""
     model = mlp()
@@ -199,6 +224,7 @@ TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "saliency": (score_on_a_rank, {}),
     "no batch": (score_without_a_batch_on_one_rank, {}),
     "starved": (starve_a_layer, {}),
+    "used on one rank": (use_a_layer_on_one_rank, {}),
     "magnitude": (masks_by_magnitude_of_other_weights, {}),
 }
 
@@ -340,3 +366,12 @@ def test_a_checksum_tells_neighbouring_floats_apart_and_does_not_depend_on_the_l
     bits.view(-1)[:3] += torch.tensor([1, -2, 1], dtype=torch.int32)
     assert ranks.checksum(bits.view(torch.float32)) != ranks.checksum(tensor)
     assert ranks.checksum(tensor.contiguous(memory_format=torch.channels_last)) == ranks.checksum(tensor)
+
+
+def test_the_mean_over_ranks_is_taken_once_whatever_else_is_asked_for(results: list) -> None:
+    everywhere = torch.arange(8.0).expand(8, 8)
+    for result in results:
+        seen = result["used on one rank"]
+        for asks in ("grad", "grad and momentum"):
+            assert torch.equal(seen[f"{asks} 0"], everywhere)
+            assert torch.equal(seen[f"{asks} 1"], everywhere / len(results))

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import batch, convnet, mlp
@@ -313,3 +315,37 @@ def test_scores_that_are_arrays_are_refused_by_name(argument: str) -> None:
 
 def test_the_name_of_a_method_by_scores_is_ratios() -> None:
     assert ratios({}).__name__ == "ratios"
+
+
+def test_grasp_sees_through_fused_attention() -> None:
+    """Torch's fused kernels have no second derivative; attention written out has."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4)
+    x, y = torch.randn(4, 3, 32, 32), torch.arange(4)
+    found = grasp(model, [(x, y)], F.cross_entropy)
+    set_fused_attn(False)
+    try:
+        plain = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=4)
+    finally:
+        set_fused_attn(True)
+    plain.load_state_dict(model.state_dict())
+    for name, expected in grasp(plain, [(x, y)], F.cross_entropy).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_model_without_second_derivatives_is_an_error_with_what_to_take() -> None:
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.hardsigmoid(x)
+
+    model = nn.Sequential(nn.Linear(20, 8), Gate(), nn.Linear(8, 4))
+    with pytest.raises(
+        RuntimeError, match=r"GraSP needs second derivatives, which .* Sequential: .*; score it by snip"
+    ):
+        grasp(model, BATCHES, F.cross_entropy)
+
+
+def test_a_compiled_model_is_scored_as_the_plain_one() -> None:
+    model = mlp()
+    for name, tensor in grasp(torch.compile(model, backend="eager"), BATCHES, F.cross_entropy).items():
+        assert torch.equal(tensor, grasp(model, BATCHES, F.cross_entropy)[name])

@@ -1154,3 +1154,73 @@ def test_a_parameter_that_lies_elsewhere_than_its_mask_is_refused() -> None:
         ValueError, match=r"0.weight is on meta, its mask on cpu; .* leave out FSDP2's CPUOffloadPolicy"
     ):
         itop_prune.MaskScheduler(masks, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=4, every=1)
+
+
+def heads(**options: Any) -> tuple[nn.ModuleList, MaskScheduler, Callable[[int], None]]:
+    """Two layers; a step takes the one of its number."""
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"total_steps": 8, "every": 4, **options}
+    regrow = MaskScheduler(itop_prune.apply(model, 0.5, "uniform"), optimizer, **options)
+
+    def step(number: int) -> None:
+        model[number](torch.ones(1, 8)).square().sum().backward()
+        optimizer.step()
+        regrow.step()
+        optimizer.zero_grad()
+
+    return model, regrow, step
+
+
+def test_a_layer_that_three_updates_in_a_row_miss_is_told_of() -> None:
+    _, regrow, step = heads(every=2, total_steps=20)
+    for number in (0, 1) * 2 + (1, 0) * 2 + (1,):  # two updates miss the first layer, two the second
+        step(number)
+    with pytest.warns(UserWarning, match=r"^1\.weight got no gradient at step 10 and the updates before it, though"):
+        step(0)
+    assert regrow.entered()["0.weight"] > 0
+    assert regrow.entered()["1.weight"] == 0
+
+
+def test_a_final_sparsity_that_a_layer_misses_is_told_of() -> None:
+    model, _, step = heads(density="cubic", final_sparsity=0.75)
+    for number in (0, 1, 0, 0, 0, 0, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step(number)
+    with pytest.warns(UserWarning, match=r"the final sparsity is missed: .* step 8, and stay as they are: 1\.weight"):
+        step(0)
+    assert int(model[0].weight_mask.sum()) == 16
+    assert int(model[1].weight_mask.sum()) == 32
+
+
+@pytest.mark.filterwarnings("ignore:the dense gradient of")
+def test_gradients_that_nobody_could_hear_are_told_of_once_and_the_update_waits() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = MaskScheduler(itop_prune.apply(model, 0.5), optimizer, total_steps=9, every=2, grow="gradient")
+
+    def step() -> bool:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return regrow.step()
+
+    step()
+    assert not step()
+    with pytest.warns(UserWarning, match=r"an update is due at step 3, and waits: .* no dense gradient was seen"):
+        assert not step()
+    assert not step()
+    optimizer.zero_grad()
+    F.cross_entropy(model(batch(0, 20)[0]), batch(0, 20)[1]).backward()
+    assert regrow.step()
+
+
+def test_a_scheduler_built_between_backward_and_its_first_update_says_nothing() -> None:
+    model = mlp()
+    masks, optimizer = itop_prune.apply(model, 0.5), torch.optim.SGD(model.parameters(), lr=0.1)
+    F.cross_entropy(model(batch(0, 20)[0]), batch(0, 20)[1]).backward()
+    regrow = MaskScheduler(masks, optimizer, total_steps=9, every=1, grow="gradient")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not regrow.step()

@@ -345,3 +345,10 @@ def test_a_weight_under_two_names_in_its_own_module_is_tied() -> None:
     layer.register_parameter("again", layer.weight)
     with pytest.raises(ValueError, match=r"weight: it is tied to again"):
         itop_prune.apply(layer, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_weight_that_is_empty_is_refused_with_its_shape() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0))
+    with pytest.raises(ValueError, match=r"1\.weight: it is empty, of shape \(0, 4\)\nTo leave them dense: exclude"):
+        itop_prune.apply(model, 0.5)

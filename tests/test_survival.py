@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -17,13 +18,16 @@ def mask(positions: str) -> Tensor:
 
 def test_two_layers_over_three_updates() -> None:
     survival = Survival()
+    survival.begin()
     survival.note("a", mask("xx...."), mask("x.xx.."))  # two grow
     survival.note("b", mask("x..."), mask(".x.."))  # one grows
     assert math.isnan(survival.rate())
+    survival.begin()
     survival.note("a", mask("x.xx.."), mask("x.x.x."))  # one of the two is left, one grows
     survival.note("b", mask(".x.."), mask(".x.."))  # did not move: its one is left, none grows
     assert survival.rates() == {"a": 0.5, "b": 1.0}
     assert survival.rate() == 2 / 3
+    survival.begin()
     survival.note("a", mask("x.x.x."), mask("x.xx.."))  # it left
     survival.note("b", mask(".x.."), mask("..x."))  # what left had grown long before
     assert survival.rates() == {"a": 0.0}
@@ -35,6 +39,7 @@ def test_a_copy_of_the_state_goes_on_alike() -> None:
     one.note("a", mask("x..."), mask(".x.."))
     other.load_state_dict(one.state_dict())
     for survival in (one, other):
+        survival.begin()
         survival.note("a", mask(".x.."), mask(".xx."))
     assert one.rates() == other.rates() == {"a": 1.0}
 
@@ -63,3 +68,29 @@ def test_a_layer_that_an_update_leaves_alone_is_counted_too() -> None:
     there, grown = (int((second["0.weight"] & last["0.weight"]).sum()), int(second["0.weight"].sum()))
     assert regrow.survival_rates() == {"0.weight": there / grown}
     assert regrow.survival_rate() == there / grown
+
+
+@pytest.mark.filterwarnings("ignore:0.weight got no gradient since the last update")
+def test_a_layer_that_is_frozen_between_two_updates_is_left_out() -> None:
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    masks, optimizer = itop_prune.apply(model, 0.5, "uniform"), torch.optim.SGD(model.parameters(), lr=0.0)
+    regrow = MaskScheduler(masks, optimizer, total_steps=9, every=1, survival=True)
+
+    def step() -> None:
+        torch.stack([layer(torch.ones(1, 8)).sum() for layer in model]).sum().backward()
+        regrow.step()
+        optimizer.zero_grad()
+
+    step()
+    step()
+    assert list(regrow.survival_rates()) == list(masks)
+    assert all(regrow.entered().values())
+    model[0].weight_orig.requires_grad_(False)
+    step()
+    assert list(regrow.survival_rates()) == ["1.weight"]
+    assert (regrow.entered()["0.weight"], regrow.entered()["1.weight"] > 0) == (0, True)
+    model[0].weight_orig.requires_grad_(True)
+    step()
+    assert list(regrow.survival_rates()) == ["1.weight"]  # what grew in the other one had time for two updates
+    step()
+    assert list(regrow.survival_rates()) == list(masks)

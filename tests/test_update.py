@@ -164,3 +164,23 @@ def test_scores_that_are_nan_are_named_where_no_layer_is_waited_for(
         with pytest.raises(ValueError, match=message):
             waits(monkeypatch, 2, method, **options)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("redistribute", ["none", "magnitude", "nonzeros"])
+def test_a_floor_holds_also_where_what_is_exchanged_grows_elsewhere(redistribute: str) -> None:
+    active, target, found = {"a": 8, "b": 4}, {"a": 4, "b": 3}, layers(**TWO)
+    chosen = rules(redistribute=redistribute, floor=0.35)
+    leaving, entering = update.counts(chosen, found, active, target, rate=0.5, moves=True)
+    after = {name: active[name] - leaving[name] + entering[name] for name in active}
+    assert sum(after.values()) == 7
+    assert after["a"] >= 4
+    assert after["b"] >= 3
+
+
+def test_a_layer_that_began_below_the_floor_is_not_lifted_to_it() -> None:
+    active, target, found = {"a": 2, "b": 4}, {"a": 2, "b": 3}, layers(**TWO)
+    chosen = rules(redistribute="magnitude", floor=0.35)
+    leaving, entering = update.counts(chosen, found, active, target, rate=0.5, moves=True)
+    after = {name: active[name] - leaving[name] + entering[name] for name in active}
+    assert sum(after.values()) == 5
+    assert after["a"] >= 2
