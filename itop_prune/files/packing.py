@@ -37,7 +37,7 @@ class Packed:
     def fill(self, weight: Tensor, mask: Tensor) -> None:
         """Write the weight and the mask into contiguous tensors of the shape, of whatever dtype and device."""
         positions = decode(self.code, len(self.values)).to(weight.device)
-        weight.view(-1).zero_().scatter_(0, positions, self.values.to(weight))
+        weight.view(-1).zero_().index_copy_(0, positions, self.values.to(weight))
         mask.view(-1).zero_().index_fill_(0, positions, True)
 
 
