@@ -37,7 +37,10 @@ def csr(active: Active) -> Product:
             return torch.mv(matrix, x) if bias is None else torch.addmv(bias, matrix, x)
         if x.shape[1] == 1:
             return product(x[:, 0], bias)[:, None]
-        return _add(torch.mm(matrix, x), bias)
+        try:
+            return _add(torch.mm(matrix, x), bias)
+        except NotImplementedError as error:  # what autocast casts to; to ask for it beforehand costs small layers time
+            raise RuntimeError(f"torch has no such product ({error}); leave out autocast") from error
 
     return product
 

@@ -60,7 +60,6 @@ class SparseLayer(nn.Module):
     weight_values: Tensor
     _product: Product
     _dtype: torch.dtype
-    _device: str
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -79,8 +78,7 @@ class SparseLayer(nn.Module):
 
     def prepare(self) -> None:
         """Make the product over the present buffers."""
-        values = self.weight_values
-        self.__dict__ |= {"_product": self.product(self.kernel), "_dtype": values.dtype, "_device": values.device.type}
+        self.__dict__ |= {"_product": self.product(self.kernel), "_dtype": self.weight_values.dtype}
 
     def product(self, kernel: str) -> Product:
         """Return a product over the present buffers."""
@@ -88,7 +86,7 @@ class SparseLayer(nn.Module):
         return KERNELS[kernel](Active(self.weight_starts, self.weight_inputs, self.weight_values, shape))
 
     def check(self, x: Tensor) -> None:
-        """Refuse an input that asks for a gradient or is of another type than the weight, and autocast, which casts it.
+        """Refuse an input that asks for a gradient or is of another type than the weight.
 
         Raises:
             RuntimeError: It does, or it is.
@@ -98,12 +96,10 @@ class SparseLayer(nn.Module):
                 "a gradient is asked for through a deployed layer, which has none: use torch.no_grad() or "
                 "torch.inference_mode(), or the model that was deployed"
             )
-        autocast = torch.is_autocast_enabled(self._device)
-        if x.dtype is not self._dtype or autocast:
-            under = " under autocast" if autocast else ""
+        if x.dtype is not self._dtype:
             raise RuntimeError(
-                f"a deployed layer of {self._dtype} was given {x.dtype}{under}; allowed is {self._dtype}: leave out "
-                "autocast and convert the input"
+                f"a deployed layer of {self._dtype} was given {x.dtype}; allowed is {self._dtype}: leave out autocast "
+                "and convert the input"
             )
 
     def extra_repr(self) -> str:
@@ -145,7 +141,7 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., outputs] of [..., inputs]."""
-        if input.dtype is not self._dtype or input.requires_grad or torch.is_autocast_enabled(self._device):
+        if input.dtype is not self._dtype or input.requires_grad:
             self.check(input)
         if torch.compiler.is_exporting():
             return self.exported(input)
@@ -183,7 +179,7 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
         """Return [batch, outputs, height, width] of [batch, inputs, height, width], or both without a batch."""
         if input.ndim == 3:
             return self.forward(input[None])[0]
-        if input.dtype is not self._dtype or input.requires_grad or torch.is_autocast_enabled(self._device):
+        if input.dtype is not self._dtype or input.requires_grad:
             self.check(input)
         exporting = torch.compiler.is_exporting()
         if exporting and torch.onnx.is_in_onnx_export():
