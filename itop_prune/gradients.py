@@ -33,7 +33,8 @@ class DenseGradients:
         self._sums_wanted = "grad" in needs and steps > 1
         self.listens = self._near = False
         self._heard: dict[str, Tensor | None] = {}
-        self._means: dict[str, Tensor] = {}
+        self._elsewhere: dict[str, Tensor] = {}
+        """The mean of what other ranks heard, where this one heard nothing; where it did, it is in what was heard."""
         self._sums: dict[str, Tensor] = {}
         self._averages: dict[str, Tensor] = {}
 
@@ -49,7 +50,7 @@ class DenseGradients:
     def listen(self, names: Collection[str]) -> None:
         """Listen in the next step to the weights of these names, and to no others; let go of what was heard before."""
         self.listens = bool(names)
-        self._heard, self._means = {}, {}
+        self._heard, self._elsewhere = {}, {}
         for name, itop in self._masks.items() if self.wanted else ():
             itop.listen() if name in names else itop.take_gradient()
 
@@ -63,7 +64,9 @@ class DenseGradients:
 
     @torch.no_grad()
     def _add(self, name: str, heard: Tensor | None) -> None:
-        mean = self._means[name] = ranks.mean(heard, self._masks[name].mask)
+        mean = ranks.mean(heard, self._masks[name].mask)
+        if heard is None:
+            self._elsewhere[name] = mean
         mean = torch.where(mean.isfinite().all(), mean, torch.nan)
         summed = self._sums_wanted and self._near
         for kept, wanted, decay in ((self._sums, summed, 1.0), (self._averages, self._averages_wanted, DECAY)):
@@ -75,15 +78,16 @@ class DenseGradients:
     def gradient(self, name: str) -> Tensor:
         """Return the dense gradient for an update, mean over ranks: of its step, or the sum over the last steps."""
         if name not in self._sums:
-            heard, mean = self._heard.pop(name), self._means.pop(name, None)
-            self._sums[name] = ranks.mean(heard, self._masks[name].mask) if mean is None else mean
+            heard = self._heard.pop(name)
+            heard = self._elsewhere.pop(name, None) if heard is None else heard
+            self._sums[name] = ranks.mean(heard, self._masks[name].mask)
         return self._sums[name]
 
     def forget(self, name: str) -> None:
         """Give back the gradient of a layer whose update is made."""
         self._sums.pop(name, None)
         self._heard.pop(name, None)
-        self._means.pop(name, None)
+        self._elsewhere.pop(name, None)
 
     def forget_all(self) -> None:
         """Begin the next sums at 0, also of layers that took no part in the update."""

@@ -25,7 +25,7 @@ class Survival:
 
     def note(self, name: str, before: Tensor, after: Tensor) -> None:
         """Take in an update of one layer: its mask before and after, equal where it did not move."""
-        grown = self._before.get(name)
+        grown = self._before.pop(name, None)
         if grown is not None:
             self._counts[name] = torch.stack(
                 [(grown.to(after.device) & after).count_nonzero(), grown.count_nonzero().to(after.device)]

@@ -551,6 +551,11 @@ def test_the_state_dict_of_an_averaged_model_loads() -> None:
     assert torch.equal(outputs(model), outputs(source.module))
 
 
+def test_a_parameter_called_module_is_no_wrapper() -> None:
+    with pytest.raises(ValueError, match="no masks"):
+        itop_prune.load(mlp(), {"module": torch.zeros(2)})
+
+
 @pytest.mark.parametrize(
     "damage",
     [

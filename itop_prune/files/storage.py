@@ -77,7 +77,11 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     actual = {plain_name(name): name for name in present}
     here = {name: present[actual[name]] for name in actual}
     shapes, owners = _shapes(here, _owners(here)), _owners(state)
-    while not shapes.keys() & owners.keys() and {name.partition(".")[0] for name in state} - {AVERAGED} == {"module"}:
+    while (
+        state
+        and not shapes.keys() & owners.keys()
+        and all(name.startswith("module.") for name in state if name != AVERAGED)
+    ):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items() if name != AVERAGED}
         versions = {name.removeprefix("module").removeprefix("."): layer for name, layer in versions.items()}
         owners = _owners(state)

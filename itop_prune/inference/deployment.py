@@ -195,6 +195,8 @@ def _keep_transposed(model: nn.Module, arguments: tuple[Any, ...]) -> None:
     That is seen for inputs of the shapes that they have here, and done for these alone.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    if not layers:
+        return
     called: list[tuple[SparseLinear, torch.Size]] = []
     arrived: set[tuple[SparseLinear, torch.Size]] = set()
 
