@@ -43,14 +43,14 @@ def to_prune(active: Counts, target: Counts, weights: Counts, rate: float, spare
     """
     return {
         name: max(0, active[name] - target[name])
-        + (exchanged(rate, min(active[name], target[name])) if target[name] < weights[name] or not spare_dense else 0)
+        + (rounded_up(rate, min(active[name], target[name])) if target[name] < weights[name] or not spare_dense else 0)
         for name in active
     }
 
 
-def exchanged(rate: float, active: int) -> int:
-    """Return `ceil(rate * active)` of what is meant: 0.07 of 100 are 7, though the product is 7.000000000000001."""
-    return math.ceil(rate * active - 1e-9)
+def rounded_up(share: float, count: int) -> int:
+    """Return `ceil(share * count)` of what is meant: 0.07 of 100 are 7, though the product is 7.000000000000001."""
+    return math.ceil(share * count - 1e-9)
 
 
 def to_grow(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.patterns import Pattern, holds
-from itop_prune.sharding import like, local
+from itop_prune.sharding import like, zero_off_mask
 
 STANDARDIZED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"}
 """Convolutions that standardise each filter (Qiao et al., 2019, arXiv 1903.10520), by the name of their class.
@@ -234,22 +234,3 @@ def pass_dense_gradient(layer: nn.Module, name: str, on: bool) -> None:
         setattr(layer, f"{name}_listening", True)
     else:
         layer.__dict__.pop(f"{name}_listening", None)
-
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers, by how many bytes they take."""
-
-
-@torch.no_grad()
-def zero_off_mask(tensor: Tensor, mask: Tensor) -> None:
-    """Set `tensor` to 0 in place wherever `mask` is False, NaN too.
-
-    Its bits are multiplied by the mask, which takes an eighth of the time of a fill.
-
-    >>> weight = torch.tensor([1.0, torch.nan, -torch.inf, 2.0])
-    >>> zero_off_mask(weight, torch.tensor([True, False, False, True]))
-    >>> weight
-    tensor([1., 0., 0., 2.])
-    """
-    part, active = local(tensor), local(like(mask, tensor))
-    part.view(BITS[part.element_size()]).mul_(active.view(torch.uint8))

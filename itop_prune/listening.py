@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import unserializable_hook
 
-from itop_prune.layer import pass_dense_gradient, zero_off_mask
-from itop_prune.sharding import is_sharded, like
+from itop_prune.layer import pass_dense_gradient
+from itop_prune.sharding import is_sharded, like, zero_off_mask
 
 
 class Listener:

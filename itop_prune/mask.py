@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from itop_prune.layer import attach, detach, effective, pattern_of, standardizes, zero_off_mask
+from itop_prune.layer import attach, detach, effective, pattern_of, standardizes
 from itop_prune.listening import Listener
 from itop_prune.patterns import Pattern, holds
 from itop_prune.selection import kernel_shape, obstacle, unwrap, walk
-from itop_prune.sharding import is_sharded, like
+from itop_prune.sharding import is_sharded, like, zero_off_mask
 
 
 class ITOP(prune.BasePruningMethod):

@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,6 +12,15 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """Return " (nearest: 'x')" for the known name most like `name`, or "" where none is alike."""
     match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f" (nearest: {match[0]!r})" if match else ""
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return names in a line, for a message; of many the first.
+
+    >>> listed(["a", "b", "c"], most=2)
+    'a, b and others'
+    """
+    return f"{', '.join(names[:most])}{' and others' if names[most:] else ''}"
 
 
 def choose(wanted: object, menu: Mapping[str, T], what: str) -> T:

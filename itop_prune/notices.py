@@ -4,7 +4,11 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 
 from itop_prune.mask import ITOP
+from itop_prune.menu import listed
 from itop_prune.ranks import State, is_first
+
+MISSES = 3
+"""So many updates in a row without a gradient are no accident."""
 
 
 class Notices:
@@ -20,6 +24,10 @@ class Notices:
         self._rows[key] = self._rows.get(key, 0) + 1 if now else 0
         return self._rows[key]
 
+    def missed(self, has_gradient: Mapping[str, bool]) -> list[str]:
+        """Count an update, and return the names of those that several in a row have found without a gradient."""
+        return [name for name, has in has_gradient.items() if self.in_a_row(f"missed {name}", not has) >= MISSES]
+
     def add(self, key: str, message: str) -> None:
         """Keep a message to be given, if none of its key was before."""
         if key not in self._known and is_first():
@@ -30,10 +38,6 @@ class Notices:
         """Warn of what was kept; the warning points at the line that called the caller."""
         while self._waiting:
             warnings.warn(self._waiting.pop(0), stacklevel=3)
-
-
-MISSES = 3
-"""So many updates in a row without a gradient are no accident."""
 
 
 def deaf(step: int) -> str:
@@ -74,7 +78,7 @@ def odd_layers(
     if used := [name for name in missed if name not in without_gradient]:
         yield (
             "missed",
-            f"{_listed(used)} got no gradient at step {step} and the updates before it, though between them: the masks "
+            f"{listed(used)} got no gradient at step {step} and the updates before it, though between them: the masks "
             "stay as they are. Where layers are used in turn (experts, heads), choose `every` so that it meets all",
         )
     absent = [name for name, has in state.has_gradient.items() if not has]
@@ -82,7 +86,7 @@ def odd_layers(
         yield (
             "final",
             f"the final sparsity is missed: these got no gradient at the last update, step {step}, and stay as they "
-            f"are: {_listed(absent)}. Choose `every`, `stop` and total_steps so that all layers are used in that step",
+            f"are: {listed(absent)}. Choose `every`, `stop` and total_steps so that all layers are used in that step",
         )
     for name in state.silent if listened and state.any_gradient else ():
         yield (
@@ -97,7 +101,3 @@ def odd_layers(
                 f"{name} has {state.active[name]} active weights for {itop.outputs} outputs, so some have none: "
                 "lower the sparsity, or take a method that gives small layers more (ERK)",
             )
-
-
-def _listed(names: list[str]) -> str:
-    return f"{', '.join(names[:5])}{' and others' if names[5:] else ''}"

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from itop_prune.mask import ITOP
+from itop_prune.menu import listed
 from itop_prune.sharding import local
 
 
@@ -23,9 +24,9 @@ def check_holds(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
     missing = [n for n, itop in masks.items() if itop.parameter.requires_grad and id(itop.parameter) not in held]
     if missing:
         raise ValueError(
-            f"the optimizer does not hold {', '.join(missing[:5])}{' and others' if missing[5:] else ''}; build it "
-            "from model.parameters() of the masked model, and the MaskScheduler after accelerator.prepare; or pass "
-            "only the masks that this optimizer holds; after a forward of an FSDP2 model call model.reshard() first"
+            f"the optimizer does not hold {listed(missing)}; build it from model.parameters() of the masked model, and "
+            "the MaskScheduler after accelerator.prepare; or pass only the masks that this optimizer holds; after a "
+            "forward of an FSDP2 model call model.reshard() first"
         )
     for name, itop in masks.items():
         if itop.parameter.shape != itop.mask.shape:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-from itop_prune.layer import BITS
-from itop_prune.sharding import is_sharded, local, whole
+from itop_prune.menu import listed
+from itop_prune.sharding import BITS, is_sharded, local, whole
 
 
 class RanksDiffer(RuntimeError):
@@ -107,9 +107,7 @@ def check_equal(tensors: Mapping[str, Tensor], advice: str) -> None:
     distributed.all_reduce(highest, distributed.ReduceOp.MAX)
     equal = (lowest == highest).tolist()
     if differing := [name for name, same in zip(tensors, equal, strict=True) if not same]:
-        raise RanksDiffer(
-            f"ranks hold different {', '.join(differing[:5])}{' and others' if differing[5:] else ''}; {advice}"
-        )
+        raise RanksDiffer(f"ranks hold different {listed(differing)}; {advice}")
 
 
 CHUNK = 1 << 22

@@ -91,8 +91,8 @@ def grasp(model: nn.Module, batches: Batches, loss: Loss) -> dict[str, Tensor]:
             product = _mean_gradient(twin, weights, kept, flow)
         except RuntimeError as error:
             raise RuntimeError(
-                f"GraSP needs second derivatives, which torch lacks for a part of {type(model).__name__}: {error}; "
-                "score it by snip or synflow"
+                f"GraSP needs second derivatives, which could not be taken of {type(model).__name__}: {error}; "
+                "score it by snip or synflow where torch has none"
             ) from error
         return {name: (weights[name] * product[name]).detach() for name in weights}
 

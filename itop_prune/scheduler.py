@@ -13,14 +13,14 @@ from itop_prune.density import Density
 from itop_prune.distributions import Distribution
 from itop_prune.exploration import Exploration
 from itop_prune.gradients import DenseGradients
-from itop_prune.layer import zero_off_mask
 from itop_prune.mask import ITOP
-from itop_prune.notices import MISSES, Notices, deaf, odd_layers
+from itop_prune.notices import Notices, deaf, odd_layers
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
 from itop_prune.patterns import check_held
 from itop_prune.plan import Plan
 from itop_prune.redistribution import Redistribution
 from itop_prune.schedules import Schedule, find
+from itop_prune.sharding import zero_off_mask
 from itop_prune.update import Layer, Rules, check_counts, check_floor, counts, exchange
 from itop_prune.values import checked_seed
 
@@ -329,10 +329,11 @@ class MaskScheduler:
             return None
         if not state.any_gradient and not has_any_gradient(self._optimizer):
             self._notices.add("zero", f"every gradient is 0 at step {self._step}: were they cleared before? {ORDER}")
-        nothing = not any(state.has_gradient.values())  # or this is as old as the backward pass: nobody listened yet
-        if self._notices.in_a_row("deaf", nothing and self._dense.listens) > 1:
+        heard_none = not any(state.has_gradient.values())
+        # Once is no sign: who is built between backward and step has not listened yet.
+        if self._notices.in_a_row("deaf", heard_none and self._dense.listens) > 1:
             self._notices.add("deaf", deaf(self._step))
-        if nothing:
+        if heard_none:
             return None
         if self._check_ranks:
             held = {f"mask of {name}": mask for name, mask in tensors.items()}
@@ -341,11 +342,9 @@ class MaskScheduler:
         if self.updates == 0:
             check_statistics(self._optimizer, masks)
         ends = self._density.moves and self._plan.next_update(self._step) is None
-        missed = [
-            n for n, has in state.has_gradient.items() if self._notices.in_a_row(f"missed {n}", not has) >= MISSES
-        ]
-        silence = (self._without_gradient, missed, self._dense.wanted)
-        for key, message in odd_layers(state, masks, *silence, self._step, ends):
+        missed = self._notices.missed(state.has_gradient)
+        odd = odd_layers(state, masks, self._without_gradient, missed, self._dense.wanted, self._step, ends)
+        for key, message in odd:
             self._notices.add(key, message)
         return state
 

@@ -95,9 +95,8 @@ def obstacles(model: nn.Module, places: Mapping[str, Place]) -> dict[str, str]:
     owners = _owners(model)
     found = {}
     for name, (layer, tensor) in places.items():
-        others = [
-            owner for owner, *place in owners.get(id(layer._parameters.get(tensor)), ()) if place != [layer, tensor]
-        ]
+        held = owners.get(id(layer._parameters.get(tensor)), ())
+        others = [owner for owner, module, its_name in held if (module, its_name) != (layer, tensor)]
         tied = f"it is tied to {', '.join(others)}, which would not see the mask: untie them (a copy of the parameter)"
         if reason := obstacle(layer, tensor) or (tied if others else ""):
             found[name] = reason

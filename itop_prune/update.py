@@ -1,6 +1,5 @@
 """What happens at an update: how many weights each layer prunes and grows, and which. The model is not touched here."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -210,7 +209,7 @@ def check_floor(rules: Rules, weights: budget.Counts, smallest: int) -> None:
 
 def least_of(rules: Rules, weights: int) -> int:
     """Return how many weights of a layer stay active in any case: at least one, at least its floor."""
-    return max(1, math.ceil(rules.floor * weights - 1e-9))
+    return max(1, budget.rounded_up(rules.floor, weights))
 
 
 def _worst_of_all(rules: Rules, layers: Mapping[str, Layer], active: budget.Counts, total: int) -> dict[str, int]:

@@ -13,7 +13,8 @@ from torch.nn.utils import prune
 from toys import batch, convnet, mlp, train
 
 import itop_prune
-from itop_prune.layer import masked_names, pass_dense_gradient, zero_off_mask
+from itop_prune.layer import masked_names, pass_dense_gradient
+from itop_prune.sharding import zero_off_mask
 
 
 def through_torch_save(model: nn.Module) -> nn.Module:

@@ -68,14 +68,23 @@ def _without(recipe: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> d
     return {key: value for key, value in left.items() if value not in (None, {})}
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse what is there and no folder.
+
+    Raises:
+        RunError: This is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is no folder; write elsewhere with --out FOLDER")
+
+
 def check_free(folder: Path) -> None:
     """Refuse a folder that holds anything.
 
     Raises:
         RunError: This one does.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is no folder; write elsewhere with --out FOLDER")
+    check_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} exists; continue that run with --resume, or write elsewhere with --out FOLDER")
 
@@ -102,13 +111,10 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     Raises:
         RunError: There is no run, or its recipe differs.
     """
+    check_folder(folder)
     path = folder / "recipe.yaml"
     if not path.exists():
-        raise RunError(
-            f"{folder} is no folder; write elsewhere with --out FOLDER"
-            if folder.is_file()
-            else f"{folder} holds no run to resume; start it without --resume"
-        )
+        raise RunError(f"{folder} holds no run to resume; start it without --resume")
     now = yaml.safe_load(recipe.as_yaml())
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))

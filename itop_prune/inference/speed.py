@@ -1,10 +1,9 @@
 """What functions take and how far their outputs are apart, and what `deploy` found with both, as a table."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -120,8 +119,8 @@ def tensors_in(values: Any) -> list[Tensor]:
     for leaf in tree_leaves(values):
         if isinstance(leaf, Tensor):
             found.append(leaf)
-        elif dataclasses.is_dataclass(leaf):
-            found += tensors_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        elif is_dataclass(leaf):
+            found += tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
     return found
 
 
