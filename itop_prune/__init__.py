@@ -57,7 +57,7 @@ LATER = {
     "deploy": "inference.deployment",
     "save": "files.compact",
 }
-"""What no training step needs, by the module that it is imported from when it is asked for: a third of all the time."""
+"""What no training step needs, by its module; imported when it is asked for, since it is a third of all the time."""
 
 
 def __getattr__(name: str) -> Any:

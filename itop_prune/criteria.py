@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from itop_prune.menu import choose, describe, needed
+from itop_prune.menu import Asked, choose, describe, needed
 from itop_prune.values import check_scores
 
 Criterion = Callable[..., Tensor]
@@ -56,7 +56,7 @@ def by_sign(weight: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
     scores = torch.zeros_like(weight)
     for side in (mask & (weight > 0), mask & (weight < 0)):
         sizes = weight.masked_select(side).abs()
-        scores.masked_scatter_(side, (_places(sizes, generator) + 1) / max(1, len(sizes)))
+        scores.masked_scatter_(side, (_ranks(sizes, generator) + 1) / max(1, len(sizes)))
     return scores
 
 
@@ -172,7 +172,7 @@ def mix(first: "str | Criterion", second: "str | Criterion", share: float = 0.5)
         turns = []
         for criterion, needs, part in parts:
             scores = _of_inactive(criterion, criterion(**{name: given[name] for name in needs}), mask)
-            turns.append((len(scores) - 1 - _places(scores, generator)) / part)
+            turns.append((len(scores) - 1 - _ranks(scores, generator)) / part)
         return torch.zeros(mask.shape, device=mask.device).masked_scatter_(~mask, -torch.minimum(*turns))
 
     names = dict.fromkeys(("mask", "generator", *(name for _, needs, _ in parts for name in needs)))
@@ -201,7 +201,7 @@ GROW: dict[str, Criterion] = {
 }
 
 
-def find(criterion: str | Criterion, role: str) -> tuple[Criterion, tuple[str, ...]]:
+def find(criterion: str | Criterion, role: str) -> Asked:
     """Return the criterion behind a name or a function, and the names that it asks for.
 
     Args:
@@ -220,19 +220,19 @@ def find(criterion: str | Criterion, role: str) -> tuple[Criterion, tuple[str, .
         name = criterion if isinstance(criterion, str) else describe(criterion)
         raise ValueError(f"{role} is {name!r}, which is for {others}; known are {', '.join(menu)}; choose one of them")
     function = choose(criterion, menu, role)
-    return function, needed(function, dict.fromkeys(OFFERED), f"{role} criterion")
+    return Asked(function, needed(function, dict.fromkeys(OFFERED), f"{role} criterion"))
 
 
 def _of_inactive(criterion: Criterion, scores: Tensor, mask: Tensor) -> Tensor:
     """Return the scores of what a mask leaves out, checked: a rank hides what they are."""
-    check_scores(scores, mask, criterion, "", "a mix needs")
+    check_scores(scores, mask, criterion)
     scores = scores.masked_select(~mask)
     if scores.isnan().any():
         raise ValueError(f"{describe(criterion)} gave NaN; scores must be numbers")
     return scores
 
 
-def _places(scores: Tensor, generator: torch.Generator) -> Tensor:
+def _ranks(scores: Tensor, generator: torch.Generator) -> Tensor:
     """Return the place of each score in ascending order, from 0; those that tie get theirs by lot."""
     shuffled = torch.randperm(len(scores), generator=generator, device=scores.device)
     order = shuffled[scores[shuffled].argsort(stable=True)]

@@ -46,6 +46,8 @@ class Density:
         self.first: dict[str, int] = {}
         """Active weights by layer when it began; {} where the density is as it is."""
         self._last: dict[str, int] = {}
+        self.least = sum(itop.active for itop in masks.values())
+        """The smallest sum over the layers on the way."""
         if final_sparsity is not None:
             if frozen := [name for name, itop in masks.items() if not itop.parameter.requires_grad]:
                 raise ValueError(
@@ -58,11 +60,7 @@ class Density:
             self._last = distributions.active_counts(
                 shapes, 1.0 - float(final_sparsity), distributions.uniform if in_total else method
             )
-
-    @property
-    def least(self) -> int | None:
-        """The smallest sum over the layers on the way; None where the density is as it is."""
-        return min(sum(self.first.values()), sum(self._last.values())) if self.moves else None
+            self.least = min(self.least, sum(self._last.values()))
 
     def targets(self, active: Mapping[str, int], progress: float) -> Mapping[str, int]:
         """Return how many weights of each layer shall be active.

@@ -4,23 +4,30 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from itop_prune.mask import ITOP
-from itop_prune.survival import Survival
 
 
 class Exploration:
     """Takes note of every update: a byte per weight, and another one where survival is counted.
 
-    R_s is the share of the masked weights that were active at least once (Liu et al., 2021, arXiv 2102.02887).
+    R_s is the share of the masked weights that were active at least once (Liu et al., 2021, arXiv 2102.02887). It tells
+    of reliable exploration where new weights are trained long enough to compete at the next pruning: then many survive.
+    A weight that is pruned and grown again at once never left, and has survived.
     """
 
     def __init__(self, masks: Mapping[str, ITOP], survival: bool) -> None:
         self.explored = {name: itop.mask.clone() for name, itop in masks.items()}
         """By name, bool: was active at least once."""
-        self._survival = Survival() if survival else None
         self._entered: dict[str, Tensor | int] = {}
+        self._counts_survival = survival
+        self._grown: dict[str, Tensor] = {}
+        """Which weights grew at the last update."""
+        self._grown_before: dict[str, Tensor] = {}
+        self._survived: dict[str, Tensor] = {}
+        """Of those that grew at the update before: how many are left, and how many there were."""
 
     def of(self, name: str, mask: Tensor) -> Tensor:
         """Return what was explored of a layer, on the device of its mask: the model may have been moved."""
@@ -30,15 +37,18 @@ class Exploration:
     def begin(self) -> None:
         """Begin an update: in a layer of which nothing is noted, nothing enters."""
         self._entered = dict.fromkeys(self.explored, 0)
-        if self._survival:
-            self._survival.begin()
+        self._grown_before, self._grown, self._survived = self._grown, {}, {}
 
     def note(self, name: str, before: Tensor, after: Tensor) -> None:
         """Take in an update of one layer: its mask before and after, equal where it did not move."""
         self.of(name, after).logical_or_(before | after)
-        self._entered[name] = (after & ~before).count_nonzero()
-        if self._survival:
-            self._survival.note(name, before, after)
+        entered = after & ~before
+        self._entered[name] = entered.count_nonzero()
+        if self._counts_survival:
+            self._grown[name] = entered
+        if (grown := self._grown_before.pop(name, None)) is not None:
+            grown = grown.to(after.device)
+            self._survived[name] = torch.stack([(grown & after).count_nonzero(), grown.count_nonzero()])
 
     def rate(self) -> float:
         """Return R_s."""
@@ -50,18 +60,27 @@ class Exploration:
         return {name: int(self._entered.get(name, 0)) for name in self.explored} if self._entered else {}
 
     def survival_rates(self) -> dict[str, float]:
-        """Return by layer what share of the weights grown at the last update but one survived the last."""
-        return self._survival.rates() if self._survival else {}
+        """Return by layer what share of the weights grown at the last update but one survived the last, in [0, 1].
+
+        Layers where nothing grew, or that were not updated twice, are left out.
+        """
+        counted = {name: count.tolist() for name, count in self._survived.items()}
+        return {name: survived / grown for name, (survived, grown) in counted.items() if grown}
 
     def survival_rate(self) -> float:
         """Return the share of all layers together; NaN where there is none."""
-        return self._survival.rate() if self._survival else math.nan
+        counted = [count.tolist() for count in self._survived.values()]
+        grown = sum(grown for _, grown in counted)
+        return sum(survived for survived, _ in counted) / grown if grown else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered."""
         state: dict[str, Any] = {"explored": {name: explored.clone() for name, explored in self.explored.items()}}
         state["entered"] = self.entered()
-        return state | ({"survival": self._survival.state_dict()} if self._survival else {})
+        if self._counts_survival:
+            grown = {name: tensor.clone() for name, tensor in self._grown.items()}
+            state["survival"] = {"grown": grown, "counts": dict(self._survived)}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
@@ -76,5 +95,7 @@ class Exploration:
         for name, explored in self.explored.items():
             explored.copy_(state["explored"][name])
         self._entered = dict(state.get("entered", {}))
-        if self._survival and "survival" in state:
-            self._survival.load_state_dict(state["survival"])
+        if self._counts_survival and "survival" in state:
+            self._grown, self._survived = (
+                {n: t.clone() for n, t in state["survival"][key].items()} for key in ("grown", "counts")
+            )

@@ -38,8 +38,8 @@ class DenseGradients:
         self._sums: dict[str, Tensor] = {}
         self._averages: dict[str, Tensor] = {}
 
-    def is_near(self, steps_left: int | None) -> bool:
-        """Return whether the gradient of the next step is needed.
+    def plan_next(self, steps_left: int | None) -> bool:
+        """Take note of how far the next update is; return whether the gradient of the next step is needed.
 
         Args:
             steps_left: To the next update, 1 if it comes after the next step; None if there is none.
@@ -67,13 +67,13 @@ class DenseGradients:
         mean = ranks.mean(heard, self._masks[name].mask)
         if heard is None:
             self._elsewhere[name] = mean
-        mean = torch.where(mean.isfinite().all(), mean, torch.nan)
-        summed = self._sums_wanted and self._near
-        for kept, wanted, decay in ((self._sums, summed, 1.0), (self._averages, self._averages_wanted, DECAY)):
-            if wanted:
-                before = kept.get(name, torch.zeros_like(mean)).to(mean.device)
-                added = mean if decay == 1.0 else (1.0 - decay) * mean
-                kept[name] = torch.where(mean.isnan(), before, decay * before + added)
+        finite, nothing = mean.isfinite().all(), torch.zeros_like(mean)
+        if self._sums_wanted and self._near:
+            before = self._sums.get(name, nothing).to(mean.device)
+            self._sums[name] = torch.where(finite, before + mean, before)
+        if self._averages_wanted:
+            before = self._averages.get(name, nothing).to(mean.device)
+            self._averages[name] = torch.where(finite, DECAY * before + (1.0 - DECAY) * mean, before)
 
     def gradient(self, name: str) -> Tensor:
         """Return the dense gradient for an update, mean over ranks: of its step, or the sum over the last steps."""
@@ -105,8 +105,6 @@ class DenseGradients:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self._sums, self._averages = (
-            {name: tensor.to(self._masks[name].mask.device, copy=True) for name, tensor in state[key].items()}
-            for key in ("sums", "averages")
+            {name: tensor.to(self._masks[name].mask.device, copy=True) for name, tensor in state[key].items() if wanted}
+            for key, wanted in (("sums", self._sums_wanted), ("averages", self._averages_wanted))
         )
-        if not self._sums_wanted:  # saved by a run that summed over several steps
-            self._sums.clear()

@@ -192,14 +192,13 @@ def attach(layer: nn.Module, name: str, mask: Tensor) -> None:
 def detach(layer: Any, name: str) -> None:
     """Undo `attach`: a plain parameter again, with the values of the effective weight."""
     names = tuple(other for other in masked_names(layer) if other != name)
-    pass_dense_gradient(layer, name, on=False)
     if standardizes(type(layer)):
         getattr(layer, f"{name}_orig").copy_(getattr(layer, name))
     zero_off_mask(getattr(layer, f"{name}_orig"), getattr(layer, f"{name}_mask"))
     layer.__class__ = _subclass(layer.masked_class, names) if names else layer.masked_class
     _rename(layer._parameters, f"{name}_orig", name)
     del layer._buffers[f"{name}_mask"]
-    for what in ("planned", "pattern"):
+    for what in ("listening", "planned", "pattern"):
         layer.__dict__.pop(f"{name}_{what}", None)
     if isinstance(layer, nn.RNNBase) and not names:
         layer._init_flat_weights()

@@ -1,7 +1,5 @@
 """Masks live here: `ITOP` holds one, `find_masks` finds all of a model, `remove` bakes them in."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -9,7 +7,7 @@ from torch.nn.utils import prune
 from itop_prune.layer import attach, detach, effective, pattern_of, standardizes
 from itop_prune.listening import Listener
 from itop_prune.patterns import Pattern, holds
-from itop_prune.selection import kernel_shape, obstacle, unwrap, walk
+from itop_prune.selection import kernel_shape, obstacle, plain_name, unwrap, walk
 from itop_prune.sharding import is_sharded, like, zero_off_mask
 
 
@@ -45,11 +43,10 @@ class ITOP(prune.BasePruningMethod):
         """
         if reason := obstacle(module, name):
             raise ValueError(f"{name} of {type(module).__name__} can't be masked: {reason}")
-        parameter = module._parameters[name]
-        if parameter is None or mask.shape != parameter.shape:
-            expected = "no tensor" if parameter is None else f"shape {tuple(parameter.shape)}"
+        shape = module.get_parameter(name).shape
+        if mask.shape != shape:
             raise ValueError(
-                f"the mask of {name} has shape {tuple(mask.shape)}, the parameter {expected}; they must agree"
+                f"the mask of {name} has shape {tuple(mask.shape)}, the parameter shape {tuple(shape)}; they must agree"
             )
         if pattern is not None and not mask.is_meta and not holds(mask.bool(), *pattern):
             n, m = pattern
@@ -203,16 +200,15 @@ def remove(model: nn.Module) -> None:
     """
     for itop in find_masks(model).values():
         prune.remove(itop._layer, itop._tensor_name)
-    leave_out_of_ddp(model, ())
+    leave_out_of_ddp(model)
 
 
-def leave_out_of_ddp(model: nn.Module, masks: Iterable[str]) -> None:
+def leave_out_of_ddp(model: nn.Module) -> None:
     """Tell DistributedDataParallel not to send the masks around with every forward: they are equal on all ranks."""
     model, key = unwrap(model), "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
-    names = set(getattr(model, key, ()))
-    if names:
-        names &= {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    names |= {f"{name}_mask" for name in masks}
+    masks, others = {f"{name}_mask" for name in find_masks(model)}, getattr(model, key, ())
+    present = (name for name, _ in (*model.named_parameters(), *model.named_buffers()))
+    names = {name for name in present if name in others or plain_name(name) in masks}
     if names:
         setattr(model, key, sorted(names))
     elif hasattr(model, key):

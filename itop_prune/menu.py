@@ -3,9 +3,16 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+
+class Asked(NamedTuple):
+    """A function from a menu or of one's own, and the names of what it asks for."""
+
+    function: Callable[..., Any]
+    needs: tuple[str, ...]
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """Where masks start: `apply` decides how many weights of each layer are active, and which, and places the masks."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from itop_prune import distributions, patterns, ranks, saliency, topology
 from itop_prune.distributions import Distribution
 from itop_prune.layer import effective, standardizes
-from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
+from itop_prune.mask import ITOP, leave_out_of_ddp
 from itop_prune.menu import nearest
 from itop_prune.patterns import Pattern
 from itop_prune.selection import Place, indivisible, kernel_shape, matching, select
@@ -81,22 +82,20 @@ def apply(
     if pattern is not None:
         _check_pattern(pattern, sparsity, densities)
         selected = _divided(selected, pattern, strict)
-    parameters = {name: layer.get_parameter(tensor) for name, (layer, tensor) in selected.items()}
     shapes = {name: kernel_shape(layer, tensor) for name, (layer, tensor) in selected.items()}
-    centred = {name: standardizes(type(layer)) for name, (layer, _) in selected.items()}
     generators = {name: topology.seeded(torch.device("cpu"), seed, name) for name in selected}
     ranked: dict[str, Tensor] = {}
     if method == "magnitude" or isinstance(method, Mapping):
-        ranked = {n: _initial_scores(method, n, p, centred[n], generators[n]) for n, p in parameters.items()}
+        ranked = {n: _initial_scores(method, n, place, generators[n]) for n, place in selected.items()}
         method = distributions.uniform if any(t.is_meta for t in ranked.values()) else saliency.ratios(ranked)
     if pattern is None:
         fixed = {} if densities is None else _by_name(densities, selected)
         counts = distributions.active_counts(shapes, 1.0 - sparsity, method, fixed)
     else:
-        counts = {name: parameter.numel() * pattern[0] // pattern[1] for name, parameter in parameters.items()}
+        counts = {name: math.prod(shape) * pattern[0] // pattern[1] for name, shape in shapes.items()}
     masks = {}
-    for name, parameter in parameters.items():
-        first = _initial_scores(scores, name, parameter, centred[name], generators[name])
+    for name, place in selected.items():
+        first = _initial_scores(scores, name, place, generators[name])
         if first.is_meta:
             masks[name] = first
         elif pattern is None:
@@ -107,7 +106,7 @@ def apply(
     for name, (layer, tensor) in selected.items():
         if applied[name].mask.is_meta:
             setattr(layer, f"{tensor}_planned", counts[name])
-    leave_out_of_ddp(model, find_masks(model))
+    leave_out_of_ddp(model)
     if scores != "random" or ranked:
         ranks.check_equal_masks({name: itop.mask for name, itop in applied.items()})
     return applied
@@ -154,13 +153,13 @@ def _by_name(densities: Mapping[str, float], names: Iterable[str]) -> dict[str, 
     for pattern, density in densities.items():
         if not is_number(density) or not 0.0 <= density <= 1.0:
             raise ValueError(f"densities[{pattern!r}] is {density!r}; allowed is a number in [0, 1], the share kept")
-        fixed |= {name: float(density) for name in matching(pattern, names, "densities") if name not in fixed}
+        fixed |= {name: float(density) for name in matching([pattern], names, "densities") if name not in fixed}
     return fixed
 
 
-def _initial_scores(
-    scores: str | Mapping[str, Tensor], name: str, parameter: nn.Parameter, centred: bool, generator: torch.Generator
-) -> Tensor:
+def _initial_scores(scores: str | Mapping[str, Tensor], name: str, place: Place, generator: torch.Generator) -> Tensor:
+    layer, tensor = place
+    parameter = layer.get_parameter(tensor)
     if isinstance(scores, Mapping):
         given = scores.get(name)
         if not isinstance(given, Tensor) or given.shape != parameter.shape:
@@ -178,7 +177,7 @@ def _initial_scores(
     if scores == "random":
         return torch.rand(parameter.shape, generator=generator)
     weight = parameter.detach().float()
-    sizes = effective(weight, torch.ones_like(weight, dtype=torch.bool), centred).abs().cpu()
+    sizes = effective(weight, torch.ones_like(weight, dtype=torch.bool), standardizes(type(layer))).abs().cpu()
     return _numbers(sizes, f"magnitude gave NaN for {name}")
 
 

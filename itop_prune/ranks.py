@@ -99,7 +99,8 @@ def check_equal(tensors: Mapping[str, Tensor], advice: str) -> None:
     tensors = {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
     if world_size() == 1 or not tensors:
         return
-    lowest = torch.stack([checksum(tensor) for tensor in tensors.values()])
+    device = next(iter(tensors.values())).device
+    lowest = torch.stack([checksum(tensor).to(device) for tensor in tensors.values()])
     if distributed.get_backend() == "nccl":  # which can't exchange what is not on a GPU
         lowest = lowest.cuda()
     highest = lowest.clone()

@@ -5,7 +5,7 @@
 
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def read(
         RecipeError: With all mistakes at once: file, key, what is allowed, the nearest known name.
     """
     path = Path(path)
-    values, mistakes = _parse(path)
+    values, mistakes = _parse(path), list[str]()
     for override in overrides:
         mistakes += _override(values, override)
     known = {field.name: field for field in fields(Recipe)}
@@ -96,7 +96,7 @@ def read(
     broken = set()
     for name, field in known.items():
         if values.get(name) is None and field.default is not None:
-            if name in values or not isinstance(field.default, (int, float)):
+            if name in values or field.default is MISSING:
                 mistakes.append(f"{name}: missing; it is needed")
                 broken.add(name)
         elif name in values and (problem := type_problem(values[name], hints[name])):
@@ -138,7 +138,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
 
 
-def _parse(path: Path) -> tuple[Section, list[str]]:
+def _parse(path: Path) -> Section:
     if not path.is_file():
         what, folder = ("a folder, no file", path) if path.is_dir() else ("no such file", path.parent)
         others = [str(other) for other in sorted(folder.glob("*.yaml"))]
@@ -151,7 +151,7 @@ def _parse(path: Path) -> tuple[Section, list[str]]:
         raise RecipeError(path, [f"{line}not YAML: {getattr(error, 'problem', None) or error}"]) from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RecipeError(path, ["a recipe is a mapping of sections; see recipes/quickstart.yaml"])
-    return values, []
+    return values
 
 
 def _override(values: Section, override: str) -> list[str]:

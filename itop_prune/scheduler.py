@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from itop_prune import criteria, ranks
+from itop_prune import ranks
 from itop_prune.criteria import Criterion
 from itop_prune.density import Density
 from itop_prune.distributions import Distribution
 from itop_prune.exploration import Exploration
 from itop_prune.gradients import DenseGradients
 from itop_prune.mask import ITOP
+from itop_prune.menu import describe
 from itop_prune.notices import Notices, deaf, odd_layers
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
 from itop_prune.patterns import check_held
@@ -29,7 +30,7 @@ ORDER = (
 )
 
 SAVED = ("step", "updates", "skipped", "due", "without_gradient", "first_counts", "dense", "explored")
-"""What a state dict of a MaskScheduler has in any case."""
+"""What a state dict must have to be loaded."""
 
 
 class MaskScheduler:
@@ -139,9 +140,8 @@ class MaskScheduler:
                 "leave them out, or place masks without a pattern"
             )
         check_held({name: itop.mask for name, itop in masks.items()}, patterned)
-        active = sum(itop.active for itop in masks.values())
         weights = {name: itop.mask.numel() for name, itop in masks.items()}
-        check_floor(self._rules, weights, active if self._density.least is None else self._density.least)
+        check_floor(self._rules, weights, self._density.least)
         if self._density.moves and not self.update_steps():
             raise ValueError(
                 f"every is {every} and the last update could be at step {stop * total_steps:g}: none is made, and "
@@ -193,7 +193,7 @@ class MaskScheduler:
     def survival_rates(self) -> dict[str, float]:
         """Return, by layer, what share of the weights grown at the last update but one survived the last.
 
-        Layers where nothing grew are left out. Needs `survival=True`.
+        Layers where nothing grew are left out; {} without `survival=True`.
         """
         return self._exploration.survival_rates()
 
@@ -257,7 +257,7 @@ class MaskScheduler:
         self._step, self._due = state["step"], state["due"]
         self.updates, self.skipped = state["updates"], state["skipped"]
         self._without_gradient = set(state["without_gradient"])
-        self._density.first = dict(state["first_counts"])
+        self._density.first = dict(state["first_counts"] or self._density.first)  # {}: saved while it stood still
         self._dense.load_state_dict(state["dense"])
         self._prepare_next_step()
 
@@ -271,7 +271,7 @@ class MaskScheduler:
         coming = "now" if self._due else self._plan.next_update(self._step)
         return (
             f"MaskScheduler({len(self._masks)} masks, {active:,} of {total:,} active, "
-            f"prune={criteria.describe(self._rules.prune)}, grow={criteria.describe(self._rules.grow)}, "
+            f"prune={describe(self._rules.prune.function)}, grow={describe(self._rules.grow.function)}, "
             f"rate={self.rate:.4f}, step {self._step} of {self._plan.total_steps}, updates={self.updates}, "
             f"next={coming})"
         )
@@ -282,10 +282,10 @@ class MaskScheduler:
     def _prepare_next_step(self) -> None:
         """Listen for the dense gradient while the next step is computed, if an update will ask for it."""
         coming = self._step + 1 if self._due else self._plan.next_update(self._step)
-        near = self._dense.is_near(None if coming is None else coming - self._step)
-        if near:  # after a forward FSDP2 shows other parameters, whose gradients are of one rank and micro-batch
+        needed = self._dense.plan_next(None if coming is None else coming - self._step)
+        if needed:  # after a forward FSDP2 shows other parameters, whose gradients are of one rank and micro-batch
             check_holds(self._optimizer, self._movable())
-        self._dense.listen(self._movable() if near else ())
+        self._dense.listen(self._movable() if needed else ())
 
     @torch.no_grad()
     def _update(self, masks: Mapping[str, ITOP], heard: Mapping[str, Tensor | None]) -> bool:

@@ -6,6 +6,7 @@ The rate is `min_rate + (rate - min_rate) * factor`, progress counted in steps u
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 from itop_prune.menu import choose, describe
 
@@ -22,7 +23,7 @@ def factor(schedule: Schedule, progress: float) -> float:
     0.75
     """
     value = schedule(progress)
-    if not isinstance(value, (int, float)) or not -1e-9 <= value <= 1.0 + 1e-9:
+    if not isinstance(value, Real) or not -1e-9 <= float(value) <= 1.0 + 1e-9:
         name = describe(schedule)
         raise ValueError(
             f"the schedule {name} gave {value!r} at progress {progress:g}; it must give a number in [0, 1]"

@@ -1,19 +1,6 @@
 """What the sections of a recipe are the keyword arguments of, and whether those calls take them.
 
-| section | call | given by the runner, so not allowed |
-|---|---|---|
-| `model` | `timm.create_model` | |
-| `data` | a function of the runner's | `device`, `seed`, `augment` |
-| `augment` | what suits the data, likewise | `input_size`, `is_training` |
-| `optimizer` | `timm.optim.create_optimizer_v2` | `model_or_params` |
-| `lr_schedule` | `timm.scheduler.create_scheduler_v2` | `optimizer`, `num_epochs`, `updates_per_epoch` |
-| `masks` | `itop_prune.apply` | `model` |
-| `regrow` | `itop_prune.MaskScheduler` | `masks`, `optimizer`, `total_steps` |
-| `loss` | `timm.loss.LabelSmoothingCrossEntropy` | |
-| `mixup` | `timm.data.Mixup` | `num_classes` |
-| `ema` | `timm.utils.ModelEmaV3` | `model` |
-| `accelerator` | `accelerate.Accelerator` | |
-| `checkpoint` | `every` (epochs), `keep` (how many, besides the best) | |
+`section_problems` has them all: for every section the call, and what the runner passes itself, which no recipe may.
 """
 
 import functools

@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,11 +55,8 @@ def select(model: nn.Module, include: str | Iterable[str], exclude: str | Iterab
     found = {name: (layer, tensor) for name, layer, tensor in walk(model)}
     if not found:
         raise ValueError(f"{type(model).__name__} has nothing to mask: no weight matrix of a convolution or linear map")
-    for what, patterns in (("include", include), ("exclude", exclude)):
-        if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in patterns):
-            raise ValueError(f"{what} is {patterns!r}; allowed are patterns: text, or a list of text")
-    unwanted = matching(exclude, found, "exclude")
-    wanted = matching(include, found, "include") - unwanted
+    unwanted = matching(_patterns(exclude, "exclude"), found, "exclude")
+    wanted = matching(_patterns(include, "include"), found, "include") - unwanted
     if not wanted:
         raise ValueError(f"include={include!r} without exclude={exclude!r} leaves nothing of: {_shorten(found)}")
     selected = {name: place for name, place in found.items() if name in wanted}
@@ -70,7 +68,7 @@ def select(model: nn.Module, include: str | Iterable[str], exclude: str | Iterab
 
 
 def kernel_shape(layer: nn.Module, tensor: str) -> tuple[int, ...]:
-    """Return the shape of a weight, (out, in, ...); of several experts' kernels it is (experts * out, in, ...)."""
+    """Return the shape of a weight as torch keeps it; of several experts' kernels it is (experts * out, in, ...)."""
     shape = tuple(layer.get_parameter(tensor).shape)
     if not _mixes_kernels(layer):
         return shape
@@ -109,15 +107,17 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
         return "it has a mask already; masks move, they are not applied twice: call itop_prune.remove first"
     if tensor in layer._parameters:
         parameter = layer._parameters[tensor]
+        if parameter is None:
+            return f"this {type(layer).__name__} has none"
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             return "its shape is not known yet: run the model once first"
         if is_sharded(parameter):
             return "each rank holds a part of it: call itop_prune.apply before fully_shard or accelerator.prepare"
-        if parameter is not None and not parameter.numel():
+        if not parameter.numel():
             return f"it is empty, of shape {tuple(parameter.shape)}"
-        if torch.is_inference_mode_enabled() or (parameter is not None and parameter.is_inference()):
+        if torch.is_inference_mode_enabled() or parameter.is_inference():
             return "tensors made in inference mode can't be trained: build and mask outside of torch.inference_mode"
-        if parameter is not None and (where := _held_again(layer, tensor)):
+        if where := _held_again(layer, tensor):
             return f"{type(layer).__name__} reads it {where} as well, where no mask is seen"
         return ""
     if f"{tensor}_mask" in layer._buffers:
@@ -145,14 +145,22 @@ def plain_name(*parts: str) -> str:
     return name if "_orig_mod" not in name else ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def matching(patterns: str | Iterable[str], names: Iterable[str], what: str) -> set[str]:
+def _patterns(given: object, what: str) -> list[str]:
+    """Return patterns as a list: whoever checks an iterator has used it up."""
+    patterns: list[Any] = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ValueError(f"{what} is {given!r}; allowed are patterns: text, or a list of text")
+    return patterns
+
+
+def matching(patterns: Iterable[str], names: Iterable[str], what: str) -> set[str]:
     """Return the names that one of the patterns matches, as they are or without the tensor's.
 
     Raises:
         ValueError: A pattern matches nothing.
     """
     matched: set[str] = set()
-    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+    for pattern in patterns:
         hits = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)}
         if not hits:
             raise ValueError(f"{what} pattern {pattern!r} matches no weight; the weights are: {_shorten(names)}")

@@ -10,7 +10,13 @@ from torch import Tensor
 SAMPLE = 1 << 14
 """Scores looked at to guess how high those are that will be chosen."""
 
-NAN = "scores hold NaN, which has no rank; scores must be numbers: look at the criterion"
+
+class NaNScores(ValueError):
+    """Scores hold NaN, which has no rank."""
+
+    def __init__(self) -> None:
+        super().__init__("scores hold NaN, which has no rank; scores must be numbers: look at the criterion")
+
 
 ANSWERS_AT_ONCE = {"cpu"}
 """Kinds of devices that can be asked for a count in passing; on others the host would wait for all that is queued."""
@@ -47,7 +53,7 @@ def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tenso
     chosen = values.topk(count, sorted=False)
     threshold = chosen.values.amin()  # NaN is above all, and makes this NaN
     if threshold.isnan():
-        raise ValueError(NAN)
+        raise NaNScores
     if (values >= threshold).count_nonzero() == count:
         return chosen.indices
     above, tied = ((values > threshold).nonzero().squeeze(1), (values == threshold).nonzero().squeeze(1))
@@ -83,8 +89,9 @@ def select(
 ) -> Tensor:
     """Return a bool mask of the `count` allowed positions of the largest scores, or of the smallest.
 
-    It is what `prune` and `grow` are made of, for those who know that there are as many: the host does not wait for the
-    device. Where scores are NaN a device that would have to be asked returns none; one that answers at once raises.
+    It is `prune` and `grow` without their checks: there must be as many. So the host need not wait for the device, and
+    `MaskScheduler` calls this one. Where scores are NaN a device that would have to be asked returns none; one that
+    answers at once raises.
 
     >>> select(torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([False, True, True, True]), 1)
     tensor([False,  True, False, False])
@@ -179,7 +186,7 @@ def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | 
 def _whole(chosen: Tensor, count: int) -> Tensor:
     """Return what was selected, if it is as many as asked for."""
     if chosen.count_nonzero() != count:
-        raise ValueError(NAN)
+        raise NaNScores
     return chosen
 
 

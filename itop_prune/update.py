@@ -12,7 +12,7 @@ from itop_prune import budget, criteria, patterns, redistribution, topology
 from itop_prune.criteria import Criterion
 from itop_prune.gradients import DenseGradients
 from itop_prune.mask import ITOP
-from itop_prune.menu import choose
+from itop_prune.menu import Asked, choose, describe, needed
 from itop_prune.redistribution import Redistribution
 from itop_prune.sharding import whole
 from itop_prune.values import check_scores, is_number
@@ -22,12 +22,9 @@ from itop_prune.values import check_scores, is_number
 class Rules:
     """Who is pruned, who grows, and where: checked arguments of `MaskScheduler`, with what the functions ask for."""
 
-    prune: Criterion
-    prune_needs: tuple[str, ...]
-    grow: Criterion
-    grow_needs: tuple[str, ...]
-    redistribute: Redistribution | None
-    redistribute_needs: tuple[str, ...]
+    prune: Asked
+    grow: Asked
+    redistribute: Asked | None
     across_layers: bool
     floor: float
 
@@ -44,20 +41,17 @@ class Rules:
             raise ValueError(f"scope is {scope!r}; allowed are 'layer' and 'global'")
         if not is_number(floor) or not 0.0 <= floor < 1.0 or (floor and scope == "layer"):
             raise ValueError(f"floor is {floor!r}; allowed is a number in [0, 1), with scope='global'")
-        chosen: Redistribution | None = None
-        needs: tuple[str, ...] = ()
+        chosen = None
         if redistribute != "none":
             menu = {"none": redistribution.nonzeros, **redistribution.REDISTRIBUTIONS}
-            chosen = choose(redistribute, menu, "redistribute")
-            needs = criteria.needed(chosen, dict.fromkeys(redistribution.OFFERED), "redistribution")
-        return cls(
-            *criteria.find(prune, "prune"), *criteria.find(grow, "grow"), chosen, needs, scope == "global", floor
-        )
+            function = choose(redistribute, menu, "redistribute")
+            chosen = Asked(function, needed(function, dict.fromkeys(redistribution.OFFERED), "redistribution"))
+        return cls(criteria.find(prune, "prune"), criteria.find(grow, "grow"), chosen, scope == "global", floor)
 
     @property
     def needs(self) -> set[str]:
         """What is asked for by any of them."""
-        return {*self.prune_needs, *self.grow_needs, *self.redistribute_needs}
+        return {need for asked in (self.prune, self.grow, self.redistribute) if asked for need in asked.needs}
 
     @property
     def shares_layers(self) -> bool:
@@ -76,7 +70,7 @@ class Layer:
     words: tuple[object, ...]
     """What seeds its generators: the run's seed and the number of the update."""
 
-    def scores(self, criterion: Criterion, needs: tuple[str, ...], mask: Tensor, *words: object) -> Tensor:
+    def scores(self, criterion: Asked, mask: Tensor, *words: object) -> Tensor:
         """Return what a criterion says about every position.
 
         Raises:
@@ -90,18 +84,18 @@ class Layer:
             "explored": lambda: self.explored,
             "generator": lambda: self.generator(*words),
         }
-        given: dict[str, Any] = {need: offered[need]() for need in needs}
+        given: dict[str, Any] = {need: offered[need]() for need in criterion.needs}
         versions = {need: tensor._version for need, tensor in given.items() if isinstance(tensor, Tensor)}
         try:
-            scores = criterion(**given)
+            scores = criterion.function(**given)
         except Exception as error:
-            raise RuntimeError(f"{criteria.describe(criterion)} failed for {self.name}: {error}") from error
+            raise RuntimeError(f"{describe(criterion.function)} failed for {self.name}: {error}") from error
         if written := [need for need, version in versions.items() if given[need]._version != version]:
             raise RuntimeError(
-                f"{criteria.describe(criterion)} wrote into {', '.join(written)} of {self.name}; a criterion may only "
+                f"{describe(criterion.function)} wrote into {', '.join(written)} of {self.name}; a criterion may only "
                 "read: copy the tensor first (and go back to a checkpoint, for it is changed)"
             )
-        check_scores(scores, mask, criterion, f" for {self.name}", "it must give")
+        check_scores(scores, mask, criterion.function, f" for {self.name}")
         return scores
 
     def generator(self, *words: object) -> torch.Generator:
@@ -145,7 +139,7 @@ def counts(
     raw: Mapping[str, float] = exchanged
     if rules.redistribute:
         known = {"weights": weights, "active": active, "pruned": leaving}
-        raw = _statistics(rules.redistribute, rules.redistribute_needs, layers, **known)
+        raw = _statistics(rules.redistribute, layers, **known)
     least = {name: min(active[name], least_of(rules, weights[name])) for name in layers}
     return leaving, budget.to_grow(kept, sum(target.values()) - sum(kept.values()), weights, raw, least)
 
@@ -158,18 +152,16 @@ def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> Tensor:
     """
     mask, role = layer.itop.mask, rules.prune
     try:
-        scores = layer.scores(rules.prune, rules.prune_needs, mask, "prune")
+        scores = layer.scores(rules.prune, mask, "prune")
         kept = mask ^ topology.select(scores, mask, leaving, layer.generator("prune", "ties"), smallest=True)
         role = rules.grow
-        scores = layer.scores(rules.grow, rules.grow_needs, kept)
+        scores = layer.scores(rules.grow, kept)
         if layer.itop.pattern is not None:
             grown = patterns.grow_in_groups(kept, scores, *layer.itop.pattern, layer.generator("ties"))
             none_left = kept.count_nonzero() + leaving != mask.count_nonzero()
             return grown | none_left  # groups that lost nothing grow nothing: the count would not tell
         return kept ^ topology.select(scores, ~kept, entering, layer.generator("ties"))
-    except ValueError as error:
-        if str(error) != topology.NAN:
-            raise
+    except topology.NaNScores:
         raise ValueError(_gave_nan(role, layer.name)) from None
 
 
@@ -181,14 +173,15 @@ def check_counts(rules: Rules, masks: Mapping[str, Tensor], expected: budget.Cou
     """
     if not masks:
         return
-    found = torch.stack([mask.count_nonzero() for mask in masks.values()]).tolist()
+    device = next(iter(masks.values())).device
+    found = torch.stack([mask.count_nonzero().to(device) for mask in masks.values()]).tolist()
     for (name, count), seen in zip(expected.items(), found, strict=True):
         if seen != count:  # more, where none was chosen to leave
             raise ValueError(_gave_nan(rules.prune if seen > count else rules.grow, name))
 
 
-def _gave_nan(criterion: Criterion, name: str) -> str:
-    return f"{criteria.describe(criterion)} gave NaN for {name}; scores must be numbers"
+def _gave_nan(criterion: Asked, name: str) -> str:
+    return f"{describe(criterion.function)} gave NaN for {name}; scores must be numbers"
 
 
 def check_floor(rules: Rules, weights: budget.Counts, smallest: int) -> None:
@@ -218,31 +211,29 @@ def _worst_of_all(rules: Rules, layers: Mapping[str, Layer], active: budget.Coun
     for name, layer in layers.items():
         mask = layer.itop.mask
         most[name] = max(0, active[name] - least_of(rules, mask.numel()))
-        scores[name] = -topology.as_numbers(layer.scores(rules.prune, rules.prune_needs, mask, "prune")[mask])
+        scores[name] = -topology.as_numbers(layer.scores(rules.prune, mask, "prune")[mask])
     total = min(total, sum(most.values()))
     try:
         shares = topology.shares_of_best(scores, total, most)
     except ValueError as error:
-        raise ValueError(f"{criteria.describe(rules.prune)}: {error}") from None
+        raise ValueError(f"{describe(rules.prune.function)}: {error}") from None
     return budget.apportion(shares, total, dict.fromkeys(most, 0), most)
 
 
-def _statistics(
-    redistribute: Redistribution, needs: tuple[str, ...], layers: Mapping[str, Layer], **offered: Any
-) -> Mapping[str, float]:
+def _statistics(redistribute: Asked, layers: Mapping[str, Layer], **offered: Any) -> Mapping[str, float]:
     """Return what the redistribution says about each layer.
 
     Raises:
         ValueError: It is not one number from 0 per layer.
     """
-    for need in needs:
+    for need in redistribute.needs:
         if need not in offered:
             found = [layer.statistic(need).cpu() for layer in layers.values()]
             offered[need] = dict(zip(layers, torch.stack(found).tolist(), strict=True))
-    raw = redistribute(**{need: offered[need] for need in needs})
+    raw = redistribute.function(**{need: offered[need] for need in redistribute.needs})
     if not isinstance(raw, Mapping) or (wrong := {n: raw.get(n) for n in layers if not _is_size(raw.get(n))}):
         raise ValueError(
-            f"{criteria.describe(redistribute)} gave {wrong if isinstance(raw, Mapping) else raw!r}; it must give a "
+            f"{describe(redistribute.function)} gave {wrong if isinstance(raw, Mapping) else raw!r}; it must give a "
             "number from 0 for every layer"
         )
     return raw

@@ -26,12 +26,12 @@ def check_rates(stop: float, rate: float, min_rate: float, may_rest: bool) -> No
         raise ValueError(f"min_rate is {min_rate!r}; allowed is a number in [0, rate], and rate is {rate}")
 
 
-def check_scores(scores: object, mask: Tensor, criterion: Callable[..., object], where: str, needs: str) -> None:
-    """Refuse scores that are not one number per position of a mask, on its device; `needs` says who needs them."""
+def check_scores(scores: object, mask: Tensor, criterion: Callable[..., object], where: str = "") -> None:
+    """Refuse scores that are not one number per position of a mask, on its device."""
     if not isinstance(scores, Tensor) or scores.shape != mask.shape or scores.device != mask.device:
         seen = f"{tuple(scores.shape)} on {scores.device}" if isinstance(scores, Tensor) else repr(scores)
         raise ValueError(
-            f"{describe(criterion)} gave {seen}{where}; {needs} one score per weight, "
+            f"{describe(criterion)} gave {seen}{where}; it must give one score per weight, "
             f"{tuple(mask.shape)} on {mask.device}"
         )
 

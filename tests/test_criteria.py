@@ -241,8 +241,8 @@ def test_a_mix_of_other_names_is_refused(name: str, message: str) -> None:
     [
         (lambda grad: grad * math.nan, "broken gave NaN; scores must be numbers"),
         (lambda grad: torch.where(grad > 8.5, math.nan, grad), "broken gave NaN; scores must be numbers"),
-        (lambda grad: grad[0], r"broken gave \(\) on cpu; a mix needs one score per weight, \(10,\) on cpu"),
-        (lambda grad: None, r"broken gave None; a mix needs one score per weight"),
+        (lambda grad: grad[0], r"broken gave \(\) on cpu; it must give one score per weight, \(10,\) on cpu"),
+        (lambda grad: None, r"broken gave None; it must give one score per weight"),
     ],
 )
 @pytest.mark.parametrize("first", [True, False])

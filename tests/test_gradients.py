@@ -73,6 +73,15 @@ def test_sums_saved_by_a_run_over_several_steps_are_left_behind_by_one_over_a_si
     assert single.seen == [[3.0] * 4]
 
 
+def test_averages_saved_by_a_run_with_momentum_are_left_behind_by_one_without() -> None:
+    averaging = Steps(total_steps=9, every=3, prune=lambda weight, momentum: weight.abs())
+    averaging.take(100.0, 100.0)
+    assert averaging.regrow.state_dict()["dense"]["averages"]
+    single = Steps(total_steps=9, every=3)
+    single.regrow.load_state_dict(averaging.regrow.state_dict())
+    assert single.regrow.state_dict()["dense"] == {"sums": {}, "averages": {}}
+
+
 def test_nothing_but_what_is_kept_is_held_after_a_step() -> None:
     steps = Steps(total_steps=9, every=3, prune=lambda weight, momentum: weight.abs())
     steps.take(1.0)

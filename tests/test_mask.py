@@ -175,7 +175,7 @@ def test_a_given_mask_of_another_shape_is_refused() -> None:
 
 
 def test_a_given_mask_of_a_bias_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mask of bias has shape \(4,\), the parameter no tensor"):
+    with pytest.raises(ValueError, match=r"bias of Linear can't be masked: this Linear has none"):
         ITOP.apply(nn.Linear(6, 4, bias=False), "bias", torch.ones(4))
 
 
@@ -273,3 +273,14 @@ def test_ddp_keeps_what_the_user_told_it_to_ignore() -> None:
     assert getattr(model, key) == ["0.weight_mask", "attn_mask"]
     itop_prune.remove(model)
     assert getattr(model, key) == ["attn_mask"]
+
+
+def test_ddp_is_told_of_masks_in_parts_compiled_one_by_one_by_the_names_that_it_sees() -> None:
+    model, key = mlp(), "_ddp_params_and_buffers_to_ignore"
+    model[0] = torch.compile(model[0])
+    itop_prune.apply(model, 0.5, include="0")
+    assert (
+        getattr(model, key)
+        == ["0._orig_mod.weight_mask"]
+        == [n for n, _ in model.named_buffers() if n.endswith("_mask")]
+    )

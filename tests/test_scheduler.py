@@ -859,6 +859,15 @@ def test_a_state_of_other_shapes_is_refused_by_name() -> None:
         Run(only=("0.weight",)).regrow.load_state_dict(state)
 
 
+def test_a_run_at_one_density_goes_on_to_another() -> None:
+    run, other = Run(every=3), Run(density="cubic", final_sparsity=0.9)
+    run.train(range(4))
+    other.model.load_state_dict(run.model.state_dict())
+    other.regrow.load_state_dict(run.regrow.state_dict())
+    other.train(range(4, 12))
+    assert sum(itop.active for itop in other.masks.values()) == 56  # of 560
+
+
 @pytest.mark.parametrize("lacking", ["step", "dense", "explored"])
 def test_a_state_that_lacks_something_is_refused_and_changes_nothing(lacking: str) -> None:
     run, other = Run(), Run()

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -85,6 +86,12 @@ def test_the_rate_after_every_step_follows_the_schedule(schedule: object, expect
         regrow.step()
         rates.append(regrow.rate)
     assert rates == pytest.approx(expected)
+
+
+def test_a_schedule_may_give_a_number_of_numpys() -> None:
+    regrow = scheduler(nn.Linear(4, 4), total_steps=4, every=5, rate=0.4, min_rate=0.0, schedule=np.float32)
+    regrow.step()
+    assert regrow.rate == 0.1
 
 
 def test_the_rate_reaches_its_minimum_at_stop_and_stays_there() -> None:

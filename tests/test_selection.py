@@ -183,6 +183,11 @@ def test_patterns_that_leave_nothing_are_refused() -> None:
         itop_prune.apply(mlp(), 0.5, include="4", exclude="*")
 
 
+def test_patterns_may_come_one_by_one() -> None:
+    masks = itop_prune.apply(mlp(), 0.5, include=(p for p in ["0", "2"]), exclude=(p for p in ["2"]))
+    assert list(masks) == ["0.weight"]
+
+
 def test_no_pattern_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match=r"include=\(\).* leaves nothing of: 0\.weight"):
         itop_prune.apply(mlp(), 0.5, include=())

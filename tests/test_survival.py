@@ -9,39 +9,43 @@ from torch import Tensor, nn
 
 import itop_prune
 from itop_prune import MaskScheduler
-from itop_prune.survival import Survival
+from itop_prune.exploration import Exploration
 
 
 def mask(positions: str) -> Tensor:
     return torch.tensor([letter == "x" for letter in positions])
 
 
+def exploration(names: str) -> Exploration:
+    layers = {name: nn.Linear(6 if name == "a" else 4, 1) for name in names}
+    return Exploration({name: itop_prune.apply(layer, 0.5)["weight"] for name, layer in layers.items()}, survival=True)
+
+
+def update(noted: Exploration, **moved: tuple[str, str]) -> None:
+    noted.begin()
+    for name, masks in moved.items():
+        noted.note(name, *(mask(positions)[None] for positions in masks))
+
+
 def test_two_layers_over_three_updates() -> None:
-    survival = Survival()
-    survival.begin()
-    survival.note("a", mask("xx...."), mask("x.xx.."))  # two grow
-    survival.note("b", mask("x..."), mask(".x.."))  # one grows
-    assert math.isnan(survival.rate())
-    survival.begin()
-    survival.note("a", mask("x.xx.."), mask("x.x.x."))  # one of the two is left, one grows
-    survival.note("b", mask(".x.."), mask(".x.."))  # did not move: its one is left, none grows
-    assert survival.rates() == {"a": 0.5, "b": 1.0}
-    assert survival.rate() == 2 / 3
-    survival.begin()
-    survival.note("a", mask("x.x.x."), mask("x.xx.."))  # it left
-    survival.note("b", mask(".x.."), mask("..x."))  # what left had grown long before
-    assert survival.rates() == {"a": 0.0}
-    assert survival.rate() == 0.0
+    survival = exploration("ab")
+    update(survival, a=("xx....", "x.xx.."), b=("x...", ".x.."))  # two grow, one grows
+    assert math.isnan(survival.survival_rate())
+    update(survival, a=("x.xx..", "x.x.x."), b=(".x..", ".x.."))  # one of the two is left; its one is left
+    assert survival.survival_rates() == {"a": 0.5, "b": 1.0}
+    assert survival.survival_rate() == 2 / 3
+    update(survival, a=("x.x.x.", "x.xx.."), b=(".x..", "..x."))  # it left; what left had grown long before
+    assert survival.survival_rates() == {"a": 0.0}
+    assert survival.survival_rate() == 0.0
 
 
 def test_a_copy_of_the_state_goes_on_alike() -> None:
-    one, other = Survival(), Survival()
-    one.note("a", mask("x..."), mask(".x.."))
+    one, other = exploration("a"), exploration("a")
+    update(one, a=("x.....", ".x...."))
     other.load_state_dict(one.state_dict())
     for survival in (one, other):
-        survival.begin()
-        survival.note("a", mask(".x.."), mask(".xx."))
-    assert one.rates() == other.rates() == {"a": 1.0}
+        update(survival, a=(".x....", ".xx..."))
+    assert one.survival_rates() == other.survival_rates() == {"a": 1.0}
 
 
 def test_a_layer_that_an_update_leaves_alone_is_counted_too() -> None:

@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from itop_prune.selection import obstacles, plain_name, unwrap, walk
 from itop_prune.sharding import is_sharded, whole
 
 State = dict[str, Tensor]
+Shapes = dict[str, set[tuple[int, ...]]]
 AVERAGED = "n_averaged"
 """What AveragedModel counts in, beside its `module`."""
 
@@ -77,12 +78,8 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     actual = {plain_name(name): name for name in present}
     here = {name: present[actual[name]] for name in actual}
     shapes, owners = _shapes(here, _owners(here)), _owners(state)
-    while (
-        state
-        and not shapes.keys() & owners.keys()
-        and all(name.startswith("module.") for name in state if name != AVERAGED)
-    ):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items() if name != AVERAGED}
+    while not shapes.keys() & owners.keys() and (inner := _inside_module(state)):
+        state = inner
         versions = {name.removeprefix("module").removeprefix("."): layer for name, layer in versions.items()}
         owners = _owners(state)
     found, weights = _shapes(state, owners), [*walk(model, remove_duplicate=False)]
@@ -95,12 +92,9 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
         raise ValueError(f"the source masks what is no weight matrix here: {', '.join(strange)}; prune.remove it first")
     differing = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
     if strict and differing:
-        lines = [
-            f"  {n}: the model has {_in_words(shapes.get(n))}, the source {_in_words(found.get(n))}"
-            for n in differing[:10]
-        ]
-        more = f"\n  and {len(differing) - 10} more" if differing[10:] else ""
-        raise ValueError("model and source differ; strict=False loads the rest\n" + "\n".join(lines) + more)
+        raise ValueError(
+            "model and source differ; strict=False loads the rest\n" + _differences(shapes, found, differing)
+        )
     fitting = masked - set(differing)
     if not fitting:
         raise ValueError(
@@ -128,9 +122,16 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     # How torch keeps the versions of layers beside the tensors; those that the source does not tell are the model's.
     named._metadata = {name: versions.get(plain_name(name), own) for name, own in present._metadata.items()}  # type: ignore[attr-defined]
     model.load_state_dict(named, strict=strict)
-    masks = find_masks(model)
-    leave_out_of_ddp(model, masks)
-    return masks
+    leave_out_of_ddp(model)
+    return find_masks(model)
+
+
+def _inside_module(state: Mapping[str, Tensor | Packed]) -> dict[str, Tensor | Packed]:
+    """Return what DataParallel, DDP or AveragedModel have put below "module.", {} where that is not all there is."""
+    inside = {name: tensor for name, tensor in state.items() if name != AVERAGED}
+    if not all(name.startswith("module.") for name in inside):
+        return {}
+    return {name.removeprefix("module."): tensor for name, tensor in inside.items()}
 
 
 def _owners(state: Mapping[str, Tensor | Packed]) -> dict[str, list[str]]:
@@ -158,13 +159,22 @@ def _mask(state: Mapping[str, Tensor | Packed], name: str) -> Tensor:
     return mask.unpack()[1] if isinstance(mask, Packed) else mask
 
 
-def _shapes(state: Mapping[str, Tensor | Packed], owners: Mapping[str, list[str]]) -> dict[str, set[tuple[int, ...]]]:
+def _shapes(state: Mapping[str, Tensor | Packed], owners: Mapping[str, list[str]]) -> Shapes:
     """Return the shapes by plain name; weight and mask have one and the same."""
     return {name: {tuple(getattr(state[e], "shape", ())) for e in entries} for name, entries in owners.items()}
 
 
-def _in_words(shapes: Collection[tuple[int, ...]] | None) -> str:
-    return " and ".join(sorted(map(str, shapes))) if shapes else "none"
+def _differences(here: Shapes, there: Shapes, names: Sequence[str], most: int = 10) -> str:
+    """Return the shapes in the model and in the source in lines, for a message; of many the first."""
+
+    def in_words(shapes: Collection[tuple[int, ...]]) -> str:
+        return " and ".join(sorted(map(str, shapes))) or "none"
+
+    lines = [
+        f"  {n}: the model has {in_words(here.get(n, ()))}, the source {in_words(there.get(n, ()))}"
+        for n in names[:most]
+    ]
+    return "\n".join([*lines, *([f"  and {len(names) - most} more"] if names[most:] else [])])
 
 
 def read_state(path: str | Path) -> Mapping[str, Tensor]:

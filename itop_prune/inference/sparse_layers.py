@@ -184,11 +184,10 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
         exporting = torch.compiler.is_exporting()
         if exporting and torch.onnx.is_in_onnx_export():
             return super().forward(input)
-        padded = input
+        windows = input
         if any(self._reversed_padding_repeated_twice):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            padded = F.pad(input, self._reversed_padding_repeated_twice, mode)
-        windows = padded
+            windows = F.pad(input, self._reversed_padding_repeated_twice, mode)
         for axis, size, stride, step in zip((2, 3), self.kernel_size, self.stride, self.dilation, strict=True):
             windows = windows.unfold(axis, (size - 1) * step + 1, stride)[..., ::step]
         batch, _, height, width, _, _ = windows.shape
