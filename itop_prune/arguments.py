@@ -1,6 +1,7 @@
 """Keyword arguments that come from a file, checked against the signature of the call they are for."""
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,9 @@ def type_problem(value: object, hint: Any) -> str:
     """Return why a value is not of a type, or ""; types that YAML can't write are taken on trust."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if isinstance(value, str) and str not in kinds and _reads_as_number(value):
-        return f"{value!r} is text to YAML; write {float(value)!r}"
+        number = float(value)
+        whole = int in kinds and float not in kinds and number.is_integer()
+        return f"{value!r} is text to YAML; write {int(number) if whole else number}"
     if typing.get_origin(hint) is typing.Literal:
         known = typing.get_args(hint)
         return "" if value in known else f"unknown {value!r}; known are {', '.join(known)}{nearest(value, known)}"
@@ -76,7 +79,6 @@ def _is_of(value: object, kind: Any) -> bool:
 
 def _reads_as_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return text.strip().lower() not in ("nan", "inf", "infinity")

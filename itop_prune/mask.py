@@ -178,7 +178,9 @@ class ITOP(prune.BasePruningMethod):
         return {"_layer": self._layer, "_tensor_name": self._tensor_name}
 
     def __repr__(self) -> str:
-        layer, mask = type(self._layer).__name__, self.mask
+        layer, mask = type(self._layer).__name__, self._layer._buffers.get(f"{self._tensor_name}_mask")
+        if mask is None:
+            return f"ITOP({layer}.{self._tensor_name}, removed)"
         pattern = "" if self.pattern is None else f" in {self.pattern[0]}:{self.pattern[1]}"
         return f"ITOP({layer}.{self._tensor_name}, {self.active:,} of {mask.numel():,} active{pattern})"
 

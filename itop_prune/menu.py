@@ -17,8 +17,9 @@ class Asked(NamedTuple):
 
 def nearest(name: object, known: Iterable[str]) -> str:
     """Return " (nearest: 'x')" for the known name most like `name`, or "" where none is alike."""
-    match = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" (nearest: {match[0]!r})" if match else ""
+    by_letters = {other.lower(): other for other in known}
+    match = difflib.get_close_matches(str(name).lower(), by_letters, n=1, cutoff=0.5)
+    return f" (nearest: {by_letters[match[0]]!r})" if match else ""
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

@@ -98,6 +98,6 @@ def odd_layers(
         if state.active[name] < itop.outputs:
             yield (
                 f"few {name}",
-                f"{name} has {state.active[name]} active weights for {itop.outputs} outputs, so some have none: "
-                "lower the sparsity, or take a method that gives small layers more (ERK)",
+                f"{name} has fewer active weights than outputs, {state.active[name]} and {itop.outputs}, so some have "
+                "none: lower the sparsity, or take a method that gives small layers more (ERK)",
             )

@@ -11,7 +11,7 @@ from itop_prune import distributions, patterns, ranks, saliency, topology
 from itop_prune.distributions import Distribution
 from itop_prune.layer import effective, standardizes
 from itop_prune.mask import ITOP, leave_out_of_ddp
-from itop_prune.menu import nearest
+from itop_prune.menu import choose, nearest
 from itop_prune.patterns import Pattern
 from itop_prune.selection import Place, indivisible, kernel_shape, matching, select
 from itop_prune.values import checked_seed, is_number
@@ -89,6 +89,7 @@ def apply(
         ranked = {n: _initial_scores(method, n, place, generators[n]) for n, place in selected.items()}
         method = distributions.uniform if any(t.is_meta for t in ranked.values()) else saliency.ratios(ranked)
     if pattern is None:
+        choose(method, {**distributions.DISTRIBUTIONS, "magnitude": None, "N:M": None}, "method")
         fixed = {} if densities is None else _by_name(densities, selected)
         counts = distributions.active_counts(shapes, 1.0 - sparsity, method, fixed)
     else:

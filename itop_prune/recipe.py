@@ -175,24 +175,30 @@ def _override(values: Section, override: str) -> list[str]:
     return []
 
 
+LEAST = {
+    **dict.fromkeys(("epochs", "multiplier", "stop_after_bad_losses", "checkpoint.every", "checkpoint.keep"), 1),
+    **dict.fromkeys(("data.batch_size", "data.eval_batch_size", "data.image_size"), 1),
+    **dict.fromkeys(("seed", "data.validation", "data.workers"), 0),
+}
+"""What whole numbers are at least."""
+
+
 def _check_numbers(values: Section) -> list[str]:
     mistakes = []
-    for name, least in {
-        "epochs": 1,
-        "multiplier": 1,
-        "seed": 0,
-        "stop_after_bad_losses": 1,
-        "clip_grad_norm": 0,
-    }.items():
-        if values.get(name) is not None and not values[name] >= least:  # also NaN
-            mistakes.append(f"{name}: is {values[name]}; allowed is from {least}")
+    data, clip = values.get("data") or {}, values.get("clip_grad_norm")
+    for name, least in LEAST.items():
+        section, _, key = name.rpartition(".")
+        number = (values.get(section) or {} if section else values).get(key)
+        if isinstance(number, int) and number < least:
+            mistakes.append(f"{name}: is {number}; allowed is from {least}")
+    if clip is not None and not clip > 0:  # also NaN
+        mistakes.append(f"clip_grad_norm: is {clip}; allowed is a number above 0, or null for no clipping")
+    if values.get("mixup") and isinstance(data.get("batch_size"), int) and data["batch_size"] % 2:
+        mistakes.append(f"data.batch_size: is {data['batch_size']}; mixup mixes images in pairs: take an even number")
     if values.get("regrow") and not values.get("masks"):
         mistakes.append("regrow: there are no masks to move; add a section masks, or leave out regrow")
     if values.get("mixup") and values.get("loss"):
         mistakes.append("loss: mixup makes soft labels; give label_smoothing in mixup instead")
     if values.get("init") and not Path(values["init"]).exists():
         mistakes.append(f"init: {values['init']} does not exist")
-    for key, value in (values.get("checkpoint") or {}).items():
-        if isinstance(value, int) and value < 1:
-            mistakes.append(f"checkpoint.{key}: is {value}; allowed is from 1")
     return mistakes

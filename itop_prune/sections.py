@@ -16,6 +16,7 @@ import timm.scheduler
 import timm.utils
 import torch
 from accelerate import Accelerator
+from accelerate.utils import PrecisionType
 
 from itop_prune.arguments import argument_problems
 from itop_prune.mask import remove
@@ -90,6 +91,7 @@ def _try(sections: Mapping[str, Section], augment: Callable[..., Any]) -> list[s
     attempt("optimizer", functools.partial(_make_optimizer, list(layer.parameters())))
     attempt("lr_schedule", functools.partial(_make_schedule, optimizer))
     attempt("augment", augment)
+    attempt("accelerator", _check_precision)
     attempt("mixup", timm.data.Mixup)
     attempt("loss", timm.loss.LabelSmoothingCrossEntropy)
     attempt("masks", functools.partial(_try_masks, model, layer.in_features), sparsity=sparsity)
@@ -113,6 +115,8 @@ def _make_optimizer(parameters: list[torch.nn.Parameter], opt: str = "sgd", **ar
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, **arguments: Any) -> None:
+    if arguments.get("sched") == "plateau":
+        raise ValueError("sched plateau depends on the past and could not be resumed; take another")
     needed = {"multistep": "decay_milestones", "step": "decay_epochs"}.get(str(arguments.get("sched")))
     if needed and arguments.get(needed) is None:
         raise ValueError(
@@ -122,6 +126,16 @@ def _make_schedule(optimizer: torch.optim.Optimizer, **arguments: Any) -> None:
     schedule, _ = timm.scheduler.create_scheduler_v2(optimizer, **arguments, updates_per_epoch=1)
     if schedule is None and arguments.get("sched") != "none":
         raise ValueError(f"timm knows no sched {arguments.get('sched')!r}")
+
+
+def _check_precision(mixed_precision: object = None, **arguments: Any) -> None:
+    """Refuse what no Accelerator takes, without making one: a process has one state for all."""
+    known = PrecisionType.list()
+    if mixed_precision is not None and mixed_precision not in known:
+        raise ValueError(
+            f"unknown mixed_precision {mixed_precision!r}; known are {', '.join(map(repr, known))}"
+            f"{nearest(mixed_precision, known)}"
+        )
 
 
 def _pattern_of(masks: Section) -> Pattern | None:

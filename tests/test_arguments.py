@@ -168,6 +168,12 @@ def test_text_that_reads_as_a_number_says_how_to_write_it(text: str) -> None:
     assert type_problem(text, float) == f"{text!r} is text to YAML; write {float(text)!r}"
 
 
+def test_text_that_reads_as_a_number_is_written_as_what_is_wanted() -> None:
+    assert type_problem("1e3", int | None) == "'1e3' is text to YAML; write 1000"
+    assert type_problem("1.5e0", int) == "'1.5e0' is text to YAML; write 1.5"
+    assert type_problem("1e9999", int) == "is '1e9999'; allowed is a whole number"
+
+
 def test_text_that_reads_as_a_number_is_found_inside_a_list() -> None:
     assert type_problem([1, [2, "3e1"]], Any) == "'3e1' is text to YAML; write 30.0"
 

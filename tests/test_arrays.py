@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from arrays import Arrays, Augmentation, read_arrays, read_digits
-from source import CPU, DataError
+from source import CPU, DataError, MissingData
 from torch.nn import functional as F
 
 NEEDS_DATA = pytest.mark.skipif("ITOP_DATA" not in os.environ, reason="needs FashionMNIST: set ITOP_DATA to its folder")
@@ -346,3 +346,9 @@ def test_a_missing_folder_is_an_error_that_names_it_and_offers_to_fetch(tmp_path
     message = str(caught.value)
     assert message.startswith(f"{name} can't be read from {tmp_path / 'nowhere'}: ")
     assert message.endswith("; data.download=true fetches it")
+
+
+def test_a_download_that_fails_offers_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.url", "http://127.0.0.1:9/")
+    with pytest.raises(MissingData, match=r"cifar10 can't be read from .* refused>$"):
+        read_arrays("cifar10", str(tmp_path), True, CPU, 0, Augmentation())

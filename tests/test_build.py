@@ -129,11 +129,6 @@ def test_without_a_schedule_the_learning_rate_is_constant() -> None:
     assert build_run().lr_schedule is None
 
 
-def test_a_schedule_that_depends_on_the_past_is_refused() -> None:
-    with pytest.raises(RunError, match="plateau depends on the past and could not be resumed; take another"):
-        build_run(lr_schedule={"sched": "plateau"})
-
-
 # Whether model and data fit
 
 

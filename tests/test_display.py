@@ -1,11 +1,13 @@
 """What a run shows: a live display on a terminal, one plain line an epoch everywhere else, nothing on other ranks."""
 
+import io
 import math
 import re
+import sys
 
 import pytest
 import toys
-from display import Display, in_words, layers, line, sparkline
+from display import Display, draws, in_words, layers, line, sparkline
 from rich.console import Console
 
 import itop_prune
@@ -37,6 +39,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output that counts as a terminal of 120 columns."""
+    monkeypatch.setattr("display.draws", lambda console: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("LINES", "40")
@@ -118,6 +121,37 @@ def test_in_a_pipe_the_table_of_layers_is_that_of_the_library(capsys: pytest.Cap
 def test_what_is_said_is_not_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
     Display("runs/x", epochs=3, total_steps=30).say("a [bold]b[/bold] [/c] :smile:")
     assert capsys.readouterr().out == "a [bold]b[/bold] [/c] :smile:\n"
+
+
+def test_a_log_has_plain_lines_whatever_forces_colours(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Display("runs/x", epochs=3, total_steps=30) as display:
+        display.epoch(METRICS)
+        display.step(25, {"epoch": 3})
+    assert capsys.readouterr().out.startswith("epoch 2/3  loss 0.5123")
+
+
+@pytest.mark.parametrize(("terminal_name", "expected"), [("xterm-256color", True), ("dumb", False)])
+def test_a_terminal_is_drawn_on_if_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, terminal_name: str, expected: bool
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", terminal_name)
+    assert draws(Console(file=Terminal())) == expected
+    assert not draws(Console(file=io.StringIO(), force_terminal=True))
+
+
+def test_what_an_encoding_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    Display("runs/x", epochs=3, total_steps=30).say("4×8 ▁█")
+    sys.stdout.flush()
+    assert written.getvalue().split() == [b"4?8", b"??"]
 
 
 @pytest.mark.usefixtures("pipe")
@@ -271,6 +305,11 @@ def test_a_sparkline_is_no_wider_than_asked(count: int) -> None:
     drawn = sparkline([float(i) for i in range(count)])
     assert min(count, 20) <= len(drawn) <= 40
     assert drawn[0] == "▁"
+
+
+@pytest.mark.parametrize("count", [40, 41, 42, 81, 1000])
+def test_a_sparkline_ends_with_the_newest(count: int) -> None:
+    assert sparkline([0.0] * (count - 1) + [1.0]).endswith("▁█")
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])

@@ -284,3 +284,10 @@ def test_ddp_is_told_of_masks_in_parts_compiled_one_by_one_by_the_names_that_it_
         == ["0._orig_mod.weight_mask"]
         == [n for n, _ in model.named_buffers() if n.endswith("_mask")]
     )
+
+
+def test_a_mask_that_was_removed_says_so() -> None:
+    model = mlp()
+    masks = itop_prune.apply(model, 0.5, include="0")
+    itop_prune.remove(model)
+    assert repr(masks) == "{'0.weight': ITOP(Linear.weight, removed)}"

@@ -32,6 +32,10 @@ def test_an_unknown_name_is_answered_with_the_menu_and_the_nearest() -> None:
         choose("unifrm", {"ER": 1, "uniform": 2}, "method")
 
 
+def test_the_nearest_may_have_other_capitals() -> None:
+    assert nearest("erk", ["uniform", "ERK"]) == " (nearest: 'ERK')"
+
+
 def test_a_name_like_none_is_answered_with_the_menu_alone() -> None:
     with pytest.raises(ValueError, match=r"^unknown method 'qqq'; known are ER, ERK$"):
         choose("qqq", {"ER": 1, "ERK": 2}, "method")

@@ -87,7 +87,7 @@ def test_one_active_weight_less_than_outputs_is_told_with_both_counts_and_what_t
     messages = odd(active={name: OUTPUTS[name] - 1})
     assert list(messages) == [f"few {name}"]
     message = messages[f"few {name}"]
-    assert message.startswith(f"{name} has {OUTPUTS[name] - 1} active weights for {OUTPUTS[name]} outputs")
+    assert message.startswith(f"{name} has fewer active weights than outputs, {OUTPUTS[name] - 1} and {OUTPUTS[name]}")
     assert message.endswith("lower the sparsity, or take a method that gives small layers more (ERK)")
 
 

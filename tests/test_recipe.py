@@ -195,8 +195,18 @@ def test_a_wrong_type_is_answered_with_what_is_allowed(path: Path, override: str
         ("multiplier=0", "multiplier: is 0; allowed is from 1"),
         ("seed=-1", "seed: is -1; allowed is from 0"),
         ("stop_after_bad_losses=0", "stop_after_bad_losses: is 0; allowed is from 1"),
-        ("clip_grad_norm=-0.5", "clip_grad_norm: is -0.5; allowed is from 0"),
-        ("clip_grad_norm=.nan", "clip_grad_norm: is nan; allowed is from 0"),
+        *(
+            (
+                f"clip_grad_norm={text}",
+                f"clip_grad_norm: is {shown}; allowed is a number above 0, or null for no clipping",
+            )
+            for text, shown in (("-0.5", "-0.5"), ("0", "0"), (".nan", "nan"))
+        ),
+        ("data.batch_size=0", "data.batch_size: is 0; allowed is from 1"),
+        ("data.eval_batch_size=0", "data.eval_batch_size: is 0; allowed is from 1"),
+        ("data.image_size=0", "data.image_size: is 0; allowed is from 1"),
+        ("data.validation=-1", "data.validation: is -1; allowed is from 0"),
+        ("data.workers=-1", "data.workers: is -1; allowed is from 0"),
         ("checkpoint={every: 0}", "checkpoint.every: is 0; allowed is from 1"),
         ("checkpoint={keep: 0}", "checkpoint.keep: is 0; allowed is from 1"),
         ("init=/no/such/file.pt", "init: /no/such/file.pt does not exist"),
@@ -207,6 +217,19 @@ def test_a_number_or_file_out_of_range_is_answered_with_what_is_allowed(
     path: Path, override: str, mistake: str
 ) -> None:
     assert mistakes_of(path, override) == (mistake,)
+
+
+def test_mixup_wants_an_even_batch(path: Path) -> None:
+    mixup = "mixup={mixup_alpha: 0.2}"
+    message = "data.batch_size: is 33; mixup mixes images in pairs: take an even number"
+    assert mistakes_of(path, mixup, "data.batch_size=33") == (message,)
+    assert read_recipe(path, mixup).mixup == {"mixup_alpha": 0.2}
+
+
+def test_mistakes_of_every_kind_are_told_at_once(path: Path) -> None:
+    overrides = ("epochs=0", "data.batch_size=0", "lr_schedule.sched=plateau", "accelerator={mixed_precision: bf17}")
+    told = [mistake.partition(":")[0] for mistake in mistakes_of(path, *overrides)]
+    assert sorted(told) == ["accelerator", "data.batch_size", "epochs", "lr_schedule"]
 
 
 def test_a_file_that_is_not_there_is_answered_with_those_that_are(path: Path) -> None:

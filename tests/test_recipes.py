@@ -99,6 +99,7 @@ def test_an_imagenet_recipe_has_the_settings_of_the_paper(path):
     assert (recipe["epochs"], schedule["decay_milestones"], schedule["warmup_epochs"]) == (100, [30, 60, 90], 5)
     assert (recipe["data"]["batch_size"], recipe["loss"]) == (64, {"smoothing": 0.1})
     assert recipe.get("masks") in (None, {"sparsity": 0.9, "method": "ERK"})
+    assert learning_rates(Recipe(**recipe))[:6] == pytest.approx([0.1 * k / 6 for k in range(1, 7)], rel=1e-5)
     rigl = {"every": 4000, "rate": 0.5, "prune": "magnitude", "grow": "gradient"}
     assert recipe.get("regrow") == (rigl if path.stem == "resnet50" else None)
 

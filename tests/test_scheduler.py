@@ -1140,8 +1140,8 @@ def test_a_layer_with_fewer_active_weights_than_outputs_is_warned_of_once_by_nam
         for _ in range(3):
             model(x).square().sum().backward()
             regrow.step()
-    assert [str(warning.message).split(",")[0] for warning in caught] == [
-        f"0.weight has 5 active weights for {outputs} outputs"
+    assert [str(warning.message).split(", so")[0] for warning in caught] == [
+        f"0.weight has fewer active weights than outputs, 5 and {outputs}"
     ]
 
 

@@ -103,6 +103,17 @@ def test_an_unknown_learning_rate_schedule_is_found() -> None:
     assert "'mutlistep'" in problem
 
 
+def test_a_schedule_that_depends_on_the_past_is_refused() -> None:
+    found = ["lr_schedule: sched plateau depends on the past and could not be resumed; take another"]
+    assert problems_of(lr_schedule={"sched": "plateau"}) == found
+
+
+def test_an_unknown_precision_is_answered_with_the_known() -> None:
+    (problem,) = problems_of(accelerator={"mixed_precision": "bf17"})
+    assert problem.startswith("accelerator: unknown mixed_precision 'bf17'; known are 'no', ")
+    assert problem.endswith(" (nearest: 'bf16')")
+
+
 def test_a_schedule_of_none_is_a_choice() -> None:
     assert problems_of(lr_schedule={"sched": "none"}) == []
 

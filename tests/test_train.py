@@ -226,12 +226,26 @@ def test_a_dense_run_has_no_small_file(tmp_path):
     assert [path.name for path in (tmp_path / "run").glob("*.safetensors")] == ["model.safetensors"]
 
 
+def test_evaluate_needs_no_first_weights(tmp_path, capsys):
+    first, run = tmp_path / "dense" / "model.safetensors", tmp_path / "run"
+    assert train.main([QUICKSTART, "epochs=1", "masks=null", "regrow=null", "--out", str(first.parent)]) == 0
+    assert train.main([QUICKSTART, "epochs=1", f"init={first}", "--out", str(run)]) == 0
+    first.unlink()
+    assert train.main([str(run / "recipe.yaml"), "--evaluate", str(run)]) == 0
+    assert "test top-1" in capsys.readouterr().out
+
+
 def test_evaluate_of_a_checkpoint_with_an_average_tests_the_average(tmp_path, capsys):
     run(tmp_path, "ema={decay: 0.99}")
     capsys.readouterr()
     checkpoint = max((tmp_path / "run" / "checkpoints").glob("step*"))
     assert train.main([QUICKSTART, "ema={decay: 0.99}", "--evaluate", str(checkpoint)]) == 0
     assert f"test_loss {metrics(tmp_path)[-1]['test_loss']:.4f}" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_data_that_do_not_fit_is_an_error(capsys):
+    assert train.main([QUICKSTART, "data.validation=2000", "--dry-run"]) == 1
+    assert "error: data.validation is 2000, and there are 1438 training images" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_when_the_masks_would_never_move(capsys):

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import torchvision
-from source import CPU, Batch, DataError
+from source import CPU, Batch, DataError, MissingData
 from torch import Tensor
 
 from itop_prune.topology import seeded
@@ -114,10 +115,10 @@ def read_arrays(
     try:
         *arrays, classes = ARRAYS[name](root, download)
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, TypeError, zlib.error, BadZipFile) as error:
-        fetch = "" if name in ("digits", "npz") else "; data.download=true fetches it"
+        fetch = "" if name in ("digits", "npz") or isinstance(error, URLError) else "; data.download=true fetches it"
         if fetch and Path(root).exists():  # torchvision fetches nothing over a file that is there
             fetch = "; remove what is damaged there, and data.download=true fetches it"
-        raise DataError(f"{name} can't be read from {root}: {error}{fetch}") from None
+        raise MissingData(f"{name} can't be read from {root}: {error}{fetch}") from None
     images, labels, test_images, test_labels = arrays
     for x, y, split in ((images, labels, "training"), (test_images, test_labels, "test")):
         if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) != len(y) or not len(x):

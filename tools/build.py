@@ -211,8 +211,6 @@ def build_lr_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps_pe
     if not recipe.lr_schedule:
         return None
     settings = dict(recipe.lr_schedule)
-    if settings.get("sched") == "plateau":
-        raise RunError("lr_schedule.sched plateau depends on the past and could not be resumed; take another")
     if settings.get("sched") == "step" and settings.get("decay_epochs"):
         settings["decay_epochs"] *= recipe.multiplier
     if settings.get("sched") == "multistep" and "decay_milestones" in settings:

@@ -67,6 +67,8 @@ def rates(history: History) -> Figure | str:
     moves = history.has("rate")
     figure, axes = panels(down=2 if moves else 1, sharex=True)
     values = history.column("lr")
+    if not np.isfinite(values).all():
+        return "The learning rate was not a finite number."
     steps, held = [0, *history.steps], [values[0], *values]  # an epoch's number holds from its beginning
     axes[0].plot(steps, held, color=BLUE, drawstyle="steps-pre")
     axes[0].set(ylabel="learning rate")

@@ -89,13 +89,8 @@ def open_data(
         augment: The recipe's section: arguments of `Augmentation`, or of `timm.data.create_transform` for a "folder".
 
     Raises:
-        DataError: Files are missing or damaged, or do not fit together, or a number is out of range.
+        DataError: Files are missing or damaged, or do not fit together, or are too few.
     """
-    least_of = {"batch_size": 1, "eval_batch_size": 1, "image_size": 1, "validation": 0, "workers": 0}
-    numbers = (batch_size, eval_batch_size, image_size, validation, workers)
-    for (what, least), number in zip(least_of.items(), numbers, strict=True):
-        if number < least:
-            raise DataError(f"data.{what} is {number}; allowed is from {least}")
     training: Any
     testing: Any
     options = augment or {}

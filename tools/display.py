@@ -1,6 +1,8 @@
 """What a run shows: on a terminal a live display, in a pipe or a log file one plain line an epoch."""
 
+import io
 import math
+import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -44,22 +46,29 @@ def line(metrics: Mapping[str, Any]) -> str:
 
 
 def sparkline(values: list[float], width: int = 40) -> str:
-    """Return numbers as a line of little bars, the lowest to the highest.
+    """Return numbers as a line of little bars, the lowest to the highest; of many every second, third, ...
 
     >>> sparkline([0.0, 1.0, 2.0, 7.0])
     '▁▂▃█'
     """
-    values = values[:: max(1, -(-len(values) // width))]
+    values = values[:: -max(1, -(-len(values) // width))][::-1]  # the newest is among them
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = 7 / (high - low) if high > low else 0.0
     return "".join("▁▂▃▄▅▆▇█"[round(scale * (value - low))] if math.isfinite(value) else "×" for value in values)
 
 
+def draws(console: Console) -> bool:
+    """Return whether a console is a terminal that can be drawn on, whatever FORCE_COLOR says of a log."""
+    return console.file.isatty() and not console.is_dumb_terminal
+
+
 class Display:
     """Progress of a run, as a context. Only the main process speaks."""
 
     def __init__(self, title: str, epochs: int, total_steps: int, done: int = 0, speaks: bool = True) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal that knows no "▁" or "×" must not end a run
         self.console = Console(quiet=not speaks, highlight=False, emoji=False, soft_wrap=True)
         self._title, self._epochs, self._refreshed = title, epochs, 0.0
         self._history: list[Mapping[str, Any]] = []
@@ -67,7 +76,7 @@ class Display:
         self._progress = Progress(*columns, TimeRemainingColumn(), console=self.console, expand=True)
         self._task = self._progress.add_task("", total=total_steps, completed=done)
         self._live: Live | None = None
-        if self.console.is_terminal and speaks:
+        if draws(self.console) and speaks:
             self._live = Live(console=self.console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> "Display":
@@ -114,7 +123,7 @@ class Display:
         """Print the table of layers."""
         if not any(row.masked for row in summary.rows):
             self.say("no masked layers: a dense model")
-        elif not self.console.is_terminal:
+        elif not draws(self.console):
             self.say(str(summary))
         else:
             self.console.print(layers(summary))

@@ -15,6 +15,9 @@ import itop_prune
 from itop_prune.files.storage import read_state
 from itop_prune.recipe import Recipe
 
+WITHOUT_FIRST_WEIGHTS = ("init=null", "model.pretrained=false")
+"""Overrides of a recipe whose weights are read from elsewhere."""
+
 
 @torch.no_grad()
 def evaluate(

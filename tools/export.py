@@ -36,7 +36,7 @@ import torch
 from build import build_model
 from checkpoint import save_model
 from data import augmentation_of, open_data
-from evaluation import load_weights
+from evaluation import WITHOUT_FIRST_WEIGHTS, load_weights
 from runs import RunError, in_a_line
 from source import CPU, DataError
 from torch import Tensor, nn
@@ -110,8 +110,7 @@ def export(args: argparse.Namespace) -> str:
         raise RunError(f"{args.source} does not exist; give a run folder, one of its checkpoints, or a file of weights")
     if path is None:
         raise RunError(f"{args.source} lies in no folder of a run; name the recipe of the model with --recipe YAML")
-    recipe = read(path, ["init=null"], data=open_data, augment=augmentation_of)  # weights are those of the source
-    recipe = replace(recipe, model={**recipe.model, "pretrained": False})
+    recipe = read(path, WITHOUT_FIRST_WEIGHTS, data=open_data, augment=augmentation_of)
     model = build_model(recipe, None, CPU).eval()
     load_weights(recipe, model, args.source)
     image = args.shape or shape_of(run, recipe)

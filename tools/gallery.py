@@ -25,8 +25,8 @@ PICTURES: tuple[tuple[str, str, str, bool, Drawing], ...] = (
     (
         "changes",
         "Changes of the masks",
-        "New: of the active weights, those that were not active before the update. Survived: of those that grew at "
-        "an update, the ones still active after the next. Bands are layers.",
+        "New: of the active weights, those that were not active before the update. Survived, with regrow.survival: of "
+        "those that grew at an update, the ones still active after the next. Bands are layers.",
         False,
         topographies.changes,
     ),

@@ -10,7 +10,7 @@ from typing import Any
 import timm.data
 import torch
 from PIL import Image, UnidentifiedImageError
-from source import Batch, DataError, seed_everything
+from source import Batch, DataError, MissingData, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -76,7 +76,7 @@ def read_folder(
 ) -> Folder:
     """List the images of a folder, one subfolder a class, with timm's reader."""
     if not root.is_dir():
-        raise DataError(f"{root} is not a folder; data.root, data.train and data.test say where the images are")
+        raise MissingData(f"{root} is not a folder; data.root, data.train and data.test say where the images are")
     try:
         reader = timm.data.create_dataset("", root=str(root)).reader
     except RuntimeError as error:

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from build import Run, build, open_for, steps_per_epoch
 from display import Display
-from source import DataError
+from source import MissingData
 
 import itop_prune
 from itop_prune.recipe import Recipe
@@ -17,7 +17,7 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
     data = missing = None
     try:
         data = open_for(recipe, accelerator)
-    except DataError as error:
+    except MissingData as error:
         missing = error
     steps = steps_per_epoch(data, accelerator) if data else 10**6  # more than any interval of updates
     run = build(recipe, accelerator, data, steps)
@@ -37,7 +37,9 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
         shown = [*plan[:3], "...", plan[-1]] if len(plan) > 4 else list(plan)
         if (last := (recipe.regrow or {}).get("final_sparsity")) is not None:
             display.say(f"sparsity {last:.4f} after the last update")
-        display.say(f"{len(plan)} updates of the masks, after steps {', '.join(map(str, shown))}")
+        display.say(
+            f"{len(plan)} update{'s' * (len(plan) != 1)} of the masks, after steps {', '.join(map(str, shown))}"
+        )
     return 0
 
 

@@ -16,7 +16,11 @@ CPU = torch.device("cpu")
 
 
 class DataError(Exception):
-    """Data that are missing or damaged; the message names the file and says what to do."""
+    """Data that are missing or damaged or do not fit; the message names the file and says what to do."""
+
+
+class MissingData(DataError):
+    """Data that can't be read, such as those of another machine: a dry run does without."""
 
 
 class Source(Protocol):

@@ -53,9 +53,10 @@ def main(argv: list[str] | None = None) -> int:
         except Lost as lost:
             console.print(f"lost: {lost}", markup=False)
             return 1
-    console.print(
-        f"{options.kills} kills in {runs} runs: each ended with the weights and metrics of the run left alone"
+    kills, attempts = (
+        f"{count} {what}{'s' * (count != 1)}" for count, what in ((options.kills, "kill"), (runs, "run"))
     )
+    console.print(f"{kills} in {attempts}: each ended with the weights and metrics of the run left alone")
     return 0
 
 
