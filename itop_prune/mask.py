@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from itop_prune.layer import attach, detach, effective, pattern_of, standardizes
+from itop_prune.layer import attach, detach, effective, masked_names, pattern_of, standardizes
 from itop_prune.listening import Listener
 from itop_prune.patterns import Pattern, holds
-from itop_prune.selection import kernel_shape, obstacle, plain_name, unwrap, walk
+from itop_prune.selection import kernel_shape, obstacle, unwrap, walk
 from itop_prune.sharding import is_sharded, like, zero_off_mask
 
 
@@ -63,12 +63,12 @@ class ITOP(prune.BasePruningMethod):
 
     @classmethod
     def place(cls, module: nn.Module, name: str) -> "ITOP":
-        """Give one parameter a mask that is False everywhere, for values and positions that come from elsewhere.
+        """Give one parameter a mask whose values are whatever its memory held: the caller must write them.
 
         What may hinder it is not looked for, and the parameter is not touched.
         """
         itop = cls(module, name)
-        attach(module, name, torch.zeros_like(module.get_parameter(name), dtype=torch.bool))
+        attach(module, name, torch.empty_like(module.get_parameter(name), dtype=torch.bool))
         module.register_forward_pre_hook(itop)
         return itop
 
@@ -208,9 +208,10 @@ def remove(model: nn.Module) -> None:
 def leave_out_of_ddp(model: nn.Module) -> None:
     """Tell DistributedDataParallel not to send the masks around with every forward: they are equal on all ranks."""
     model, key = unwrap(model), "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
-    masks, others = {f"{name}_mask" for name in find_masks(model)}, getattr(model, key, ())
-    present = (name for name, _ in (*model.named_parameters(), *model.named_buffers()))
-    names = {name for name in present if name in others or plain_name(name) in masks}
+    layers = model.named_modules()
+    names = {f"{prefix}.{name}_mask".lstrip(".") for prefix, layer in layers for name in masked_names(layer)}
+    if others := set(getattr(model, key, ())):
+        names |= others & {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     if names:
         setattr(model, key, sorted(names))
     elif hasattr(model, key):

@@ -43,7 +43,10 @@ def _weights(layer: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in layer._flat_weights_names if name.startswith("weight_"))
     if _mixes_kernels(layer):
         return ("weight",)
-    return next((names for kind, names in WEIGHTS.items() if isinstance(layer, kind)), ())
+    for kind, names in WEIGHTS.items():
+        if isinstance(layer, kind):
+            return names
+    return ()
 
 
 def select(model: nn.Module, include: str | Iterable[str], exclude: str | Iterable[str]) -> dict[str, Place]:
@@ -85,7 +88,7 @@ def indivisible(layer: nn.Module, tensor: str, m: int) -> str:
 
 
 def _mixes_kernels(layer: nn.Module) -> bool:
-    return derives(type(layer), MIXED_KERNELS) and hasattr(layer, "weight_shape")
+    return "weight_shape" in vars(layer) and derives(type(layer), MIXED_KERNELS)
 
 
 def obstacles(model: nn.Module, places: Mapping[str, Place]) -> dict[str, str]:

@@ -179,15 +179,14 @@ def test_a_given_mask_of_a_bias_that_is_not_there_is_refused() -> None:
         ITOP.apply(nn.Linear(6, 4, bias=False), "bias", torch.ones(4))
 
 
-def test_a_placed_mask_is_false_everywhere_and_leaves_the_parameter_to_what_is_loaded() -> None:
+def test_a_placed_mask_leaves_the_parameter_and_its_own_values_to_what_is_loaded() -> None:
     layer = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     parameter, before = layer.weight, layer.weight.detach().clone()
     itop = ITOP.place(layer, "weight")
     assert itop_prune.find_masks(layer) == {"weight": itop}
     assert itop.parameter is parameter
     assert torch.equal(itop.parameter, before)
-    assert not itop.mask.any()
-    assert itop.mask.stride() == before.stride()
+    assert (itop.mask.dtype, itop.mask.shape, itop.mask.stride()) == (torch.bool, before.shape, before.stride())
 
 
 def test_a_given_mask_on_a_masked_weight_is_refused() -> None:

@@ -83,10 +83,11 @@ def decode(code: Tensor, count: int) -> Tensor:
     distances = lowest if width <= 8 else lowest.int()
     for place, higher in enumerate(others, 1):
         distances.add_(higher, alpha=1 << place)
+    distances = distances.long()
     if len(exceptions):
         which, rest = exceptions.clone().view(torch.int32).long().chunk(2)  # a clone: four bytes begin at a fourth one
-        distances = distances.long().index_add_(0, which, rest << width)
-    return distances.cumsum(0)
+        distances.index_add_(0, which, rest << width)
+    return distances.cumsum_(0)
 
 
 def _bytes(bits: Tensor) -> Tensor:
