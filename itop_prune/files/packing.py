@@ -79,11 +79,12 @@ def decode(code: Tensor, count: int) -> Tensor:
     """
     width = int(code[0])
     planes, exceptions = code[1:].tensor_split([width * -(-count // 8)])
-    lowest, *others = _bits(planes).view(width, -1)[:, :count].unbind()
-    distances = lowest if width <= 8 else lowest.int()
-    for place, higher in enumerate(others, 1):
-        distances.add_(higher, alpha=1 << place)
-    distances = distances.long()
+    lowest, *others = _bits_of_bytes().index_select(0, planes.int()).view(width, -1).unbind()
+    for place, higher in enumerate(others[:7], 1):  # eight distances at once, each in a byte of its own
+        lowest.add_(higher, alpha=1 << place)
+    distances = lowest.view(torch.uint8)[:count].long()
+    for place, higher in enumerate(others[7:], 8):
+        distances.add_(higher.view(torch.uint8)[:count], alpha=1 << place)
     if len(exceptions):
         which, rest = exceptions.clone().view(torch.int32).long().chunk(2)  # a clone: four bytes begin at a fourth one
         distances.index_add_(0, which, rest << width)
@@ -94,11 +95,6 @@ def _bytes(bits: Tensor) -> Tensor:
     """Return bits, each a byte, in bytes of eight."""
     eights = torch.cat([bits, bits.new_zeros(-len(bits) % 8)]).view(-1, 8)
     return (eights << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def _bits(packed: Tensor) -> Tensor:
-    """Return the bits of bytes, each as a byte."""
-    return _bits_of_bytes().index_select(0, packed.int()).view(torch.uint8)
 
 
 @functools.cache
