@@ -62,6 +62,11 @@ class Density:
             )
             self.least = min(self.least, sum(self._last.values()))
 
+    def begin(self, active: Mapping[str, int]) -> None:
+        """Let the density start from these counts, unless it has started: a state may be of a run where it stood."""
+        if self.moves and not self.first:
+            self.first = dict(active)
+
     def targets(self, active: Mapping[str, int], progress: float) -> Mapping[str, int]:
         """Return how many weights of each layer shall be active.
 

@@ -54,6 +54,7 @@ class ITOP(prune.BasePruningMethod):
                 f"the mask of {name}, {tuple(mask.shape)}, does not hold the pattern {n}:{m}; of every {m} along "
                 f"dimension 1 exactly {n} must be True: itop_prune.patterns.best_of_groups makes such a mask"
             )
+        mask = mask.to(module.get_parameter(name).device, torch.bool)  # what can't be had fails before anything is done
         itop = cls.place(module, name)
         if pattern is not None:
             setattr(module, f"{name}_pattern", pattern)

@@ -189,11 +189,11 @@ def _check_numbers(values: Section) -> list[str]:
     for name, least in LEAST.items():
         section, _, key = name.rpartition(".")
         number = (values.get(section) or {} if section else values).get(key)
-        if isinstance(number, int) and number < least:
+        if type(number) is int and number < least:
             mistakes.append(f"{name}: is {number}; allowed is from {least}")
     if clip is not None and not clip > 0:  # also NaN
         mistakes.append(f"clip_grad_norm: is {clip}; allowed is a number above 0, or null for no clipping")
-    if values.get("mixup") and isinstance(data.get("batch_size"), int) and data["batch_size"] % 2:
+    if values.get("mixup") and type(data.get("batch_size")) is int and data["batch_size"] % 2:
         mistakes.append(f"data.batch_size: is {data['batch_size']}; mixup mixes images in pairs: take an even number")
     if values.get("regrow") and not values.get("masks"):
         mistakes.append("regrow: there are no masks to move; add a section masks, or leave out regrow")

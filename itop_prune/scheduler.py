@@ -257,7 +257,7 @@ class MaskScheduler:
         self._step, self._due = state["step"], state["due"]
         self.updates, self.skipped = state["updates"], state["skipped"]
         self._without_gradient = set(state["without_gradient"])
-        self._density.first = dict(state["first_counts"] or self._density.first)  # {}: saved while it stood still
+        self._density.first = dict(state["first_counts"])
         self._dense.load_state_dict(state["dense"])
         self._prepare_next_step()
 
@@ -297,6 +297,7 @@ class MaskScheduler:
             for name, itop in masks.items()
             if state.has_gradient[name]
         }
+        self._density.begin(state.active)
         active = {name: state.active[name] for name in layers}
         target = self._density.targets(active, self._plan.progress(self._step))
         leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)

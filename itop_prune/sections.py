@@ -132,9 +132,10 @@ def _check_precision(mixed_precision: object = None, **arguments: Any) -> None:
     """Refuse what no Accelerator takes, without making one: a process has one state for all."""
     known = PrecisionType.list()
     if mixed_precision is not None and mixed_precision not in known:
+        advice = '; write "no" in quotes, YAML reads it as false' if mixed_precision is False else ""
         raise ValueError(
             f"unknown mixed_precision {mixed_precision!r}; known are {', '.join(map(repr, known))}"
-            f"{nearest(mixed_precision, known)}"
+            f"{advice or nearest(mixed_precision, known)}"
         )
 
 

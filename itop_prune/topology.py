@@ -14,8 +14,10 @@ SAMPLE = 1 << 14
 class NaNScores(ValueError):
     """Scores hold NaN, which has no rank."""
 
-    def __init__(self) -> None:
-        super().__init__("scores hold NaN, which has no rank; scores must be numbers: look at the criterion")
+    def __init__(
+        self, message: str = "scores hold NaN, which has no rank; scores must be numbers: look at the criterion"
+    ) -> None:
+        super().__init__(message)
 
 
 ANSWERS_AT_ONCE = {"cpu"}

@@ -142,8 +142,11 @@ def test_a_terminal_is_drawn_on_if_it_can_be(
             return True
 
     monkeypatch.setenv("TERM", terminal_name)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
     assert draws(Console(file=Terminal())) == expected
     assert not draws(Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setenv("FORCE_COLOR", "")  # which rich takes for a terminal that is none
+    assert not draws(Console(file=Terminal()))
 
 
 def test_what_an_encoding_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

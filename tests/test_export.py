@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(path: Path) -> Recipe:
-    return export.read(path, data=export.open_data, augment=export.augmentation_of)
+    return export.read_for_weights(path)
 
 
 def family(folder: Path, name: str) -> tuple[Path, nn.Module, Tensor]:

@@ -290,3 +290,11 @@ def test_a_mask_that_was_removed_says_so() -> None:
     masks = itop_prune.apply(model, 0.5, include="0")
     itop_prune.remove(model)
     assert repr(masks) == "{'0.weight': ITOP(Linear.weight, removed)}"
+
+
+def test_a_given_mask_that_has_no_values_leaves_the_layer_as_it_was() -> None:
+    layer = nn.Linear(6, 4)
+    with pytest.raises(NotImplementedError):
+        ITOP.apply(layer, "weight", torch.ones(4, 6, device="meta"))
+    assert itop_prune.find_masks(layer) == {}
+    assert isinstance(layer.weight, nn.Parameter)

@@ -114,6 +114,11 @@ def test_an_unknown_precision_is_answered_with_the_known() -> None:
     assert problem.endswith(" (nearest: 'bf16')")
 
 
+def test_no_precision_in_yaml_wants_quotes() -> None:
+    (problem,) = problems_of(accelerator={"mixed_precision": False})
+    assert problem.endswith('; write "no" in quotes, YAML reads it as false')
+
+
 def test_a_schedule_of_none_is_a_choice() -> None:
     assert problems_of(lr_schedule={"sched": "none"}) == []
 

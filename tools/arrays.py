@@ -115,10 +115,14 @@ def read_arrays(
     try:
         *arrays, classes = ARRAYS[name](root, download)
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, TypeError, zlib.error, BadZipFile) as error:
-        fetch = "" if name in ("digits", "npz") or isinstance(error, URLError) else "; data.download=true fetches it"
+        offline = isinstance(error, URLError) or "Error downloading" in str(
+            error
+        )  # the latter is torchvision's of MNIST
+        fetch = "" if name in ("digits", "npz") or offline else "; data.download=true fetches it"
         if fetch and Path(root).exists():  # torchvision fetches nothing over a file that is there
             fetch = "; remove what is damaged there, and data.download=true fetches it"
-        raise MissingData(f"{name} can't be read from {root}: {error}{fetch}") from None
+        kind = MissingData if offline or not Path(root).exists() or "not found" in str(error) else DataError
+        raise kind(f"{name} can't be read from {root}: {error}{fetch}") from None
     images, labels, test_images, test_labels = arrays
     for x, y, split in ((images, labels, "training"), (test_images, test_labels, "test")):
         if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) != len(y) or not len(x):

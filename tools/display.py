@@ -60,14 +60,14 @@ def sparkline(values: list[float], width: int = 40) -> str:
 
 def draws(console: Console) -> bool:
     """Return whether a console is a terminal that can be drawn on, whatever FORCE_COLOR says of a log."""
-    return console.file.isatty() and not console.is_dumb_terminal
+    return console.is_interactive and console.file.isatty()
 
 
 class Display:
     """Progress of a run, as a context. Only the main process speaks."""
 
     def __init__(self, title: str, epochs: int, total_steps: int, done: int = 0, speaks: bool = True) -> None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
             sys.stdout.reconfigure(errors="replace")  # a terminal that knows no "▁" or "×" must not end a run
         self.console = Console(quiet=not speaks, highlight=False, emoji=False, soft_wrap=True)
         self._title, self._epochs, self._refreshed = title, epochs, 0.0

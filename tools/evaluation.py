@@ -1,22 +1,31 @@
 """How well a model does: on a split while it trains, and saved weights on the test set."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from build import build_model
-from data import Data
+from data import Data, augmentation_of, open_data
 from runs import RunError, StopRequest
 from source import Source
 from torch import nn
 
 import itop_prune
 from itop_prune.files.storage import read_state
-from itop_prune.recipe import Recipe
+from itop_prune.recipe import Recipe, read
 
-WITHOUT_FIRST_WEIGHTS = ("init=null", "model.pretrained=false")
-"""Overrides of a recipe whose weights are read from elsewhere."""
+
+def read_for_weights(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe for weights that lie elsewhere: the model is built without any.
+
+    Raises:
+        RecipeError: As of `itop_prune.recipe.read`.
+    """
+    recipe = read(path, [*overrides, "init=null"], data=open_data, augment=augmentation_of)
+    return replace(recipe, model={**recipe.model, "pretrained": False, "checkpoint_path": ""})
 
 
 @torch.no_grad()

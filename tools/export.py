@@ -35,15 +35,15 @@ from typing import Any, cast
 import torch
 from build import build_model
 from checkpoint import save_model
-from data import augmentation_of, open_data
-from evaluation import WITHOUT_FIRST_WEIGHTS, load_weights
+from data import open_data
+from evaluation import load_weights, read_for_weights
 from runs import RunError, in_a_line
 from source import CPU, DataError
 from torch import Tensor, nn
 
 import itop_prune
 from itop_prune.inference.speed import Report, difference
-from itop_prune.recipe import Recipe, RecipeError, read
+from itop_prune.recipe import Recipe, RecipeError
 
 TOLERANCE = 1e-4
 """How far outputs may be from those of the model, as a share of their norm; rounded values are shown, not judged."""
@@ -110,7 +110,7 @@ def export(args: argparse.Namespace) -> str:
         raise RunError(f"{args.source} does not exist; give a run folder, one of its checkpoints, or a file of weights")
     if path is None:
         raise RunError(f"{args.source} lies in no folder of a run; name the recipe of the model with --recipe YAML")
-    recipe = read(path, WITHOUT_FIRST_WEIGHTS, data=open_data, augment=augmentation_of)
+    recipe = read_for_weights(path)
     model = build_model(recipe, None, CPU).eval()
     load_weights(recipe, model, args.source)
     image = args.shape or shape_of(run, recipe)

@@ -80,7 +80,7 @@ def read_folder(
     try:
         reader = timm.data.create_dataset("", root=str(root)).reader
     except RuntimeError as error:
-        raise DataError(f"{root} holds no images in subfolders, one subfolder a class: {error}") from None
+        raise MissingData(f"{root} holds no images in subfolders, one subfolder a class: {error}") from None
     if "" in reader.class_to_idx:
         raise DataError(f"{root} holds no images in subfolders, one subfolder a class, but images of its own")
     files = [reader.filename(index, absolute=True) for index in range(len(reader))]

@@ -20,7 +20,7 @@ class DataError(Exception):
 
 
 class MissingData(DataError):
-    """Data that can't be read, such as those of another machine: a dry run does without."""
+    """Data that are not there, such as those of another machine: a dry run does without."""
 
 
 class Source(Protocol):

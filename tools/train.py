@@ -28,7 +28,7 @@ from build import Run, build, make_accelerator, open_for, steps_per_epoch
 from checkpoint import CheckpointError, Checkpoints, save_result
 from data import Data, augmentation_of, open_data
 from display import Display
-from evaluation import WITHOUT_FIRST_WEIGHTS, evaluate, evaluate_only
+from evaluation import evaluate, evaluate_only, read_for_weights
 from layers import Layers
 from metrics import Metrics
 from plan import dry_run, without_updates
@@ -66,8 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one recipe; return the exit status: 0 done, 1 an error, 130 stopped by a signal."""
     args = parse(argv)
     try:
-        overrides = [*args.overrides, *(WITHOUT_FIRST_WEIGHTS if args.evaluate else ())]
-        recipe = read(args.recipe, overrides, data=open_data, augment=augmentation_of)
+        if args.evaluate:
+            recipe = read_for_weights(args.recipe, args.overrides)
+        else:
+            recipe = read(args.recipe, args.overrides, data=open_data, augment=augmentation_of)
         folder = run_folder(args.recipe, args.overrides, recipe.seed)
         if args.dry_run:
             return dry_run(recipe, make_accelerator(recipe))
