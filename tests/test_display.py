@@ -145,8 +145,7 @@ def test_a_terminal_is_drawn_on_if_it_can_be(
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     assert draws(Console(file=Terminal())) == expected
     assert not draws(Console(file=io.StringIO(), force_terminal=True))
-    monkeypatch.setenv("FORCE_COLOR", "")  # which rich takes for a terminal that is none
-    assert not draws(Console(file=Terminal()))
+    assert not draws(Console(file=Terminal(), force_terminal=False))  # of which rich is told that it is none
 
 
 def test_what_an_encoding_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
