@@ -110,7 +110,7 @@ def test_a_dense_file_is_a_checkpoint_of_timm_s(name: str, suffix: str, tmp_path
     out = tmp_path / f"dense{suffix}"
     assert export.main(list(map(str, (weights, out, "--to", "dense", "--shape", shape(x))))) == 0
     settings = recipe_of(tmp_path / "recipe.yaml").model
-    plain = timm.create_model(**settings, checkpoint_path=str(out)).eval()
+    plain = timm.create_model(**{**settings, "checkpoint_path": str(out)}).eval()
     assert torch.equal(plain(x), model(x))
     other = timm.create_model(**settings).eval()
     other.load_state_dict(load_file(out) if suffix == ".safetensors" else torch.load(out, weights_only=True))
