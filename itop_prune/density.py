@@ -56,16 +56,16 @@ class Density:
                 )
             self._weights = {name: itop.mask.numel() for name, itop in masks.items()}
             shapes = {name: itop.kernel_shape for name, itop in masks.items()}
-            self.first = {name: itop.active for name, itop in masks.items()}
+            self.begin(masks)
             self._last = distributions.active_counts(
                 shapes, 1.0 - float(final_sparsity), distributions.uniform if in_total else method
             )
             self.least = min(self.least, sum(self._last.values()))
 
-    def begin(self, active: Mapping[str, int]) -> None:
-        """Let the density start from these counts, unless it has started: a state may be of a run where it stood."""
+    def begin(self, masks: Mapping[str, ITOP]) -> None:
+        """Start from what is active now, unless it has started; a state may be of a run where the density stood."""
         if self.moves and not self.first:
-            self.first = dict(active)
+            self.first = {name: itop.active for name, itop in masks.items()}
 
     def targets(self, active: Mapping[str, int], progress: float) -> Mapping[str, int]:
         """Return how many weights of each layer shall be active.

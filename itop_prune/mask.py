@@ -43,10 +43,11 @@ class ITOP(prune.BasePruningMethod):
         """
         if reason := obstacle(module, name):
             raise ValueError(f"{name} of {type(module).__name__} can't be masked: {reason}")
-        shape = module.get_parameter(name).shape
-        if mask.shape != shape:
+        parameter = module.get_parameter(name)
+        if mask.shape != parameter.shape:
             raise ValueError(
-                f"the mask of {name} has shape {tuple(mask.shape)}, the parameter shape {tuple(shape)}; they must agree"
+                f"the mask of {name} has shape {tuple(mask.shape)}, the parameter shape {tuple(parameter.shape)}; they "
+                "must agree"
             )
         if pattern is not None and not mask.is_meta and not holds(mask.bool(), *pattern):
             n, m = pattern
@@ -54,7 +55,7 @@ class ITOP(prune.BasePruningMethod):
                 f"the mask of {name}, {tuple(mask.shape)}, does not hold the pattern {n}:{m}; of every {m} along "
                 f"dimension 1 exactly {n} must be True: itop_prune.patterns.best_of_groups makes such a mask"
             )
-        mask = mask.to(module.get_parameter(name).device, torch.bool)  # what can't be had fails before anything is done
+        mask = mask.to(parameter.device, torch.bool)  # what can't be had fails before anything is done
         itop = cls.place(module, name)
         if pattern is not None:
             setattr(module, f"{name}_pattern", pattern)

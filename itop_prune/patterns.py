@@ -95,7 +95,7 @@ def grow_in_groups(kept: Tensor, scores: Tensor, n: int, m: int, generator: torc
     most = _places(kept, m).sum(0, dtype=torch.int32).amax() if kept.numel() else kept.new_zeros(())
     if kept.device.type in topology.ANSWERS_AT_ONCE:
         if not numbers:
-            raise topology.NaNScores
+            raise topology.NaNScores(topology.NAN)
         if most > n:
             raise ValueError(f"a group of {m} has {int(most)} active positions; allowed are 0 to {n}")
     rows = max(1, AT_ONCE * len(kept) // max(1, kept.numel()))

@@ -89,7 +89,8 @@ def apply(
         ranked = {n: _initial_scores(method, n, place, generators[n]) for n, place in selected.items()}
         method = distributions.uniform if any(t.is_meta for t in ranked.values()) else saliency.ratios(ranked)
     if pattern is None:
-        choose(method, {**distributions.DISTRIBUTIONS, "magnitude": None, "N:M": None}, "method")
+        everything = {**distributions.DISTRIBUTIONS, "magnitude": None, "N:M": None}
+        choose(method, everything, "method")  # a wrong name is answered with these, not with the distributions alone
         fixed = {} if densities is None else _by_name(densities, selected)
         counts = distributions.active_counts(shapes, 1.0 - sparsity, method, fixed)
     else:

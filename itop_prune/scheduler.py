@@ -297,7 +297,7 @@ class MaskScheduler:
             for name, itop in masks.items()
             if state.has_gradient[name]
         }
-        self._density.begin(state.active)
+        self._density.begin(self._masks)
         active = {name: state.active[name] for name in layers}
         target = self._density.targets(active, self._plan.progress(self._step))
         leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)

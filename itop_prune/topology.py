@@ -11,13 +11,11 @@ SAMPLE = 1 << 14
 """Scores looked at to guess how high those are that will be chosen."""
 
 
-class NaNScores(ValueError):
-    """Scores hold NaN, which has no rank."""
+NAN = "scores hold NaN, which has no rank; scores must be numbers: look at the criterion"
 
-    def __init__(
-        self, message: str = "scores hold NaN, which has no rank; scores must be numbers: look at the criterion"
-    ) -> None:
-        super().__init__(message)
+
+class NaNScores(ValueError):
+    """Scores hold NaN: an error of its own, for those who know whose scores they are."""
 
 
 ANSWERS_AT_ONCE = {"cpu"}
@@ -55,7 +53,7 @@ def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tenso
     chosen = values.topk(count, sorted=False)
     threshold = chosen.values.amin()  # NaN is above all, and makes this NaN
     if threshold.isnan():
-        raise NaNScores
+        raise NaNScores(NAN)
     if (values >= threshold).count_nonzero() == count:
         return chosen.indices
     above, tied = ((values > threshold).nonzero().squeeze(1), (values == threshold).nonzero().squeeze(1))
@@ -188,7 +186,7 @@ def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | 
 def _whole(chosen: Tensor, count: int) -> Tensor:
     """Return what was selected, if it is as many as asked for."""
     if chosen.count_nonzero() != count:
-        raise NaNScores
+        raise NaNScores(NAN)
     return chosen
 
 

@@ -532,6 +532,14 @@ def test_a_loss_that_was_never_finite_is_said(copy: Path) -> None:
     assert "The loss was not finite in any epoch." in Page(copy).content["loss"]
 
 
+def test_a_learning_rate_that_was_no_finite_number_is_said(copy: Path) -> None:
+    lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    (copy / "metrics.jsonl").unlink()
+    Metrics(copy).append(*({**line, "lr": math.inf} if "lr" in line else line for line in lines))
+    report.write(copy)
+    assert "The learning rate was not a finite number." in Page(copy).content["rates"]
+
+
 def test_several_runs_are_drawn_and_those_that_can_not_be_are_named(
     made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,7 +125,9 @@ def test_a_bad_sparsity_is_refused_with_the_range(sparsity: object) -> None:
 
 def test_an_unknown_method_is_answered_with_the_menu() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown method 'unifrom'; known are uniform, uniform\+, ER, ERK, ERK\+, magnitude, N:M"
+        ValueError,
+        match=r"unknown method 'unifrom'; known are uniform, uniform\+, ER, ERK, ERK\+, magnitude, N:M "
+        r"\(nearest: 'uniform'",
     ):
         itop_prune.apply(mlp(), 0.5, "unifrom")
 

@@ -871,6 +871,19 @@ def test_a_run_at_one_density_goes_on_to_another() -> None:
     assert active[-1] == 56
 
 
+@pytest.mark.filterwarnings("ignore:4.weight got no gradient since the last update")
+def test_a_layer_that_is_frozen_where_a_run_goes_on_to_another_density_takes_part_later() -> None:
+    run, other = Run(every=3, sparsity=0.8), Run(density="linear", final_sparsity=0.9, sparsity=0.2)
+    run.train(range(3))
+    other.model.load_state_dict(run.model.state_dict())
+    other.regrow.load_state_dict(run.regrow.state_dict())
+    other.masks["4.weight"].parameter.requires_grad_(False)
+    other.train(range(3, 4))
+    other.masks["4.weight"].parameter.requires_grad_(True)
+    other.train(range(4, 12))
+    assert sum(itop.active for itop in other.masks.values()) == 56  # of 560
+
+
 @pytest.mark.parametrize("lacking", ["step", "dense", "explored"])
 def test_a_state_that_lacks_something_is_refused_and_changes_nothing(lacking: str) -> None:
     run, other = Run(), Run()

@@ -115,9 +115,8 @@ def read_arrays(
     try:
         *arrays, classes = ARRAYS[name](root, download)
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, TypeError, zlib.error, BadZipFile) as error:
-        offline = isinstance(error, URLError) or "Error downloading" in str(
-            error
-        )  # the latter is torchvision's of MNIST
+        # torchvision's sets like MNIST say by their words alone that nothing could be fetched
+        offline = isinstance(error, URLError) or "Error downloading" in str(error)
         fetch = "" if name in ("digits", "npz") or offline else "; data.download=true fetches it"
         if fetch and Path(root).exists():  # torchvision fetches nothing over a file that is there
             fetch = "; remove what is damaged there, and data.download=true fetches it"

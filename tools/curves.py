@@ -64,11 +64,10 @@ def add_test(axes: Axes, history: History, key: str, form: str) -> None:
 
 def rates(history: History) -> Figure | str:
     """Draw the learning rate, and beside it the share of active weights that an update exchanges."""
-    moves = history.has("rate")
-    figure, axes = panels(down=2 if moves else 1, sharex=True)
-    values = history.column("lr")
+    values, moves = history.column("lr"), history.has("rate")
     if not np.isfinite(values).all():
         return "The learning rate was not a finite number."
+    figure, axes = panels(down=2 if moves else 1, sharex=True)
     steps, held = [0, *history.steps], [values[0], *values]  # an epoch's number holds from its beginning
     axes[0].plot(steps, held, color=BLUE, drawstyle="steps-pre")
     axes[0].set(ylabel="learning rate")

@@ -45,6 +45,15 @@ def line(metrics: Mapping[str, Any]) -> str:
     return "  ".join(f"{label} {text}" for label, text in in_words(metrics))
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number of things in words.
+
+    >>> counted(1, "update"), counted(1200, "update")
+    ('1 update', '1,200 updates')
+    """
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def sparkline(values: list[float], width: int = 40) -> str:
     """Return numbers as a line of little bars, the lowest to the highest; of many every second, third, ...
 

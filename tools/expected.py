@@ -16,6 +16,7 @@ from pathlib import Path
 
 import history
 import numpy as np
+from display import counted
 from runs import RunError, in_a_line
 
 
@@ -51,9 +52,8 @@ def in_words(folder: Path) -> str:
     by_layer = np.array([explored(density, masks.rates) for density in densities])
     expected = float(by_layer @ masks.weights / masks.weights.sum())
     measured = float(masks.explored[-1].sum() / masks.weights.sum())
-    updates = f"{masks.updates} update{'s' * (masks.updates != 1)}"
     return (
-        f"{folder}: R_s {measured:.4f} after {updates}, {found.end:,.0f} steps; "
+        f"{folder}: R_s {measured:.4f} after {counted(masks.updates, 'update')}, {found.end:,.0f} steps; "
         f"expected {expected:.4f} ({measured / expected - 1:+.2%})"
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from display import SHOWN
+from display import SHOWN, counted
 from history import History
 from topographies import short
 
@@ -82,7 +82,7 @@ def what(history: History) -> str:
     elif masks:
         parts.append("static")
     done = history.epochs[-1]["epoch"]
-    parts.append(f"{done:,} epoch{'s' * (done != 1)}, {history.steps[-1]:,} steps")
+    parts.append(f"{counted(done, 'epoch')}, {history.steps[-1]:,} steps")
     return "; ".join(parts)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from build import Run, build, open_for, steps_per_epoch
-from display import Display
+from display import Display, counted
 from source import MissingData
 
 import itop_prune
@@ -37,9 +37,7 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
         shown = [*plan[:3], "...", plan[-1]] if len(plan) > 4 else list(plan)
         if (last := (recipe.regrow or {}).get("final_sparsity")) is not None:
             display.say(f"sparsity {last:.4f} after the last update")
-        display.say(
-            f"{len(plan)} update{'s' * (len(plan) != 1)} of the masks, after steps {', '.join(map(str, shown))}"
-        )
+        display.say(f"{counted(len(plan), 'update')} of the masks, after steps {', '.join(map(str, shown))}")
     return 0
 
 

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from checkpoint import Checkpoints, damage
+from display import counted
 from metrics import Metrics
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -53,10 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         except Lost as lost:
             console.print(f"lost: {lost}", markup=False)
             return 1
-    kills, attempts = (
-        f"{count} {what}{'s' * (count != 1)}" for count, what in ((options.kills, "kill"), (runs, "run"))
-    )
-    console.print(f"{kills} in {attempts}: each ended with the weights and metrics of the run left alone")
+    done = f"{counted(options.kills, 'kill')} in {counted(runs, 'run')}"
+    console.print(f"{done}: each ended with the weights and metrics of the run left alone")
     return 0
 
 
