@@ -1,11 +1,13 @@
 """What all ranks of a data-parallel training must agree on before masks move. Without torch.distributed: one rank."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
 
+from itop_prune import topology
 from itop_prune.menu import listed
 from itop_prune.sharding import BITS, is_sharded, local, whole
 
@@ -55,14 +57,15 @@ def examine(
     device = next(iter(masks.values())).device
 
     def largest(tensors: Mapping[str, Tensor | None]) -> Tensor:
-        parts = [None if tensor is None else local(tensor) for tensor in tensors.values()]
-        # Of both ends, which is several times as fast as a norm; NaN is at both.
-        sizes = [0.0 if p is None or not p.numel() else torch.maximum(-p.amin(), p.amax()) for p in parts]
-        return torch.stack([torch.as_tensor(size, dtype=torch.float32).to(device) for size in sizes])
+        parts = {name: local(tensor) for name, tensor in tensors.items() if tensor is not None}
+        parts = {name: part for name, part in parts.items() if part.numel()}
+        sizes = dict(zip(parts, _largest(list(parts.values())), strict=True))
+        nothing = torch.zeros((), device=device)
+        return torch.stack([sizes.get(name, nothing).to(device, torch.float32) for name in tensors])
 
     stepped, heard = largest(sparse), largest(gradients)
     finite = torch.stack([stepped, largest(parameters), heard]).isfinite().all()
-    present = torch.tensor([gradients[name] is not None for name in masks], device=device)
+    present = torch.tensor([gradients[name] is not None for name in masks]).to(device, non_blocking=True)
     active = torch.stack([mask.count_nonzero().to(device) for mask in masks.values()])
     report = torch.cat([~finite.view(1), (stepped != 0).any().view(1), heard != 0, present, active])
     if world_size() > 1:
@@ -76,6 +79,13 @@ def examine(
         silent=[name for name, told, gradient in zip(masks, spoke, has, strict=True) if gradient and not told],
         active=dict(zip(masks, counts, strict=True)),
     )
+
+
+def _largest(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the largest size in each tensor, NaN if it holds one."""
+    if {tensor.device.type for tensor in tensors} <= topology.ANSWERS_AT_ONCE:
+        return [torch.maximum(-tensor.amin(), tensor.amax()) for tensor in tensors]  # several times as fast as a norm
+    return list(torch._foreach_norm(tensors, math.inf))  # of all together, as torch does where it clips gradients
 
 
 def check_equal_masks(masks: Mapping[str, Tensor]) -> None:

@@ -96,28 +96,32 @@ def select(
     >>> select(torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([False, True, True, True]), 1)
     tensor([False,  True, False, False])
     """
-    flat, open_ones = as_numbers(scores.flatten()), allowed.flatten()
     if count == 0:
         return torch.zeros_like(allowed)
-    if scores.device.type not in ANSWERS_AT_ONCE:
-        return _ranked(-flat if smallest else flat, open_ones, count, generator).view(allowed.shape)
+    flat, open_ones = as_numbers(scores.flatten()), allowed.flatten()
+    if flat.device.type not in ANSWERS_AT_ONCE:
+        flat = (-flat if smallest else flat.clone()).masked_fill_(~open_ones, -math.inf)
+        del scores  # where nobody else holds them, they make room
+        return _ranked(flat, open_ones, count, generator).view(allowed.shape)
     chosen, places, rest = _narrowed(flat, open_ones, count, smallest)
     values = flat.index_select(0, places)
     places = places[_top(-values if smallest else values, rest, generator)]
     return chosen.index_fill_(0, places, True).view(allowed.shape)
 
 
-def _ranked(scores: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Return the same as `select` of 1-d tensors in sizes that are known beforehand: nobody has to wait for one."""
-    scores = torch.where(allowed, scores, -math.inf)
-    threshold = scores.topk(count, sorted=False).values.amin()  # NaN is above all, and makes this NaN
+def _ranked(values: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Return a mask of the `count` largest values in sizes that are known beforehand: nobody has to wait for one.
+
+    Values are 1-d, -inf where nothing is allowed, and overwritten: room and operations are what a GPU takes time for.
+    """
+    threshold = values.topk(count, sorted=False).values.amin()  # NaN is above all, and makes this NaN
+    above, level = values > threshold, (values == threshold) & allowed
     if generator is None:
-        order = torch.arange(len(scores), 0, -1, dtype=torch.float64, device=scores.device) / (len(scores) + 1)
+        draws = 2.0 - torch.arange(len(values), dtype=torch.float64, device=values.device) / len(values)
     else:
-        order = torch.rand(scores.shape, generator=generator, device=scores.device)
-    tied = (scores == threshold) & allowed
-    rank = torch.where(scores > threshold, 2.0, torch.where(tied, order, -1.0))
-    return torch.zeros_like(allowed).index_fill_(0, rank.topk(count, sorted=False).indices, True) & ~threshold.isnan()
+        draws = values.uniform_(1.0, 2.0, generator=generator)
+    top = draws.mul_(level).masked_fill_(above, 3.0).topk(count, sorted=False)
+    return torch.zeros_like(allowed).scatter_(0, top.indices, top.values >= 1.0)
 
 
 def prune_and_regrow(

@@ -152,15 +152,14 @@ def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> Tensor:
     """
     mask, role = layer.itop.mask, rules.prune
     try:
-        scores = layer.scores(rules.prune, mask, "prune")
-        kept = mask ^ topology.select(scores, mask, leaving, layer.generator("prune", "ties"), smallest=True)
-        role = rules.grow
-        scores = layer.scores(rules.grow, kept)
+        ties = layer.generator("prune", "ties")
+        kept = mask ^ topology.select(layer.scores(rules.prune, mask, "prune"), mask, leaving, ties, smallest=True)
+        role, ties = rules.grow, layer.generator("ties")
         if layer.itop.pattern is not None:
-            grown = patterns.grow_in_groups(kept, scores, *layer.itop.pattern, layer.generator("ties"))
-            none_left = kept.count_nonzero() + leaving != mask.count_nonzero()
-            return grown | none_left  # groups that lost nothing grow nothing: the count would not tell
-        return kept ^ topology.select(scores, ~kept, entering, layer.generator("ties"))
+            grown = patterns.grow_in_groups(kept, layer.scores(rules.grow, kept), *layer.itop.pattern, ties)
+            too_many = kept.count_nonzero() + leaving != mask.count_nonzero()
+            return grown | too_many  # groups that lost nothing grow nothing: the count would not tell
+        return kept ^ topology.select(layer.scores(rules.grow, kept), ~kept, entering, ties)
     except topology.NaNScores:
         raise ValueError(_gave_nan(role, layer.name)) from None
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from toys import batch, convnet, mlp, train
 
 import itop_prune
-from itop_prune import ITOP, MaskScheduler
+from itop_prune import ITOP, MaskScheduler, topology
 from itop_prune.scheduler import SAVED
 
 OPTIMIZERS: dict[str, Callable] = {
@@ -594,7 +594,11 @@ def poisoned(poison: Callable[[Run, float], None], value: float, grow: str) -> t
 @poisons
 @values
 @growths
-def test_a_bad_number_moves_nothing_in_any_layer(poison: Callable, value: float, grow: str) -> None:
+@pytest.mark.parametrize("at_once", [{"cpu"}, set()], ids=["asks the device", "does not wait"])
+def test_a_bad_number_moves_nothing_in_any_layer(
+    at_once: set[str], poison: Callable, value: float, grow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", at_once)
     run, before = poisoned(poison, value, grow)
     with pytest.warns(UserWarning, match="a gradient or masked weight is not finite at step 2: the update waits"):
         assert not run.regrow.step()
