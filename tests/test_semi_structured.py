@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from itop_prune.inference.semi_structured import semi_structured
 
@@ -22,6 +23,19 @@ def test_the_weight_is_handed_over_and_the_layer_left_as_it_was(monkeypatch: pyt
     assert torch.equal(dense.weight, before)
     assert new.bias is dense.bias
     assert not new.weight.requires_grad
+
+
+def test_an_input_with_gaps_is_closed_up_before_the_kernel_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", torch.clone)
+    linear, seen = functional.linear, []
+    monkeypatch.setattr(functional, "linear", lambda x, *rest: seen.append(x.is_contiguous()) or linear(x, *rest))
+    dense, wide = layer(), torch.randn(5, 20)
+    new = semi_structured(dense)
+    for x in (wide[:, 3:11], wide[:1, :8].expand(4, -1), wide.t()[:8].t()):
+        seen.clear()
+        y = new(x)
+        assert seen == [True]
+        assert torch.equal(y, dense(x.contiguous()))
 
 
 def test_fewer_than_two_of_four_are_taken_and_more_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

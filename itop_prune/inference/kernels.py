@@ -30,6 +30,7 @@ def csr(active: Active) -> Product:
     """The product of torch.sparse, which is MKL's where torch has it; a single column is taken as a vector."""
     with warnings.catch_warnings():  # torch says so at the first CSR tensor of a process
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)
+        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
         matrix = torch.sparse_csr_tensor(*active, check_invariants=False)
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:

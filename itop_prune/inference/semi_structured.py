@@ -4,11 +4,20 @@ import copy
 import warnings
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SemiStructuredLinear(nn.Linear):
+    """nn.Linear whose weight torch holds in its semi-structured form."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [..., outputs] of [..., inputs]; torch's kernel reads an input as if it lay without gaps."""
+        return F.linear(input.contiguous(), self.weight, self.bias)
 
 
 def semi_structured(layer: nn.Linear) -> nn.Linear:
-    """Return a linear layer whose weight torch holds in its semi-structured form; bias and hooks are the layer's.
+    """Return a layer that computes the same with a semi-structured weight; bias and hooks are the layer's.
 
     Raises:
         RuntimeError: More than 2 of 4 consecutive weights are not 0, or torch has no kernel for it: it wants a CUDA
@@ -23,5 +32,6 @@ def semi_structured(layer: nn.Linear) -> nn.Linear:
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor", UserWarning)
         halved = torch.sparse.to_sparse_semi_structured(weight.contiguous())
     new = copy.copy(layer)
+    new.__class__ = SemiStructuredLinear
     new.__dict__ |= {"_parameters": {**layer._parameters, "weight": nn.Parameter(halved, requires_grad=False)}}
     return new
