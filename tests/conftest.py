@@ -1,6 +1,13 @@
-"""One thread: the models of the tests are small, and threads that wait for each other cost more than they bring."""
+"""One thread: the models of the tests are small, and threads that wait for each other cost more than they bring.
 
+And no GPU: the tests do the same everywhere, and ranks need not share one. `test_gpu.py` gets it with ITOP_GPU=1.
+"""
+
+import os
 import sys
+
+if not os.environ.get("ITOP_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

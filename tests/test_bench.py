@@ -6,6 +6,7 @@ from pathlib import Path
 
 import bench
 import bench_masks
+import bench_memory
 import pytest
 import torch
 from measure import Measured, Settings
@@ -74,7 +75,7 @@ def test_both_ways_of_an_update_choose_as_many() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # which older profilers say of themselves
 def test_masks_hold_two_bytes_a_weight_and_an_update_three_of_its_largest_layer() -> None:
-    between, during = bench_masks.memory(QUICK)
+    between, during = bench_memory.memory(QUICK)
     assert between.ours[0] <= between.target == 2.0
     assert 1.0 < during.ours[0] <= during.target == 3.0
 

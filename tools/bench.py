@@ -6,6 +6,7 @@
   python tools/bench.py --json new.json --against old.json
   python tools/bench.py --profile                          # what a masked training step spends its time on
   python tools/bench.py --deploy                           # how fast deployed models are, a table in Markdown instead
+  python tools/bench.py --device cuda                      # on a GPU: bf16, channels last, eager and compiled
 
 A ratio is how many times as fast ours is, or how many times as long it takes; beside it stands the target. Seconds
 depend on the machine, ratios much less: let nothing else run beside it.
@@ -25,7 +26,8 @@ from typing import Any
 import bench_deploy
 import torch
 from bench_files import files
-from bench_masks import memory, profile, scaling, step, update
+from bench_masks import profile, scaling, step, update, waits
+from bench_memory import memory
 from bench_runs import images, imports, run
 from measure import Measured, Settings
 from rich.console import Console
@@ -41,6 +43,7 @@ BENCHMARKS = {
     "import": imports,
     "files": files,
 }
+ON_A_GPU = {"waits": waits, "halves": bench_deploy.halves}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the table, write it; return 0, or 1 if a target is missed."""
     args = parse(argv)
+    torch.backends.cudnn.benchmark = True  # of no account on a CPU
     settings = Settings(quick=args.quick, device=torch.device(args.device))
     machine = describe(settings.device)
     console = Console()
@@ -74,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return deploy(settings, console)
     rows: list[Row] = []
     for name in args.only:
-        for measured in BENCHMARKS[name](settings):
+        for measured in (BENCHMARKS | ON_A_GPU)[name](settings):
             rows.append(row_of(measured))
             console.print(f"  {rows[-1].name}: {rows[-1].ratio:.3g}", highlight=False)
     before = {row["name"]: row["ratio"] for row in json.loads(args.against.read_text())["rows"]} if args.against else {}
@@ -99,15 +103,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller models and fewer rounds: a look, not a result")
     parser.add_argument("--profile", action="store_true", help="print the ten most expensive operations of a step")
-    parser.add_argument("--device", default="cpu", help="cpu (as it is) or cuda")
-    parser.add_argument("--only", default=",".join(BENCHMARKS), metavar="NAMES", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cpu (as it is) or cuda")
+    only = f"of {', '.join(BENCHMARKS)}; with --device cuda of {', '.join(ON_A_GPU)} too"
+    parser.add_argument("--only", metavar="NAMES", help=f"{only}; as it is all of them")
     parser.add_argument("--deploy", action="store_true", help="time deployed models on the CPU, and nothing else")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
     parser.add_argument("--against", type=Path, metavar="FILE", help="a former one, to show its ratios beside the new")
     args = parser.parse_args(argv)
-    args.only = args.only.split(",")
-    if unknown := [name for name in args.only if name not in BENCHMARKS]:
-        parser.error(f"--only has {', '.join(unknown)}; known are {', '.join(BENCHMARKS)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; leave it out")
+    known = BENCHMARKS | (ON_A_GPU if args.device == "cuda" else {})
+    args.only = args.only.split(",") if args.only else list(known)
+    if unknown := [name for name in args.only if name not in known]:
+        parser.error(f"--only has {', '.join(unknown)}; known are {', '.join(known)}")
     if args.against and not args.against.is_file():
         parser.error(f"--against {args.against} is not there")
     return args

@@ -17,7 +17,7 @@ from typing import Any
 import models  # noqa: F401  (registers the MLP and LeNet-300-100 with timm)
 import timm
 import torch
-from measure import Settings
+from measure import Measured, Settings, clock
 from torch import Tensor, nn
 
 import itop_prune
@@ -174,6 +174,32 @@ def compile_or_none(model: nn.Module, x: Tensor) -> Any:
         print(f"no compiled model to compare with: {type(error).__name__}")
         return None
     return compiled
+
+
+HALVES: dict[str, int] = {"vit_base_patch16_224": 256, "vit_large_patch16_224": 256, "vit_huge_patch14_224": 256}
+"""Models whose linear layers take the pattern 2:4, and the size of their batch."""
+
+
+def halves(settings: Settings) -> Iterator[Measured]:
+    """A forward on a GPU of models in fp16 whose linear layers hold the pattern 2:4, deployed, against dense ones."""
+    for name, batch in list(HALVES.items())[: 1 if settings.quick else None]:
+        with settings.device:
+            model = timm.create_model(name).half()
+            x = torch.randn(batch, 3, 224, 224, dtype=torch.float16)
+        itop_prune.apply(model, 0.5, "2:4", exclude="patch_embed.*")
+        deployed: Any = itop_prune.deploy(model, x, choices=("dense", "semi_structured"))
+        itop_prune.remove(model.eval())
+        kernels = [choice.kernel for choice in deployed.report.choices]
+
+        def seconds(model: nn.Module) -> float:
+            with torch.inference_mode():
+                began = clock(settings.device)
+                model(x)  # noqa: B023
+                return clock(settings.device) - began
+
+        halved = f"2:4 in {kernels.count('semi_structured')} of {len(kernels)} layers"
+        measured = Measured(f"forward, {name}, fp16, batch {batch}, {halved}", NO_SLOWER, faster=True)
+        yield measured.take(settings.rounds(15), lambda: seconds(deployed), lambda: seconds(model))  # noqa: B023
 
 
 def table(found: Sequence[Line]) -> str:

@@ -1,14 +1,17 @@
-"""What an update costs in time and memory. Timed are the calls alone, not what prepares them."""
+"""What masks cost in time, at an update and at any step. Timed are the calls alone, not what prepares them."""
 
+import contextlib
+import functools
 import gc
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import models  # noqa: F401  (registers LeNet-300-100 with timm)
 import timm
 import torch
-from measure import Measured, Settings, clock, highest
+from measure import Measured, Settings, clock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,7 +82,8 @@ def update(settings: Settings) -> Iterator[Measured]:
     name = "resnet18" if settings.quick else "resnet50"
     ready = Updating(timm.create_model(name), 0.9, settings.device)
     simple, rounds = Sorting(ready), settings.rounds(5)
-    yield Measured(f"update, {name}, 90 %", 10.0, faster=True).take(rounds, ready.update, simple.update)
+    least = (10.0, 15.0) if settings.device.type == "cpu" else (1.0, 1.0)  # a GPU sorts faster than it is told to
+    yield Measured(f"update, {name}, 90 %", least[0], faster=True).take(rounds, ready.update, simple.update)
     layers = [(itop.mask, itop.weight.abs(), ready.gradients[n].abs()) for n, itop in ready.masks.items()]
     counts = [math.ceil(0.5 * itop.active) for itop in ready.masks.values()]
 
@@ -96,7 +100,7 @@ def update(settings: Settings) -> Iterator[Measured]:
         return clock(settings.device) - began
 
     floats = [(mask.float(), weight, gradient) for mask, weight, gradient in layers]
-    yield Measured(f"prune_and_regrow, {name}, 90 %", 15.0, faster=True).take(rounds, ours, sorting)
+    yield Measured(f"prune_and_regrow, {name}, 90 %", least[1], faster=True).take(rounds, ours, sorting)
 
 
 def scaling(settings: Settings) -> Iterator[Measured]:
@@ -112,22 +116,36 @@ def scaling(settings: Settings) -> Iterator[Measured]:
 
 
 class Training:
-    """Steps of one model on one batch."""
+    """Steps of one model on one batch; on a GPU in bf16 with channels last."""
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...], sparsity: float | None, settings: Settings) -> None:
-        self.model, self.device, self.regrow = model.to(settings.device).train(), settings.device, None
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        sparsity: float | None,
+        settings: Settings,
+        compiled: bool = False,
+    ) -> None:
+        self.device, self.regrow, gpu = settings.device, None, settings.device.type == "cuda"
+        layout = torch.channels_last if gpu else torch.contiguous_format
+        self.model = model.to(self.device).to(memory_format=layout).train()
+        in_bf16 = functools.partial(torch.autocast, "cuda", torch.bfloat16)
+        self.precision: Any = in_bf16 if gpu else contextlib.nullcontext
         masks = itop_prune.apply(self.model, sparsity) if sparsity else {}
+        self.called: Any = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9)
         if masks:
             self.regrow = itop_prune.MaskScheduler(masks, self.optimizer, total_steps=10**6, every=10**5)
-        self.x = torch.randn(shape, device=self.device)
+        self.x = torch.randn(shape, device=self.device).contiguous(memory_format=layout)
         self.y = torch.randint(10, shape[:1], device=self.device)
 
     def take(self, steps: int) -> float:
         """Return the seconds of one step, on average."""
         began = clock(self.device)
         for _ in range(steps):
-            F.cross_entropy(self.model(self.x), self.y).backward()
+            with self.precision():
+                loss = F.cross_entropy(self.called(self.x), self.y)
+            loss.backward()
             self.optimizer.step()
             if self.regrow:
                 self.regrow.step()
@@ -141,64 +159,64 @@ STEPS: dict[str, tuple[tuple[int, ...], float, int]] = {
     "resnet50": ((32, 3, 128, 128), 1.03, 1),
 }
 """By model: shape of a batch, how many times as long a masked step may take, steps in a round."""
+GPU_STEPS: dict[str, tuple[tuple[int, ...], float, int]] = {"resnet50": ((256, 3, 224, 224), 1.02, 10)}
+"""The same of a GPU."""
+
+
+def steps_on(device: torch.device) -> dict[str, tuple[tuple[int, ...], float, int]]:
+    """Return what is trained on a device."""
+    return GPU_STEPS if device.type == "cuda" else STEPS
 
 
 def step(settings: Settings) -> Iterator[Measured]:
-    """A training step without an update, masked against dense."""
-    for name, (shape, target, steps) in list(STEPS.items())[: 1 if settings.quick else None]:
-        masked, dense = (
-            Training(timm.create_model(name, num_classes=10), shape, sparsity, settings) for sparsity in (0.9, None)
-        )
-        measured = Measured(f"training step, {name}, batch {shape[0]}, {shape[-1]} px", target)
-        yield measured.take(settings.rounds(15), lambda: masked.take(steps), lambda: dense.take(steps))  # noqa: B023
+    """A training step without an update, masked against dense; on a GPU also compiled, and an update against a step."""
+    gpu = settings.device.type == "cuda"
+    for name, (shape, target, steps) in list(steps_on(settings.device).items())[: 1 if settings.quick else None]:
+        title = f"{name}, batch {shape[0]}, {shape[-1]} px"
+        for compiled in (False, True) if gpu and not settings.quick else (False,):
+            masked, dense = (
+                Training(timm.create_model(name, num_classes=10), shape, sparsity, settings, compiled)
+                for sparsity in (0.9, None)
+            )
+            take = masked.take, dense.take
+            measured = Measured(f"training step, {title}{', compiled' if compiled else ''}", target)
+            yield measured.take(settings.rounds(15), *(functools.partial(one, steps) for one in take))
+            if gpu:
+                ready = Updating(timm.create_model(name), 0.9, settings.device)
+                measured = Measured(f"update against a step, {title}{', compiled' if compiled else ''}", 1.0)
+                yield measured.take(settings.rounds(15), ready.update, functools.partial(masked.take, steps))
 
 
 def profile(settings: Settings) -> Iterator[tuple[str, list[str]]]:
     """Yield for each model the ten operations that take most of a masked training step, and the product with masks."""
-    for name, (shape, _, steps) in list(STEPS.items())[: 1 if settings.quick else None]:
+    on = "device" if settings.device.type == "cuda" else "cpu"
+    for name, (shape, _, steps) in list(steps_on(settings.device).items())[: 1 if settings.quick else None]:
         training = Training(timm.create_model(name, num_classes=10), shape, 0.9, settings)
         training.take(2)
         with torch.profiler.profile(record_shapes=True) as found:
             training.take(steps)
-        entries = found.key_averages(group_by_input_shape=True)
-        total = sum(entry.self_cpu_time_total for entry in entries)
-        share = {f"{entry.key} {entry.input_shapes}": entry.self_cpu_time_total / total for entry in entries}
-        of_masks = 0.0
+        by_shape = found.key_averages(group_by_input_shape=True)
+        entries = [entry for entry in by_shape if entry.device_type.name == "CPU"]  # without kernels
+        own = {f"{entry.key} {entry.input_shapes}": getattr(entry, f"self_{on}_time_total") for entry in entries}
+        total, of_masks = sum(own.values()), 0.0
         for entry in entries:
             one, *others = entry.input_shapes or [None]
             if entry.key == "aten::mul" and others == [one]:  # its mask is converted within
-                of_masks += entry.cpu_time_total / total
-        costly = sorted(share, key=share.__getitem__, reverse=True)[:10]
-        yield name, [*(f"{share[key]:6.1%}  {key}" for key in costly), f"{of_masks:6.1%}  all products with a mask"]
+                of_masks += getattr(entry, f"{on}_time_total")
+        costly = [f"{own[key] / total:6.1%}  {key}" for key in sorted(own, key=own.__getitem__, reverse=True)[:10]]
+        yield name, [*costly, f"{of_masks / total:6.1%}  all products with a mask"]
 
 
-def held() -> int:
-    """Return the bytes of all tensors that are alive."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) in (Tensor, nn.Parameter):
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
-def memory(settings: Settings) -> Iterator[Measured]:
-    """Bytes beside those of dense training: between updates, and during one."""
-    before = held()
-    dense = Training(timm.create_model("resnet18"), (2, 3, 64, 64), None, settings)
-    dense.take(3)
-    between, dense_bytes = Measured("memory between updates, resnet18", 2.0, unit="B per weight"), held() - before
-    del dense
-    before = held()
-    masked = Training(timm.create_model("resnet18"), (2, 3, 64, 64), 0.9, settings)
-    masked.take(3)
-    weights = itop_prune.summarize(masked.model).weights
-    between.ours.append((held() - before - dense_bytes) / weights)
-    yield between
-    del masked
-    layers, size = 12, 1000
-    ready = Updating(nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers))), 0.9, settings.device)
-    ready.update()
-    ready.take_step()
-    peak = highest(ready.regrow.step)
-    yield Measured("memory of an update, 12 equal layers", 3.0, unit="layers", ours=[peak / (4 * size * size)])
+def waits(settings: Settings) -> Iterator[Measured]:
+    """How often the host waits for the GPU in an update: of few layers as of many."""
+    for name in ("resnet18", "resnet50"):
+        ready = Updating(timm.create_model(name), 0.9, settings.device)
+        ready.update()
+        ready.take_step()
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            ready.regrow.step()
+            torch.cuda.set_sync_debug_mode("default")
+        count = sum("synchronizing CUDA operation" in str(warning.message) for warning in found)
+        yield Measured(f"waits of an update, {name}, layers: {len(ready.masks)}", 2.0, unit="waits", ours=[count])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -53,8 +55,18 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def highest(call: Callable[[], object]) -> int:
-    """Return the bytes of tensors that a call on the CPU holds at once, beside those of before."""
+def on_gpu(when: str) -> int:
+    """Return the bytes that tensors asked for on the GPU, "current" or "peak"; what it sets aside is more."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
+
+
+def highest(call: Callable[[], object], device: torch.device = CPU) -> int:
+    """Return the bytes of tensors that a call holds at once, beside those of before."""
+    if device.type == "cuda":
+        before = on_gpu("current")
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return on_gpu("peak") - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     with tempfile.TemporaryDirectory() as folder:
