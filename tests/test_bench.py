@@ -47,7 +47,12 @@ def test_the_table_is_written_and_the_next_one_compared_with_it(
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--only", "found,lost"], "--only has lost; known are found"), (["--against", "nowhere.json"], "is not there")],
+    [
+        (["--only", "found,lost"], "--only has lost; known are found"),
+        (["--against", "nowhere.json"], "is not there"),
+        (["--device", "cuda"], "--device cuda: torch sees no GPU here"),
+        (["--only", "waits"], "--only has waits; known are found"),
+    ],
 )
 def test_what_is_not_there_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
