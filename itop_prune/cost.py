@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from itop_prune.mask import find_masks
+from itop_prune.mask import active_weights, find_masks
 from itop_prune.selection import unwrap
 
 
@@ -97,7 +97,7 @@ def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
     finally:
         for module, training in modes:
             module.training = training
-    densities = {name: itop.active / itop.mask.numel() for name, itop in masks.items()}
+    densities = {name: active / masks[name].mask.numel() for name, active in active_weights(masks).items()}
     return FLOPs({name: counter.flops[name] for name in masks}, counter.flops[""], densities)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from itop_prune import budget, distributions
 from itop_prune.criteria import describe
 from itop_prune.distributions import Distribution
-from itop_prune.mask import ITOP
+from itop_prune.mask import ITOP, active_weights
 from itop_prune.schedules import Schedule, constant, factor, find
 from itop_prune.values import is_number
 
@@ -46,7 +46,7 @@ class Density:
         self.first: dict[str, int] = {}
         """Active weights by layer when it began; {} where the density is as it is."""
         self._last: dict[str, int] = {}
-        self.least = sum(itop.active for itop in masks.values())
+        self.least = sum(active_weights(masks).values())
         """The smallest sum over the layers on the way."""
         if final_sparsity is not None:
             if frozen := [name for name, itop in masks.items() if not itop.parameter.requires_grad]:
@@ -65,7 +65,7 @@ class Density:
     def begin(self, masks: Mapping[str, ITOP]) -> None:
         """Start from what is active now, unless it has started; a state may be of a run where the density stood."""
         if self.moves and not self.first:
-            self.first = {name: itop.active for name, itop in masks.items()}
+            self.first = active_weights(masks)
 
     def targets(self, active: Mapping[str, int], progress: float) -> Mapping[str, int]:
         """Return how many weights of each layer shall be active.

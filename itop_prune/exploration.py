@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from itop_prune.mask import ITOP
+from itop_prune.topology import counted, fetched
 
 
 class Exploration:
@@ -53,25 +54,26 @@ class Exploration:
     def rate(self) -> float:
         """Return R_s."""
         total = sum(explored.numel() for explored in self.explored.values())
-        return sum(int(explored.count_nonzero()) for explored in self.explored.values()) / total
+        return sum(counted(self.explored).values()) / total
 
     def entered(self) -> dict[str, int]:
         """Return by layer how many weights entered its mask at the last update; {} before there was one."""
-        return {name: int(self._entered.get(name, 0)) for name in self.explored} if self._entered else {}
+        counts = {name: self._entered.get(name, 0) for name in self.explored} if self._entered else {}
+        new = fetched({name: count for name, count in counts.items() if isinstance(count, Tensor)})
+        return {name: new[name] if isinstance(count, Tensor) else count for name, count in counts.items()}
 
     def survival_rates(self) -> dict[str, float]:
         """Return by layer what share of the weights grown at the last update but one survived the last, in [0, 1].
 
         Layers where nothing grew, or that were not updated twice, are left out.
         """
-        counted = {name: count.tolist() for name, count in self._survived.items()}
-        return {name: survived / grown for name, (survived, grown) in counted.items() if grown}
+        return {name: left / grown for name, (left, grown) in fetched(self._survived).items() if grown}
 
     def survival_rate(self) -> float:
         """Return the share of all layers together; NaN where there is none."""
-        counted = [count.tolist() for count in self._survived.values()]
-        grown = sum(grown for _, grown in counted)
-        return sum(survived for survived, _ in counted) / grown if grown else math.nan
+        counts = fetched(self._survived).values()
+        grown = sum(grown for _, grown in counts)
+        return sum(left for left, _ in counts) / grown if grown else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered."""

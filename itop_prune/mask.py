@@ -1,5 +1,7 @@
 """Masks live here: `ITOP` holds one, `find_masks` finds all of a model, `remove` bakes them in."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -9,6 +11,7 @@ from itop_prune.listening import Listener
 from itop_prune.patterns import Pattern, holds
 from itop_prune.selection import kernel_shape, obstacle, unwrap, walk
 from itop_prune.sharding import is_sharded, like, zero_off_mask
+from itop_prune.topology import counted
 
 
 class ITOP(prune.BasePruningMethod):
@@ -185,6 +188,12 @@ class ITOP(prune.BasePruningMethod):
             return f"ITOP({layer}.{self._tensor_name}, removed)"
         pattern = "" if self.pattern is None else f" in {self.pattern[0]}:{self.pattern[1]}"
         return f"ITOP({layer}.{self._tensor_name}, {self.active:,} of {mask.numel():,} active{pattern})"
+
+
+def active_weights(masks: Mapping[str, ITOP]) -> dict[str, int]:
+    """Return `ITOP.active` of each; the host waits for the device once, and not for every mask."""
+    drawn = {name: itop.mask for name, itop in masks.items() if itop._planned is None}
+    return {name: itop._planned or 0 for name, itop in masks.items()} | counted(drawn)
 
 
 def find_masks(model: nn.Module) -> dict[str, ITOP]:

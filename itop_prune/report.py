@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from itop_prune.cost import FLOPs, flops
-from itop_prune.mask import find_masks
+from itop_prune.mask import active_weights, find_masks
 from itop_prune.selection import unwrap, walk
+from itop_prune.topology import counted
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,10 @@ def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None, ex
     sparsity 0.7500; 6 other parameters are dense
     """
     rows, masks = [], find_masks(model)
+    active, seen = active_weights(masks), counted(explored or {})
     for name, layer, tensor in walk(model):
         if itop := masks.get(name):
-            seen = None if explored is None or name not in explored else int(explored[name].count_nonzero())
-            rows.append(Row(name, tuple(itop.mask.shape), itop.mask.numel(), itop.active, seen))
+            rows.append(Row(name, tuple(itop.mask.shape), itop.mask.numel(), active[name], seen.get(name)))
         elif (weight := layer._parameters.get(tensor)) is not None and not weight.is_meta:
             count = int(weight.count_nonzero())
             if 0 < count <= (0.99 if masks else 1.0) * weight.numel():

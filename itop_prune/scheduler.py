@@ -13,7 +13,7 @@ from itop_prune.density import Density
 from itop_prune.distributions import Distribution
 from itop_prune.exploration import Exploration
 from itop_prune.gradients import DenseGradients
-from itop_prune.mask import ITOP
+from itop_prune.mask import ITOP, active_weights
 from itop_prune.menu import describe
 from itop_prune.notices import Notices, deaf, odd_layers
 from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
@@ -266,7 +266,7 @@ class MaskScheduler:
         self._prepare_next_step()  # copies of masks do not listen
 
     def __repr__(self) -> str:
-        active = sum(itop.active for itop in self._masks.values())
+        active = sum(active_weights(self._masks).values())
         total = sum(itop.mask.numel() for itop in self._masks.values())
         coming = "now" if self._due else self._plan.next_update(self._step)
         return (

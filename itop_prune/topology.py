@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,6 +193,27 @@ def _whole(chosen: Tensor, count: int) -> Tensor:
     if chosen.count_nonzero() != count:
         raise NaNScores(NAN)
     return chosen
+
+
+def counted(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return how many positions of each mask are active; the host waits for the device once.
+
+    >>> counted({"a": torch.tensor([True, False]), "b": torch.tensor([False])})
+    {'a': 1, 'b': 0}
+    """
+    return fetched({name: mask.count_nonzero() for name, mask in masks.items()})
+
+
+def fetched(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the values of tensors of one shape, wherever they lie; the host waits for the device once.
+
+    >>> fetched({"a": torch.tensor([1, 2]), "b": torch.tensor([3, 4])})
+    {'a': [1, 2], 'b': [3, 4]}
+    """
+    if not tensors:
+        return {}
+    device = next(iter(tensors.values())).device
+    return dict(zip(tensors, torch.stack([tensor.to(device) for tensor in tensors.values()]).tolist(), strict=True))
 
 
 def shares_of_best(scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None) -> dict[str, float]:

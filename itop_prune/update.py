@@ -170,12 +170,8 @@ def check_counts(rules: Rules, masks: Mapping[str, Tensor], expected: budget.Cou
     Raises:
         ValueError: One has not: its scores were NaN.
     """
-    if not masks:
-        return
-    device = next(iter(masks.values())).device
-    found = torch.stack([mask.count_nonzero().to(device) for mask in masks.values()]).tolist()
-    for (name, count), seen in zip(expected.items(), found, strict=True):
-        if seen != count:  # more, where none was chosen to leave
+    for name, seen in topology.counted(masks).items():
+        if seen != (count := expected[name]):  # more, where none was chosen to leave
             raise ValueError(_gave_nan(rules.prune if seen > count else rules.grow, name))
 
 

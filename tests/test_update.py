@@ -1,5 +1,7 @@
 """How many leave and enter each layer, and what criteria get and give, by hand."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -115,25 +117,30 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+def waits_of(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> int:
+    """How often a call waits for the device."""
+    tolist, asked = Tensor.tolist, []
+    with monkeypatch.context() as patch, Waits() as waiting:
+        patch.setattr(Tensor, "tolist", lambda tensor: asked.append(tensor) or tolist(tensor))
+        call()
+    return waiting.count + len(asked)
+
+
 def waits(monkeypatch: pytest.MonkeyPatch, layers: int, method: str = "ERK", **options: Any) -> int:
     """How often an update of so many layers waits for the device."""
     model = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(layers)))
     masks = itop_prune.apply(model, 0.5, method)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     regrow = MaskScheduler(masks, optimizer, total_steps=10, every=2, **options)
-    tolist, asked = Tensor.tolist, []
-    monkeypatch.setattr(Tensor, "tolist", lambda tensor: asked.append(tensor) or tolist(tensor))
     for _ in range(2):
         optimizer.zero_grad()
         model(torch.randn(3, 12)).square().sum().backward()
         optimizer.step()
-        asked.clear()
-        with Waits() as waiting:
-            moved = regrow.step()
+        found = waits_of(monkeypatch, regrow.step)
     monkeypatch.undo()
-    assert moved
+    assert regrow.updates == 1
     assert itop_prune.summarize(model).active == 72 * layers
-    return waiting.count + len(asked)
+    return found
 
 
 @pytest.mark.parametrize("method", ["ERK", "2:4"])
@@ -147,6 +154,23 @@ def test_elsewhere_than_on_the_cpu_an_update_waits_as_often_for_many_layers_as_f
         monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
         found.append(waits(monkeypatch, layers, method, grow=grow, survival=True))
     assert found[0] == found[1] <= 2
+
+
+def test_the_numbers_of_a_run_are_fetched_at_once_however_many_layers_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(9)))
+    masks, optimizer = itop_prune.apply(model, 0.5), torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = MaskScheduler(masks, optimizer, total_steps=10, every=2, survival=True)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(3, 12)).square().sum().backward()
+        optimizer.step()
+        regrow.step()
+    once = (regrow.exploration_rate, regrow.entered, regrow.survival_rate, regrow.survival_rates)
+    for call in (*once, functools.partial(itop_prune.mask.active_weights, masks), functools.partial(repr, regrow)):
+        assert waits_of(monkeypatch, call) == 1
+    assert waits_of(monkeypatch, lambda: itop_prune.summarize(model, regrow.explored)) == 2
 
 
 @pytest.mark.parametrize("method", ["ERK", "2:4"])

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import itop_prune
+from itop_prune.mask import active_weights
 
 
 class Cost:
@@ -21,7 +22,8 @@ class Cost:
 
     def share(self, model: nn.Module) -> float:
         """Return the cost of a forward at the masks of a model, over that of the dense one."""
-        densities = {name: itop.active / itop.mask.numel() for name, itop in itop_prune.find_masks(model).items()}
+        masks = itop_prune.find_masks(model)
+        densities = {name: active / masks[name].mask.numel() for name, active in active_weights(masks).items()}
         return self._flops.forward(densities) / max(1, self._flops.dense_forward)
 
     def step(self, listens: bool) -> float:

@@ -16,7 +16,9 @@ from metrics import Metrics
 from torch import nn
 
 import itop_prune
+from itop_prune.mask import active_weights
 from itop_prune.selection import walk
+from itop_prune.topology import counted
 
 PACKAGES = ("torch", "timm", "accelerate", "torchvision")
 
@@ -89,11 +91,11 @@ class Layers:
         }
 
     def _active(self) -> list[int]:
-        return self._by_layer({name: itop.active for name, itop in self._masks.items()}, self._weights)
+        return self._by_layer(active_weights(self._masks), self._weights)
 
     def _explored(self) -> list[int]:
         explored = self._run.regrow.explored if self._run.regrow else {}
-        return self._by_layer({name: int(mask.count_nonzero()) for name, mask in explored.items()}, self._weights)
+        return self._by_layer(counted(explored), self._weights)
 
     def _by_layer(self, counts: dict[str, int], otherwise: dict[str, int] | None = None) -> list[int]:
         return [counts.get(name, otherwise[name] if otherwise else 0) for name in self._weights]

@@ -42,6 +42,7 @@ from state import BadLosses, OtherRankFailed, on_main, restore, save
 from trackers import Trackers
 
 import itop_prune
+from itop_prune.mask import active_weights
 from itop_prune.ranks import RanksDiffer, check_equal
 from itop_prune.recipe import Recipe, RecipeError, read
 
@@ -230,8 +231,8 @@ def learning_rate(run: Run) -> float:
 
 def sparse_numbers(run: Run) -> dict[str, float | None]:
     """Return rate, sparsity, R_s (of static masks the density, of a dense model 1), and FLOPs as shares of dense."""
-    masks = itop_prune.find_masks(run.bare).values()
-    weights, active = sum(itop.mask.numel() for itop in masks), sum(itop.active for itop in masks)
+    masks = itop_prune.find_masks(run.bare)
+    weights, active = sum(itop.mask.numel() for itop in masks.values()), sum(active_weights(masks).values())
     numbers: dict[str, float | None] = {
         "rate": run.regrow.rate if run.regrow else None,
         "sparsity": (weights - active) / max(1, weights),
