@@ -194,6 +194,14 @@ def test_the_picture_can_be_told_what_to_call_them(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("option", [("--vary", "regrow.every"), ("--names", "Dense")])
+def test_what_only_a_picture_shows_is_refused_without_one(option, tmp_path, capsys):
+    write(tmp_path / "a_dense" / "seed0", 80.0)
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "a_dense"), *option])
+    assert "--vary and --names are of the picture; add --picture FILE" in capsys.readouterr().err
+
+
 def test_folders_of_one_name_are_told_apart_or_named_in_full():
     assert side_by_side.labels([["a_set"], ["a_set"]]) == ["a_set", "a_set"]
     assert side_by_side.labels([["one_x", "two_y"], ["three_z"]]) == ["one_x", "three_z"]

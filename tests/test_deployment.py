@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import pickle
+import time
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,7 @@ from toys import convnet, mlp
 import itop_prune
 from itop_prune.inference import deployment
 from itop_prune.inference.deployment import CHOICES, deploy
-from itop_prune.inference.kernels import KERNELS
+from itop_prune.inference.kernels import KERNELS, Active, Product, embedding_bag
 from itop_prune.inference.sparse_layers import SparseConv2d, SparseLinear
 
 # timm scripts functions and uses parts of torch that torch deprecates; nothing of ours warns.
@@ -593,6 +594,30 @@ def test_linear_layers_of_the_pattern_2_4_take_the_semi_structured_kernel(
     assert {tuple(weight.shape) for weight in converted} == {(32, 64), (8, 32)}
     assert all(weight.is_contiguous() for weight in converted)
     assert torch.equal(output(deployed, x), output(model, x))
+
+
+@pytest.mark.parametrize("choices", [("dense", "embedding_bag"), ("embedding_bag",)])
+def test_a_kernel_that_is_hopeless_is_not_measured_closer_unless_it_must_be_taken(
+    choices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[int] = []
+
+    def slow(active: Active) -> Product:
+        product = embedding_bag(active)
+
+        def slowly(x: Tensor, bias: Tensor | None) -> Tensor:
+            called.append(1)
+            time.sleep(0.01)
+            return product(x, bias)
+
+        return slowly
+
+    monkeypatch.setitem(KERNELS, "embedding_bag", slow)
+    model = nn.Sequential(nn.Linear(20, 16))
+    itop_prune.apply(model, 0.5)
+    (choice,) = deploy(model, torch.randn(3, 20), choices=choices).report.choices
+    assert choice.kernel == choices[0]
+    assert len(called) == 4 if "dense" in choices else len(called) > 7  # one for its output, one before two rounds
 
 
 def test_other_masks_and_layers_do_not_take_the_semi_structured_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

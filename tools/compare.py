@@ -194,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--names", nargs="+", metavar="NAME", help="what the picture calls them, in its order")
     options = parser.parse_args(argv)
+    if (options.vary or options.names) and not options.picture:
+        parser.error("--vary and --names are of the picture; add --picture FILE, or leave them out")
     found = []
     for folder in {folder.resolve(): folder for folder in options.runs}.values():
         try:
