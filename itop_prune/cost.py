@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from itop_prune.mask import active_weights, find_masks
-from itop_prune.selection import unwrap
+from itop_prune.selection import refuse_deployed, unwrap
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
         example_inputs: What its forward takes: a tensor, or a tuple of arguments. The cost is that of the whole batch.
 
     Raises:
-        ValueError: The model can't be run with these inputs.
+        ValueError: The model can't be run with these inputs, or was made by `deploy`.
 
     >>> import itop_prune
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Flatten(), nn.Linear(8, 5))
@@ -83,6 +83,7 @@ def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
     >>> cost.dense_forward, cost.sparse_forward
     (224, 112.0)
     """
+    refuse_deployed(model)
     model, masks = unwrap(model), find_masks(model)
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     modes = [(module, module.training) for module in model.modules()]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from itop_prune.cost import FLOPs, flops
 from itop_prune.mask import active_weights, find_masks
-from itop_prune.selection import unwrap, walk
+from itop_prune.selection import refuse_deployed, unwrap, walk
 from itop_prune.topology import counted
 
 
@@ -114,6 +114,9 @@ def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None, ex
         explored: `MaskScheduler.explored`, for R_s.
         example_inputs: As `itop_prune.flops` takes them, for the cost of a forward.
 
+    Raises:
+        ValueError: It was made by `deploy`.
+
     >>> import itop_prune
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> masks = itop_prune.apply(model, sparsity=0.75, method="uniform")
@@ -124,6 +127,7 @@ def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None, ex
     total                 40      10   0.2500
     sparsity 0.7500; 6 other parameters are dense
     """
+    refuse_deployed(model)
     rows, masks = [], find_masks(model)
     active, seen = active_weights(masks), counted(explored or {})
     for name, layer, tensor in walk(model):

@@ -649,3 +649,19 @@ def test_half_types_may_differ_by_twice_their_precision(monkeypatch: pytest.Monk
         itop_prune.apply(model, 0.5, "2:4")
         (choice,) = deploy(model, x, choices=("semi_structured",)).report.choices
         assert choice.kernel == kernel
+
+
+@pytest.mark.parametrize(
+    "call",
+    [itop_prune.summarize, itop_prune.dense_state_dict, lambda model: itop_prune.flops(model, torch.zeros(1, 20))],
+    ids=["summarize", "dense_state_dict", "flops"],
+)
+def test_who_asks_a_deployed_model_about_its_masks_is_sent_to_the_one_that_has_them(call: Callable) -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    for choices in (("csr",), ("embedding_bag",)):
+        deployed = deploy(model, torch.zeros(1, 20), choices=choices)
+        with pytest.raises(ValueError, match=r"this Sequential is for inference alone: .* ask the one that was"):
+            call(deployed)
+        call(model)
+    call(deploy(model, torch.zeros(1, 20), choices=("dense",)))  # a plain model

@@ -15,7 +15,7 @@ from itop_prune.files.packing import Packed
 from itop_prune.layer import BROKEN, breaks_pattern, masked_names, pattern_of
 from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
 from itop_prune.menu import nearest
-from itop_prune.selection import obstacles, plain_name, unwrap, walk
+from itop_prune.selection import obstacles, plain_name, refuse_deployed, unwrap, walk
 from itop_prune.sharding import is_sharded, whole
 
 State = dict[str, Tensor]
@@ -33,7 +33,11 @@ def dense_state_dict(model: nn.Module) -> State:
     Returns:
         New tensors for masked weights, the model's own for all others, in the model's order. Of a model that FSDP2
         shards, all of them whole, on every rank: all must ask.
+
+    Raises:
+        ValueError: It was made by `deploy`.
     """
+    refuse_deployed(model)
     own = unwrap(model).state_dict()
     state = {plain_name(name): tensor for name, tensor in own.items()}
     places = {name: (layer, tensor) for name, layer, tensor in walk(model, remove_duplicate=False)}
