@@ -120,7 +120,8 @@ def _ranked(values: Tensor, allowed: Tensor, count: int, generator: torch.Genera
     if generator is None:
         draws = 2.0 - torch.arange(len(values), dtype=torch.float64, device=values.device) / len(values)
     else:
-        draws = values.uniform_(1.0, 2.0, generator=generator)
+        draws = values.to(torch.promote_types(values.dtype, torch.float32))  # half types have few numbers to draw
+        draws = draws.uniform_(1.0, 2.0, generator=generator)
     top = draws.mul_(level).masked_fill_(above, 3.0).topk(count, sorted=False)
     return torch.zeros_like(allowed).scatter_(0, top.indices, top.values >= 1.0)
 
