@@ -591,6 +591,13 @@ def poisoned(poison: Callable[[Run, float], None], value: float, grow: str) -> t
     return run, run.everything()
 
 
+@pytest.mark.parametrize("at_once", [{"cpu"}, set()], ids=["asks the device", "does not wait"])
+def test_gradients_whose_squares_are_too_large_are_finite(at_once: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", at_once)
+    run, _ = poisoned(poison_gradient, 1e30, "random")
+    assert run.regrow.step()
+
+
 @poisons
 @values
 @growths
