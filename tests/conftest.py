@@ -6,7 +6,7 @@ And no GPU: the tests do the same everywhere, and ranks need not share one. `tes
 import os
 import sys
 
-if not os.environ.get("ITOP_GPU"):
+if os.environ.get("ITOP_GPU", "0") in ("", "0"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest

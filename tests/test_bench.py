@@ -56,7 +56,10 @@ def test_the_table_is_written_and_the_next_one_compared_with_it(
         (["--only", "waits"], "--only has waits; known are found"),
     ],
 )
-def test_what_is_not_there_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there_is_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         bench.main(arguments)
     assert message in capsys.readouterr().err

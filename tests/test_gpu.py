@@ -7,7 +7,6 @@ import copy
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import bench_memory
 import pytest
 import timm
 import torch
-from measure import Settings
+from measure import Settings, waits_for_gpu
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toys import batch, convnet, mlp
@@ -107,13 +106,9 @@ def waits(layers: int, **options: Any) -> int:
         optimizer.zero_grad()
         model(torch.randn(3, 64, device=GPU)).square().sum().backward()
         optimizer.step()
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            regrow.step()
-            torch.cuda.set_sync_debug_mode("default")
+        found = waits_for_gpu(regrow.step)
     assert regrow.updates == 2
-    return sum("synchronizing CUDA operation" in str(warning.message) for warning in found)
+    return found
 
 
 @pytest.mark.parametrize("method", ["ERK", "2:4"])

@@ -41,6 +41,21 @@ def test_rounds_go_on_while_there_is_time_and_end_at_a_thousand(
     assert calls[0] == 1 + rounds
 
 
+def test_calls_in_a_row_are_waited_for_once_and_one_call_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, queued = [0.0], [0]
+
+    def done() -> None:  # a device that takes a second for each call, and two to begin
+        now[0] += queued[0] + 2.0 * (queued[0] > 0)
+        queued[0] = 0
+
+    def called() -> None:
+        queued[0] += 1
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    for in_a_row, seconds in ((1, 3.0), (4, 1.5)):
+        assert in_turns({"f": called}, 3, 0.0, min, done, in_a_row) == {"f": seconds}
+
+
 def test_the_report_is_a_table() -> None:
     rows = (
         Choice("fc.weight", (10, 20), 0.05, "csr", 0.004, 0.001),

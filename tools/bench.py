@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; leave it out")
     known = BENCHMARKS | (ON_A_GPU if args.device == "cuda" else {})
-    args.only = args.only.split(",") if args.only else list(known)
+    args.only = list(known) if args.only is None else args.only.split(",")
     if unknown := [name for name in args.only if name not in known]:
         parser.error(f"--only has {', '.join(unknown)}; known are {', '.join(known)}")
     if args.against and not args.against.is_file():

@@ -4,14 +4,13 @@ import contextlib
 import functools
 import gc
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import models  # noqa: F401  (registers LeNet-300-100 with timm)
 import timm
 import torch
-from measure import Measured, Settings, clock
+from measure import Measured, Settings, clock, waits_for_gpu
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -213,10 +212,5 @@ def waits(settings: Settings) -> Iterator[Measured]:
         ready = Updating(timm.create_model(name), 0.9, settings.device)
         ready.update()
         ready.take_step()
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            ready.regrow.step()
-            torch.cuda.set_sync_debug_mode("default")
-        count = sum("synchronizing CUDA operation" in str(warning.message) for warning in found)
+        count = waits_for_gpu(ready.regrow.step)
         yield Measured(f"waits of an update, {name}, layers: {len(ready.masks)}", 2.0, unit="waits", ours=[count])

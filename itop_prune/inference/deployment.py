@@ -30,6 +30,9 @@ CLEARLY = 1.05
 HOPELESS = 3.0
 """What takes so many times as long in its first calls is not measured closer."""
 
+IN_A_ROW = 8
+"""How many calls of a layer a GPU is given at a time, as in a model, where it computes while the host goes on."""
+
 
 def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CHOICES) -> nn.Module:
     """Return a copy of a masked model for inference, in which each layer computes in the fastest way measured.
@@ -51,9 +54,10 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
     Returns:
         The copy, without masks, in evaluation mode; no parameter asks for a gradient. `print(copy.report)` shows what
         was chosen. Other batch sizes, image sizes and numbers of threads give the same outputs; how fast was not
-        measured. `torch.export.export` and `torch.onnx.export` take it, on the CPU; both write the active weights of
-        sparse layers alone. The first computes with them alone, the second makes dense layers of them, which
-        onnxruntime does once, when it loads the file.
+        measured. With semi-structured layers it can be copied where torch can copy their tensors (not in 2.11).
+        `torch.export.export` and `torch.onnx.export` take it, on the CPU; both write the active weights of sparse
+        layers alone. The first computes with them alone, the second makes dense layers of them, which onnxruntime does
+        once, when it loads the file.
 
     Raises:
         ValueError: The model has no masks, is not on one device or can't be run with these inputs; a choice is unknown.
@@ -163,11 +167,11 @@ def _seconds(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, choices:
             function = functools.partial(_made(layer, kernel).forward, *inputs)
             if difference(function(), output) <= _tolerance(output):
                 functions[kernel] = function
-    wait = _wait_for(layer)
+    in_all = functools.partial(in_turns, of=min, wait=_wait_for(layer), in_a_row=IN_A_ROW if output.is_cuda else 1)
     if "dense" in choices:
-        first = in_turns(functions, at_least=2, within=0.0, of=min, wait=wait)
+        first = in_all(functions, at_least=2, within=0.0)
         functions = {name: call for name, call in functions.items() if first[name] <= HOPELESS * first["dense"]}
-    return in_turns(functions, at_least=7, within=0.05, of=min, wait=wait)
+    return in_all(functions, at_least=7, within=0.05)
 
 
 def _made(layer: nn.Module, kernel: str) -> Any:

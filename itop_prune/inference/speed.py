@@ -78,8 +78,9 @@ def in_turns(
     within: float,
     of: Callable[[list[float]], float],
     wait: Callable[[], object] = lambda: None,
+    in_a_row: int = 1,
 ) -> dict[str, float]:
-    """Call functions in turns, after one call of each that does not count, and reduce the seconds of each.
+    """Call functions in turns, after one call of each that does not count, and reduce the seconds of a call of each.
 
     Args:
         functions: By name.
@@ -87,6 +88,8 @@ def in_turns(
         within: So many seconds, if more rounds fit.
         of: What reduces the seconds of the rounds: `min`, `statistics.median`.
         wait: Called before the clock is read: for a device that computes on its own.
+        in_a_row: So many calls between two looks at the clock: such a device begins with one while the host prepares
+            the next.
     """
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
@@ -98,9 +101,10 @@ def in_turns(
         for name, function in functions.items():
             wait()
             began = time.perf_counter()
-            function()
+            for _ in range(in_a_row):
+                function()
             wait()
-            taken[name].append(time.perf_counter() - began)
+            taken[name].append((time.perf_counter() - began) / in_a_row)
     return {name: of(seconds) for name, seconds in taken.items()}
 
 
