@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from itop_prune.mask import ITOP
-from itop_prune.topology import counted, fetched
+from itop_prune.topology import active_in, count_each, fetched
 
 
 class Exploration:
@@ -44,7 +44,7 @@ class Exploration:
         """Take in an update of one layer: its mask before and after, equal where it did not move."""
         self.of(name, after).logical_or_(before | after)
         entered = after > before  # of bools
-        self._entered[name] = entered.count_nonzero()
+        self._entered[name] = active_in(entered)
         if self._counts_survival:
             self._grown[name] = entered
         if (grown := self._grown_before.pop(name, None)) is not None:
@@ -54,7 +54,7 @@ class Exploration:
     def rate(self) -> float:
         """Return R_s."""
         total = sum(explored.numel() for explored in self.explored.values())
-        return sum(counted(self.explored).values()) / total
+        return sum(count_each(self.explored).values()) / total
 
     def entered(self) -> dict[str, int]:
         """Return by layer how many weights entered its mask at the last update; {} before there was one."""

@@ -11,7 +11,7 @@ from itop_prune.listening import Listener
 from itop_prune.patterns import Pattern, holds
 from itop_prune.selection import kernel_shape, obstacle, unwrap, walk
 from itop_prune.sharding import is_sharded, like, zero_off_mask
-from itop_prune.topology import counted
+from itop_prune.topology import count_each
 
 
 class ITOP(prune.BasePruningMethod):
@@ -193,7 +193,7 @@ class ITOP(prune.BasePruningMethod):
 def active_weights(masks: Mapping[str, ITOP]) -> dict[str, int]:
     """Return `ITOP.active` of each; the host waits for the device once, and not for every mask."""
     drawn = {name: itop.mask for name, itop in masks.items() if itop._planned is None}
-    return {name: itop._planned or 0 for name, itop in masks.items()} | counted(drawn)
+    return {name: itop._planned or 0 for name, itop in masks.items()} | count_each(drawn)
 
 
 def find_masks(model: nn.Module) -> dict[str, ITOP]:

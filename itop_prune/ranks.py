@@ -66,7 +66,7 @@ def examine(
     stepped, heard = largest(sparse), largest(gradients)
     finite = torch.stack([stepped, largest(parameters), heard]).isfinite().all()
     present = torch.tensor([gradients[name] is not None for name in masks]).to(device, non_blocking=True)
-    active = torch.stack([mask.count_nonzero().to(device) for mask in masks.values()])
+    active = torch.stack([topology.active_in(mask).to(device) for mask in masks.values()])
     report = torch.cat([~finite.view(1), (stepped != 0).any().view(1), heard != 0, present, active])
     if world_size() > 1:
         distributed.all_reduce(report, distributed.ReduceOp.MAX)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from itop_prune.cost import FLOPs, flops
 from itop_prune.mask import active_weights, find_masks
 from itop_prune.selection import refuse_deployed, unwrap, walk
-from itop_prune.topology import counted
+from itop_prune.topology import count_each
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def summarize(model: nn.Module, explored: Mapping[str, Tensor] | None = None, ex
     """
     refuse_deployed(model)
     rows, masks = [], find_masks(model)
-    active, seen = active_weights(masks), counted(explored or {})
+    active, seen = active_weights(masks), count_each(explored or {})
     for name, layer, tensor in walk(model):
         if itop := masks.get(name):
             rows.append(Row(name, tuple(itop.mask.shape), itop.mask.numel(), active[name], seen.get(name)))

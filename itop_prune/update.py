@@ -170,7 +170,7 @@ def check_counts(rules: Rules, masks: Mapping[str, Tensor], expected: budget.Cou
     Raises:
         ValueError: One has not: its scores were NaN.
     """
-    for name, seen in topology.counted(masks).items():
+    for name, seen in topology.count_each(masks).items():
         if seen != (count := expected[name]):  # more, where none was chosen to leave
             raise ValueError(_gave_nan(rules.prune if seen > count else rules.grow, name))
 

@@ -18,7 +18,7 @@ from torch import nn
 import itop_prune
 from itop_prune.mask import active_weights
 from itop_prune.selection import walk
-from itop_prune.topology import counted
+from itop_prune.topology import count_each
 
 PACKAGES = ("torch", "timm", "accelerate", "torchvision")
 
@@ -95,7 +95,7 @@ class Layers:
 
     def _explored(self) -> list[int]:
         explored = self._run.regrow.explored if self._run.regrow else {}
-        return self._by_layer(counted(explored), self._weights)
+        return self._by_layer(count_each(explored), self._weights)
 
     def _by_layer(self, counts: dict[str, int], otherwise: dict[str, int] | None = None) -> list[int]:
         return [counts.get(name, otherwise[name] if otherwise else 0) for name in self._weights]
