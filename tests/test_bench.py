@@ -83,7 +83,6 @@ def test_both_ways_of_an_update_choose_as_many() -> None:
     assert new.sum() == mask.sum()
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # which older profilers say of themselves
 @pytest.mark.parametrize(("at_once", "most"), [({"cpu"}, 3.0), (set(), 3.5)], ids=["asks the device", "does not wait"])
 def test_masks_hold_two_bytes_a_weight_and_an_update_three_of_its_largest_layer(
     at_once: set[str], most: float, monkeypatch: pytest.MonkeyPatch
