@@ -97,7 +97,7 @@ def obstacles(model: nn.Module, places: Mapping[str, Place]) -> dict[str, str]:
     found = {}
     for name, (layer, tensor) in places.items():
         held = owners.get(id(layer._parameters.get(tensor)), ())
-        others = [owner for owner, module, its_name in held if (module, its_name) != (layer, tensor)]
+        others = [plain_name(prefix, its) for prefix, module, its in held if (module, its) != (layer, tensor)]
         tied = f"it is tied to {', '.join(others)}, which would not see the mask: untie them (a copy of the parameter)"
         if reason := obstacle(layer, tensor) or (tied if others else ""):
             found[name] = reason
@@ -185,12 +185,12 @@ def matching(patterns: Iterable[str], names: Iterable[str], what: str) -> set[st
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
-    """Return where each parameter is held, by its identity: a name, the module and the tensor's name in it."""
+    """Return where each parameter is held, by its identity: the module's name, the module, the tensor's name in it."""
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in unwrap(model).named_modules():
         for tensor, parameter in module._parameters.items():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append((plain_name(prefix, tensor), module, tensor))
+                owners.setdefault(id(parameter), []).append((prefix, module, tensor))
     return owners
 
 
@@ -198,8 +198,9 @@ def _held_again(layer: nn.Module, tensor: str) -> str:
     """Return where a layer has its parameter besides its name: an attribute that holds it, or code that asks for it."""
     parameter = layer._parameters[tensor]
     for attribute, value in vars(layer).items():
-        lists_it = attribute == "_flat_weights" and isinstance(layer, nn.RNNBase)  # which the masked layer replaces
-        if attribute not in OF_EVERY_MODULE and not lists_it and _contains(value, parameter):
+        if attribute not in OF_EVERY_MODULE and _contains(value, parameter):
+            if attribute == "_flat_weights" and isinstance(layer, nn.RNNBase):
+                continue  # the masked layer replaces it
             return f"from its {attribute}"
     return _asks_for(type(layer), tensor)  # type: ignore[arg-type]  # a class can be hashed
 

@@ -162,6 +162,20 @@ def test_load_returns_the_masks_of_the_source() -> None:
     assert all(torch.equal(masks[name].mask, itop.mask) for name, itop in expected.items())
 
 
+def test_the_masks_that_load_returns_are_those_that_the_model_has_also_of_a_layer_under_two_names() -> None:
+    def shared() -> nn.ModuleDict:
+        layer = nn.Linear(8, 8)
+        return nn.ModuleDict({"x": nn.Sequential(layer, nn.ReLU()), "y": layer, "z": nn.Linear(8, 4)})
+
+    source, model = shared(), shared()
+    itop_prune.apply(source, 0.5)
+    for _ in range(2):  # into a dense model, then into one that has masks
+        masks = itop_prune.load(model, source.state_dict())
+        found = itop_prune.find_masks(model)
+        assert list(masks) == list(found) == ["x.0.weight", "z.weight"]
+        assert all(masks[name] is itop for name, itop in found.items())
+
+
 def test_load_into_a_model_that_is_masked_replaces_its_masks_in_place() -> None:
     model, source = trained(seed=1), trained()
     masks = itop_prune.find_masks(model)

@@ -7,7 +7,6 @@ shapes of the masked weights. Equal models give equal files.
 """
 
 import json
-import mmap
 import os
 import zlib
 from collections.abc import Mapping
@@ -94,7 +93,7 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
     unfinished = path.with_name(f"{path.name}.{os.urandom(4).hex()}.unfinished")  # several ranks may write at once
     try:
         save_file(tensors, unfinished, about)
-        start, checksum = _checksum(unfinished)
+        start, checksum = _checksum(unfinished.read_bytes())
         with unfinished.open("r+b") as file:
             file.seek(start)
             file.write(checksum.encode())
@@ -114,23 +113,25 @@ def read(path: Path) -> Mapping[str, Tensor | Packed]:
         ValueError: It is damaged, no safetensors file, or of another version.
     """
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
 
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get(FORMAT)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if about is None:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}; copy or save it again") from None
-    if about is None:
-        return tensors
     version, _, rest = about.partition(" ")
     if version != VERSION:
         raise ValueError(
             f"{path} is of version {version}; this itop_prune reads version {VERSION}: install the one that wrote it"
         )
     checksum, _, shapes = rest.partition(" ")
-    if checksum != _checksum(path)[1]:
+    content = path.read_bytes()
+    if checksum != _checksum(content)[1]:
         raise ValueError(f"{path} is damaged: its checksum is not that of what it holds; copy or save it again")
+    tensors = load(content)
     state: dict[str, Tensor | Packed] = {**tensors}
     for owner, shape in json.loads(shapes).items():
         weight, mask = f"{owner}_orig", f"{owner}_mask"
@@ -160,9 +161,8 @@ def _convert(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return converted
 
 
-def _checksum(path: Path) -> tuple[int, str]:
+def _checksum(content: bytes) -> tuple[int, str]:
     """Return where in a file the digits of its checksum stand, and what they have to be: the CRC-32 of all the rest."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start = content.find(BEFORE_CHECKSUM) + len(BEFORE_CHECKSUM)
-        with memoryview(content) as every:
-            return start, f"{zlib.crc32(every[start + 8 :], zlib.crc32(every[:start])):08x}"
+    start = content.find(BEFORE_CHECKSUM) + len(BEFORE_CHECKSUM)
+    every = memoryview(content)
+    return start, f"{zlib.crc32(every[start + 8 :], zlib.crc32(every[:start])):08x}"

@@ -78,7 +78,8 @@ def decode(code: Tensor, count: int) -> Tensor:
     [2, 5, 6, 8, 11, 12, 15, 1000]
     """
     width = int(code[0])
-    planes, exceptions = code[1:].tensor_split([width * -(-count // 8)])
+    end = 1 + width * -(-count // 8)
+    planes, exceptions = code[1:end], code[end:]
     lowest, *others = _bits_of_bytes().index_select(0, planes.int()).view(width, -1).unbind()
     for place, higher in enumerate(others[:7], 1):  # eight distances at once, each in a byte of its own
         lowest.add_(higher, alpha=1 << place)

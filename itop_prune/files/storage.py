@@ -76,7 +76,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     state = {plain_name(name): tensor for name, tensor in given.items()}
     versions = {plain_name(name): layer for name, layer in getattr(given, "_metadata", {}).items()}
     model = unwrap(model)
-    present = model.state_dict()
+    present = model.state_dict(keep_vars=True)
     if any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in present.values()):
         raise ValueError("the model is on the meta device; call model.to_empty(device=...) first")
     actual = {plain_name(name): name for name in present}
@@ -116,9 +116,10 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     to_mask = {name: (layer, tensor) for name, layer, tensor in weights if name in fitting and name not in masked_here}
     if reasons := obstacles(model, to_mask):
         raise ValueError("can't mask\n" + "\n".join(f"  {name}: {reason}" for name, reason in reasons.items()))
-    for layer, tensor in to_mask.values():
+    placed: dict[str, ITOP] = {}
+    for name, (layer, tensor) in to_mask.items():
         if tensor not in masked_names(layer):  # it may have two names
-            ITOP.place(layer, tensor)
+            placed[name] = ITOP.place(layer, tensor)
     for name, layer, tensor in weights:
         if isinstance(packed := state.get(f"{name}_mask"), Packed):
             state[f"{name}_orig"], state[f"{name}_mask"] = _unpacked(packed, layer, tensor)
@@ -127,7 +128,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     named._metadata = {name: versions.get(plain_name(name), own) for name, own in present._metadata.items()}  # type: ignore[attr-defined]
     model.load_state_dict(named, strict=strict)
     leave_out_of_ddp(model)
-    return find_masks(model)
+    return find_masks(model) if masked_here else placed
 
 
 def _inside_module(state: Mapping[str, Tensor | Packed]) -> dict[str, Tensor | Packed]:
@@ -165,14 +166,14 @@ def _mask(state: Mapping[str, Tensor | Packed], name: str) -> Tensor:
 
 def _shapes(state: Mapping[str, Tensor | Packed], owners: Mapping[str, list[str]]) -> Shapes:
     """Return the shapes by plain name; weight and mask have one and the same."""
-    return {name: {tuple(getattr(state[e], "shape", ())) for e in entries} for name, entries in owners.items()}
+    return {name: {getattr(state[e], "shape", ()) for e in entries} for name, entries in owners.items()}
 
 
 def _differences(here: Shapes, there: Shapes, names: Sequence[str], most: int = 10) -> str:
     """Return the shapes in the model and in the source in lines, for a message; of many the first."""
 
     def in_words(shapes: Collection[tuple[int, ...]]) -> str:
-        return " and ".join(sorted(map(str, shapes))) or "none"
+        return " and ".join(sorted(str(tuple(shape)) for shape in shapes)) or "none"
 
     lines = [
         f"  {n}: the model has {in_words(here.get(n, ()))}, the source {in_words(there.get(n, ()))}"
