@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itop_prune.counting import active_in, count_each, fetched
 from itop_prune.mask import ITOP
-from itop_prune.topology import active_in, count_each, fetched
 
 
 class Exploration:
@@ -22,7 +22,8 @@ class Exploration:
     def __init__(self, masks: Mapping[str, ITOP], survival: bool) -> None:
         self.explored = {name: itop.mask.clone() for name, itop in masks.items()}
         """By name, bool: was active at least once."""
-        self._entered: dict[str, Tensor | int] = {}
+        self._entered: dict[str, Tensor] = {}
+        """How many weights entered each mask at the last update, of layers that it took note of."""
         self._counts_survival = survival
         self._grown: dict[str, Tensor] = {}
         """Which weights grew at the last update."""
@@ -37,8 +38,7 @@ class Exploration:
 
     def begin(self) -> None:
         """Begin an update: in a layer of which nothing is noted, nothing enters."""
-        self._entered = dict.fromkeys(self.explored, 0)
-        self._grown_before, self._grown, self._survived = self._grown, {}, {}
+        self._grown_before, self._entered, self._grown, self._survived = self._grown, {}, {}, {}
 
     def note(self, name: str, before: Tensor, after: Tensor) -> None:
         """Take in an update of one layer: its mask before and after, equal where it did not move."""
@@ -49,7 +49,7 @@ class Exploration:
             self._grown[name] = entered
         if (grown := self._grown_before.pop(name, None)) is not None:
             grown = grown.to(after.device)
-            self._survived[name] = torch.stack([(grown & after).count_nonzero(), grown.count_nonzero()])
+            self._survived[name] = torch.stack([active_in(grown & after), active_in(grown)])
 
     def rate(self) -> float:
         """Return R_s."""
@@ -58,9 +58,7 @@ class Exploration:
 
     def entered(self) -> dict[str, int]:
         """Return by layer how many weights entered its mask at the last update; {} before there was one."""
-        counts = {name: self._entered.get(name, 0) for name in self.explored} if self._entered else {}
-        new = fetched({name: count for name, count in counts.items() if isinstance(count, Tensor)})
-        return {name: new[name] if isinstance(count, Tensor) else count for name, count in counts.items()}
+        return dict.fromkeys(self.explored, 0) | fetched(self._entered) if self._entered else {}
 
     def survival_rates(self) -> dict[str, float]:
         """Return by layer what share of the weights grown at the last update but one survived the last, in [0, 1].
@@ -96,7 +94,7 @@ class Exploration:
             raise ValueError(f"the state was saved for other masks; different are: {', '.join(differing)}")
         for name, explored in self.explored.items():
             explored.copy_(state["explored"][name])
-        self._entered = dict(state.get("entered", {}))
+        self._entered = {name: torch.tensor(count) for name, count in state.get("entered", {}).items()}
         if self._counts_survival and "survival" in state:
             self._grown, self._survived = (
                 {n: t.clone() for n, t in state["survival"][key].items()} for key in ("grown", "counts")

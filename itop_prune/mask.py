@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from itop_prune.counting import count_each
 from itop_prune.layer import attach, detach, effective, masked_names, pattern_of, standardizes
 from itop_prune.listening import Listener
 from itop_prune.patterns import Pattern, holds
 from itop_prune.selection import kernel_shape, obstacle, unwrap, walk
 from itop_prune.sharding import is_sharded, like, zero_off_mask
-from itop_prune.topology import count_each
 
 
 class ITOP(prune.BasePruningMethod):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from itop_prune import topology
+from itop_prune.counting import fetched
 
 Pattern = tuple[int, int]
 
@@ -129,11 +130,8 @@ def check_held(masks: Mapping[str, Tensor], patterns: Mapping[str, Pattern]) -> 
     Raises:
         ValueError: Some do not, with their names.
     """
-    if not patterns:
-        return
-    device = masks[next(iter(patterns))].device
-    held = torch.stack([holds(masks[name], *pattern).to(device) for name, pattern in patterns.items()]).tolist()
-    if odd := [f"{name} ({n}:{m})" for (name, (n, m)), whole in zip(patterns.items(), held, strict=True) if not whole]:
+    held = fetched({name: holds(masks[name], *pattern) for name, pattern in patterns.items()})
+    if odd := [f"{name} ({n}:{m})" for name, (n, m) in patterns.items() if not held[name]]:
         raise ValueError(
             f"the masks of {', '.join(odd)} do not hold their patterns, and something else has written into them; load "
             "the masks again, or call itop_prune.remove and itop_prune.apply"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from itop_prune import topology
+from itop_prune.counting import active_in
 from itop_prune.menu import listed
 from itop_prune.sharding import BITS, is_sharded, local, whole
 
@@ -57,8 +58,7 @@ def examine(
     device = next(iter(masks.values())).device
 
     def largest(tensors: Mapping[str, Tensor | None]) -> Tensor:
-        parts = {name: local(tensor) for name, tensor in tensors.items() if tensor is not None}
-        parts = {name: part for name, part in parts.items() if part.numel()}
+        parts = {n: local(tensor) for n, tensor in tensors.items() if tensor is not None and local(tensor).numel()}
         sizes = dict(zip(parts, _largest(list(parts.values())), strict=True))
         nothing = torch.zeros((), device=device)
         return torch.stack([sizes.get(name, nothing).to(device, torch.float32) for name in tensors])
@@ -66,7 +66,7 @@ def examine(
     stepped, heard = largest(sparse), largest(gradients)
     finite = torch.stack([stepped, largest(parameters), heard]).isfinite().all()
     present = torch.tensor([gradients[name] is not None for name in masks]).to(device, non_blocking=True)
-    active = torch.stack([topology.active_in(mask).to(device) for mask in masks.values()])
+    active = torch.stack([active_in(mask).to(device) for mask in masks.values()])
     report = torch.cat([~finite.view(1), (stepped != 0).any().view(1), heard != 0, present, active])
     if world_size() > 1:
         distributed.all_reduce(report, distributed.ReduceOp.MAX)

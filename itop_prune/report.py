@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from itop_prune.cost import FLOPs, flops
+from itop_prune.counting import count_each
 from itop_prune.mask import active_weights, find_masks
 from itop_prune.selection import refuse_deployed, unwrap, walk
-from itop_prune.topology import count_each
 
 
 @dataclass(frozen=True)

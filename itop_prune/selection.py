@@ -198,9 +198,8 @@ def _held_again(layer: nn.Module, tensor: str) -> str:
     """Return where a layer has its parameter besides its name: an attribute that holds it, or code that asks for it."""
     parameter = layer._parameters[tensor]
     for attribute, value in vars(layer).items():
-        if attribute not in OF_EVERY_MODULE and _contains(value, parameter):
-            if attribute == "_flat_weights" and isinstance(layer, nn.RNNBase):
-                continue  # the masked layer replaces it
+        lists_it = attribute == "_flat_weights" and isinstance(layer, nn.RNNBase)  # which the masked layer replaces
+        if attribute not in OF_EVERY_MODULE and not lists_it and _contains(value, parameter):
             return f"from its {attribute}"
     return _asks_for(type(layer), tensor)  # type: ignore[arg-type]  # a class can be hashed
 

@@ -3,7 +3,6 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,14 +113,14 @@ def _ranked(values: Tensor, allowed: Tensor, count: int, generator: torch.Genera
     """Return a mask of the `count` largest values in sizes that are known beforehand: nobody has to wait for one.
 
     Values are 1-d, -inf where nothing is allowed, and overwritten: room and operations are what a GPU takes time for.
+    Of half types ties are drawn in float32: they have few numbers themselves.
     """
     threshold = values.topk(count, sorted=False).values.amin()  # NaN is above all, and makes this NaN
     above, level = values > threshold, (values == threshold) & allowed
     if generator is None:
         draws = 2.0 - torch.arange(len(values), dtype=torch.float64, device=values.device) / len(values)
     else:
-        draws = values.to(torch.promote_types(values.dtype, torch.float32))  # half types have few numbers to draw
-        draws = draws.uniform_(1.0, 2.0, generator=generator)
+        draws = values.to(torch.promote_types(values.dtype, torch.float32)).uniform_(1.0, 2.0, generator=generator)
     top = draws.mul_(level).masked_fill_(above, 3.0).topk(count, sorted=False)
     return torch.zeros_like(allowed).scatter_(0, top.indices, top.values >= 1.0)
 
@@ -194,36 +193,6 @@ def _whole(chosen: Tensor, count: int) -> Tensor:
     if chosen.count_nonzero() != count:
         raise NaNScores(NAN)
     return chosen
-
-
-def count_each(masks: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return how many positions of each mask are active; the host waits for the device once.
-
-    >>> count_each({"a": torch.tensor([True, False]), "b": torch.tensor([False])})
-    {'a': 1, 'b': 0}
-    """
-    return fetched({name: active_in(mask) for name, mask in masks.items()})
-
-
-def active_in(mask: Tensor) -> Tensor:
-    """Return how many positions are active, on the mask's device: elsewhere than on a CPU a sum is one kernel less.
-
-    >>> active_in(torch.tensor([[True, False], [True, True]]))
-    tensor(3)
-    """
-    return mask.count_nonzero() if mask.device.type in ANSWERS_AT_ONCE else mask.sum()
-
-
-def fetched(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the values of tensors of one shape, wherever they lie; the host waits for the device once.
-
-    >>> fetched({"a": torch.tensor([1, 2]), "b": torch.tensor([3, 4])})
-    {'a': [1, 2], 'b': [3, 4]}
-    """
-    if not tensors:
-        return {}
-    device = next(iter(tensors.values())).device
-    return dict(zip(tensors, torch.stack([tensor.to(device) for tensor in tensors.values()]).tolist(), strict=True))
 
 
 def shares_of_best(scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from itop_prune import budget, criteria, patterns, redistribution, topology
+from itop_prune.counting import active_in, count_each, fetched
 from itop_prune.criteria import Criterion
 from itop_prune.gradients import DenseGradients
 from itop_prune.mask import ITOP
@@ -105,7 +106,7 @@ class Layer:
     def statistic(self, name: str) -> Tensor:
         """Return the mean size of the active weights or of their momentum; 0 where none is active."""
         sizes = whole(self.itop.weight).float() if name == "magnitude" else self.dense.momentum(self.name)
-        return (sizes * self.itop.mask).abs().sum() / self.itop.mask.count_nonzero().clamp(min=1)
+        return (sizes * self.itop.mask).abs().sum() / active_in(self.itop.mask).clamp(min=1)
 
 
 def counts(
@@ -157,7 +158,7 @@ def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> Tensor:
         role, ties = rules.grow, layer.generator("ties")
         if layer.itop.pattern is not None:
             grown = patterns.grow_in_groups(kept, layer.scores(rules.grow, kept), *layer.itop.pattern, ties)
-            too_many = kept.count_nonzero() + leaving != mask.count_nonzero()
+            too_many = active_in(kept) + leaving != active_in(mask)
             return grown | too_many  # groups that lost nothing grow nothing: the count would not tell
         return kept ^ topology.select(layer.scores(rules.grow, kept), ~kept, entering, ties)
     except topology.NaNScores:
@@ -170,7 +171,7 @@ def check_counts(rules: Rules, masks: Mapping[str, Tensor], expected: budget.Cou
     Raises:
         ValueError: One has not: its scores were NaN.
     """
-    for name, seen in topology.count_each(masks).items():
+    for name, seen in count_each(masks).items():
         if seen != (count := expected[name]):  # more, where none was chosen to leave
             raise ValueError(_gave_nan(rules.prune if seen > count else rules.grow, name))
 
@@ -223,8 +224,7 @@ def _statistics(redistribute: Asked, layers: Mapping[str, Layer], **offered: Any
     """
     for need in redistribute.needs:
         if need not in offered:
-            found = [layer.statistic(need).cpu() for layer in layers.values()]
-            offered[need] = dict(zip(layers, torch.stack(found).tolist(), strict=True))
+            offered[need] = fetched({name: layer.statistic(need) for name, layer in layers.items()})
     raw = redistribute.function(**{need: offered[need] for need in redistribute.needs})
     if not isinstance(raw, Mapping) or (wrong := {n: raw.get(n) for n in layers if not _is_size(raw.get(n))}):
         raise ValueError(

@@ -171,19 +171,17 @@ def step(settings: Settings) -> Iterator[Measured]:
     """A training step without an update, masked against dense; on a GPU also compiled, and an update against a step."""
     gpu = settings.device.type == "cuda"
     for name, (shape, target, steps) in list(steps_on(settings.device).items())[: 1 if settings.quick else None]:
-        title = f"{name}, batch {shape[0]}, {shape[-1]} px"
         for compiled in (False, True) if gpu and not settings.quick else (False,):
-            masked, dense = (
+            title = f"{name}, batch {shape[0]}, {shape[-1]} px{', compiled' if compiled else ''}"
+            training = (
                 Training(timm.create_model(name, num_classes=10), shape, sparsity, settings, compiled)
                 for sparsity in (0.9, None)
             )
-            take = masked.take, dense.take
-            measured = Measured(f"training step, {title}{', compiled' if compiled else ''}", target)
-            yield measured.take(settings.rounds(15), *(functools.partial(one, steps) for one in take))
+            masked, dense = (functools.partial(one.take, steps) for one in training)
+            yield Measured(f"training step, {title}", target).take(settings.rounds(15), masked, dense)
             if gpu:
                 ready = Updating(timm.create_model(name), 0.9, settings.device)
-                measured = Measured(f"update against a step, {title}{', compiled' if compiled else ''}", 1.0)
-                yield measured.take(settings.rounds(15), ready.update, functools.partial(masked.take, steps))
+                yield Measured(f"update against a step, {title}", 1.0).take(settings.rounds(15), ready.update, masked)
 
 
 def profile(settings: Settings) -> Iterator[tuple[str, list[str]]]:

@@ -16,9 +16,9 @@ from metrics import Metrics
 from torch import nn
 
 import itop_prune
+from itop_prune.counting import count_each
 from itop_prune.mask import active_weights
 from itop_prune.selection import walk
-from itop_prune.topology import count_each
 
 PACKAGES = ("torch", "timm", "accelerate", "torchvision")
 

@@ -167,11 +167,11 @@ def _seconds(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, choices:
             function = functools.partial(_made(layer, kernel).forward, *inputs)
             if difference(function(), output) <= _tolerance(output):
                 functions[kernel] = function
-    in_all = functools.partial(in_turns, of=min, wait=_wait_for(layer), in_a_row=IN_A_ROW if output.is_cuda else 1)
+    timed = functools.partial(in_turns, of=min, wait=_wait_for(layer), in_a_row=IN_A_ROW if output.is_cuda else 1)
     if "dense" in choices:
-        first = in_all(functions, at_least=2, within=0.0)
+        first = timed(functions, at_least=2, within=0.0)
         functions = {name: call for name, call in functions.items() if first[name] <= HOPELESS * first["dense"]}
-    return in_all(functions, at_least=7, within=0.05)
+    return timed(functions, at_least=7, within=0.05)
 
 
 def _made(layer: nn.Module, kernel: str) -> Any:
