@@ -18,6 +18,7 @@ from itop_prune.inference.kernels import KERNELS
 from itop_prune.inference.semi_structured import semi_structured
 from itop_prune.inference.sparse_layers import SparseLinear, obstacle, replace, sparse
 from itop_prune.inference.speed import Choice, Report, copied, difference, in_turns, tensors_in
+from itop_prune.inference.straight import StraightLine
 from itop_prune.mask import find_masks, remove
 from itop_prune.menu import nearest
 from itop_prune.selection import unwrap
@@ -29,7 +30,8 @@ CLEARLY = 1.05
 """How many times as fast as its dense layer another one must be to take its place."""
 HOPELESS = 3.0
 """What takes so many times as long in its first calls is not measured closer."""
-
+SMALL = 1e-3
+"""Masked layers that take fewer seconds together are worth straight-line code between them."""
 IN_A_ROW = 8
 """How many calls of a layer a GPU is given at a time, as in a model, where it computes while the host goes on."""
 
@@ -40,7 +42,8 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
     A linear layer or a convolution stays dense unless a kernel for sparse weights is clearly faster on the inputs that
     the layer has here, and the whole model stays dense unless it is faster in the end. What no kernel here can do stays
     dense too: grouped, transposed and weight-standardised convolutions, recurrent layers, layers whose weight is read
-    by what holds them, classes of their own, other types than float32 on a CPU.
+    by what holds them, classes of their own, other types than float32 on a CPU. A small model takes inputs like the
+    example through straight-line code, where it allows that.
 
     The kernels are "csr" and "embedding_bag", for masks of any kind, and "semi_structured", for linear layers of the
     pattern 2:4 in a half type on a GPU.
@@ -83,6 +86,7 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
             if row.kernel != "dense":
                 replace(layer, _made(layer, row.kernel))
         _keep_transposed(deployed, arguments)
+        straight = _straighten(deployed, arguments, rows)
         apart = difference(found := deployed(*copied(arguments)), expected)
         arguments = copied(arguments)  # a forward may write into them
         models = {"dense": lambda: dense(*arguments), "deployed": lambda: deployed(*arguments)}
@@ -97,10 +101,10 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
     elif "dense" in choices and seconds["deployed"] > seconds["dense"]:
         fallback = f"all of it dense: it would take {1e3 * seconds['deployed']:.3f} ms"
     if fallback:
-        deployed, apart, seconds["deployed"] = dense, 0.0, seconds["dense"]
+        deployed, apart, straight, seconds["deployed"] = dense, 0.0, False, seconds["dense"]
         rows = [dataclasses.replace(row, kernel="dense", seconds=row.dense_seconds) for row in rows]
     shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(arguments))
-    whole = (seconds["dense"], seconds["deployed"], apart, fallback)
+    whole = (seconds["dense"], seconds["deployed"], apart, fallback, straight)
     deployed.report = Report(tuple(rows), shapes, torch.get_num_threads(), *whole)  # type: ignore[assignment]
     return deployed
 
@@ -197,6 +201,19 @@ def _wait_for(model: nn.Module) -> Callable[[], object]:
     """Return what waits until the device of a model has done all that it was asked for."""
     device = next(itertools.chain(model.parameters(), model.buffers())).device
     return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+
+
+def _straighten(model: nn.Module, arguments: tuple[Any, ...], rows: Sequence[Choice]) -> bool:
+    """Give a small model with sparse layers a forward in straight-line code, and return whether that is possible."""
+    small = sum(row.seconds for row in rows) <= SMALL and any(row.kernel != "dense" for row in rows)
+    x = arguments[0]
+    if not small or len(arguments) > 1 or not isinstance(x, Tensor) or x.is_cuda or not x.is_floating_point():
+        return False
+    line = StraightLine(model, x.shape, x.dtype)
+    possible = "forward" not in vars(model) and line.make()
+    if possible:
+        model.forward = line
+    return possible
 
 
 def _keep_transposed(model: nn.Module, arguments: tuple[Any, ...]) -> None:
