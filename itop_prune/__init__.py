@@ -4,9 +4,18 @@
 plain numbers: see `itop_prune.criteria`, `.distributions`, `.redistribution`, `.saliency`, `.schedules` and, for the
 algorithm itself, `.topology`, and `.patterns` for N:M.
 
-To read the code, begin with five files: `topology` (the algorithm), `layer` and `mask` (where it acts), `update` (what
-happens at one) and `scheduler` (when). The menus above are lists of small functions, read as they are needed; all else
-is checks and ranks. What comes before and after training lies in folders that no training step needs: `files` and
+To read the code in a quarter of an hour:
+
+- `topology`: `prune_and_regrow`, the algorithm.
+- `layer`: from `effective` to `detach`, a weight that is mask times parameter.
+- `mask`: `ITOP` down to `weight`, where it acts.
+- `listening`: `Listener`, the dense gradient beside the sparse `.grad`.
+- `update`: `counts` and `exchange`, how many weights leave and enter a layer, and which.
+- `scheduler`: `step`, `_update` and `_move`, when, and what becomes of weights and optimizer statistics.
+
+What else is in these files serves that. The menus above are lists of small functions, read as they are needed. Of the
+other modules `placement` draws the first masks, `budget` and `density` count, `ranks` keeps processes alike, and most
+check what they are given. What comes before and after training lies in folders that no training step needs: `files` and
 `inference`.
 """
 
@@ -57,7 +66,7 @@ LATER = {
     "deploy": "inference.deployment",
     "save": "files.compact",
 }
-"""What no training step needs, by its module; imported when it is asked for, since it is a third of all the time."""
+"""What no training step needs, by its module; imported when it is asked for: that is a third of the import's time."""
 
 
 def __getattr__(name: str) -> Any:

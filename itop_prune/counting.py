@@ -1,12 +1,14 @@
 """Numbers of many tensors, for which the host waits once: how many weights are active in each mask, and others."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from itop_prune import topology
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def active_in(mask: Tensor) -> Tensor:
@@ -27,7 +29,7 @@ def count_each(masks: Mapping[str, Tensor]) -> dict[str, int]:
     return fetched({name: active_in(mask) for name, mask in masks.items()})
 
 
-def fetched(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def fetched(tensors: Mapping[Key, Tensor]) -> dict[Key, Any]:
     """Return the values of tensors of one shape, wherever they lie; the host waits for the device once.
 
     >>> fetched({"a": torch.tensor([1, 2]), "b": torch.tensor([3, 4])})

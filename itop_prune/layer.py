@@ -3,7 +3,7 @@
 Torch's own pruning hook writes `layer.weight` as a plain attribute before the layer's forward. What reads the weight
 without calling the layer (a parent, an export, a copy, `.to(dtype)`) then sees an old tensor or none. A property has
 no such moment. It has to live on a class, so the layer gets a subclass of its own class, with the same name, and gives
-it back when the mask is removed. Nothing else in the package knows about this.
+it back when the mask is removed: `attach` and `detach`.
 
 Some layers compute another weight from theirs. Weight standardisation subtracts the mean of each filter, which would
 make every zero of a masked filter something else. Such a layer is given filters that are centred over their active
@@ -59,6 +59,35 @@ def _centre(tensor: Tensor, mask: Tensor) -> Tensor:
     return (tensor - total / mask.sum(inner, keepdim=True).clamp(min=1)).type_as(tensor)
 
 
+def _weight(name: str, centred: bool) -> property:
+    """Return the property that is the effective weight of a layer."""
+    parameter_key, mask_key, listening_key = f"{name}_orig", f"{name}_mask", f"{name}_listening"
+
+    def read(layer: nn.Module) -> Tensor:
+        parameter = getattr(layer, parameter_key)  # whole in a forward; outside of it FSDP2 keeps a part
+        mask = like(getattr(layer, mask_key), parameter)
+        if getattr(layer, listening_key) and _is_own(layer, parameter):
+            return _DenseBackward.apply(parameter, mask, centred)
+        return effective(parameter, mask, centred)
+
+    def write(layer: nn.Module, value: object) -> None:
+        raise RuntimeError(
+            f"{name} of a masked {type(layer).__name__} is mask times {parameter_key} and can't be assigned; "
+            f"write into {parameter_key}, or call itop_prune.remove first"
+        )
+
+    return property(read, write)
+
+
+def _is_own(layer: nn.Module, parameter: Tensor) -> bool:
+    """Return whether it is what the optimizer holds, and no tensor that somebody computes with in its place.
+
+    Only there the gradient is masked when it arrives (`itop_prune.listening`). DataParallel's replicas pass it on to
+    there.
+    """
+    return isinstance(parameter, nn.Parameter) or hasattr(layer, "_is_replica")
+
+
 class _DenseBackward(torch.autograd.Function):
     """The effective weight, whose backward passes the gradient of every position, active or not."""
 
@@ -76,106 +105,20 @@ class _DenseBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _centre(gradient, *ctx.saved_tensors) if ctx.centred else gradient, None, None
+        dense = _centre(gradient, *ctx.saved_tensors) if ctx.centred else gradient
+        return dense, None, None
 
 
-def _weight(name: str, centred: bool) -> property:
-    parameter, mask, listening = f"{name}_orig", f"{name}_mask", f"{name}_listening"
+def pass_dense_gradient(layer: nn.Module, name: str, on: bool) -> None:
+    """Let the backward through `name` pass the dense gradient, or the masked one again.
 
-    def read(layer: nn.Module) -> Tensor:
-        present = getattr(layer, parameter)  # whole in a forward; outside of it FSDP2 keeps a part
-        active = like(getattr(layer, mask), present)
-        if getattr(layer, listening) and _is_own(layer, present):
-            return _DenseBackward.apply(present, active, centred)
-        return effective(present, active, centred)
-
-    def write(layer: nn.Module, value: object) -> None:
-        raise RuntimeError(
-            f"{name} of a masked {type(layer).__name__} is mask times {name}_orig and can't be assigned; "
-            f"write into {parameter}, or call itop_prune.remove first"
-        )
-
-    return property(read, write)
-
-
-def _is_own(layer: nn.Module, parameter: Tensor) -> bool:
-    """Return whether it is what the optimizer holds, and no tensor that somebody computes with in its place.
-
-    Only there the gradient is masked when it arrives (`itop_prune.listening`). The copies of DataParallel lead there.
+    The switch is an instance attribute over a class default, and is taken away again: torch.compile guards on it, and
+    finds the state of before.
     """
-    return isinstance(parameter, nn.Parameter) or hasattr(layer, "_is_replica")
-
-
-class MaskedLayer:
-    """What a masked layer does otherwise than its class. Mixed in before that class, never instantiated."""
-
-    masked_class: Any
-    masked_names: tuple[str, ...]
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Answer `layer.weight = nn.Parameter(...)` as the property does: it can't be assigned."""
-        if name in self.masked_names:
-            object.__setattr__(self, name, param)  # the property: nn.Module would come back here
-        super().register_parameter(name, param)  # type: ignore[misc]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if odd := [n for n in self.masked_names if breaks_pattern(self, n, state_dict.get(f"{prefix}{n}_mask"))]:  # type: ignore[arg-type]
-            args[-1].append(f"{prefix}({', '.join(odd)}): {BROKEN}")  # the messages that load_state_dict raises with
-            return
-        filled = {n for n in self.masked_names if state_dict.get(f"{prefix}{n}_mask") is getattr(self, f"{n}_mask")}
-        for name in self.masked_names:
-            weight, parameter, mask = (prefix + name + ending for ending in ("", "_orig", "_mask"))
-            if mask in state_dict:  # torch's own pruning keeps float masks
-                state_dict[mask] = state_dict[mask].bool()
-                self.__dict__.pop(f"{name}_planned", None)
-            if weight in state_dict:  # of a dense model: the present mask stays
-                state_dict[parameter] = state_dict.pop(weight)
-                state_dict.setdefault(mask, getattr(self, name + "_mask"))
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
-        for name in self.masked_names:
-            if name not in filled:  # whoever gives the layer its own mask has written weight and mask in place
-                zero_off_mask(getattr(self, name + "_orig"), getattr(self, name + "_mask"))
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        reduced: Any = super().__reduce_ex__(protocol)
-        _, _, state, *rest = reduced
-        switches = {f"{name}_listening" for name in self.masked_names}
-        state = {key: value for key, value in state.items() if key not in switches}
-        return _rebuild, (self.masked_class, self.masked_names), state, *rest
-
-
-@functools.cache
-def _subclass(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    body: dict[str, Any] = {"masked_class": base, "masked_names": names, "__doc__": base.__doc__}
-    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    if issubclass(base, nn.RNNBase):  # it reads its tensors from a list of its own
-        body["_flat_weights"] = property(_tensors_in_order, lambda layer, tensors: None)
-        body |= {"_weights_have_changed": lambda layer: False, "flatten_parameters": lambda layer: None}
-    for name in names:
-        body |= {name: _weight(name, standardizes(base)), f"{name}_listening": False, f"{name}_planned": None}
-        body[f"{name}_pattern"] = None
-    return type(base.__name__, (MaskedLayer, base), body)
-
-
-def _tensors_in_order(layer: Any) -> list[Tensor | None]:
-    return [getattr(layer, name, None) for name in layer._flat_weights_names]
-
-
-def _rebuild(base: Any, names: tuple[str, ...]) -> nn.Module:
-    cls = _subclass(base, names)
-    return cls.__new__(cls)
-
-
-def _rename(parameters: dict[str, Any], old: str, new: str) -> None:
-    """Rename a key in place: the order of a model's parameters is the order of the optimizer's."""
-    items = [(new if key == old else key, value) for key, value in parameters.items()]
-    parameters.clear()
-    parameters.update(items)
-
-
-def masked_names(layer: nn.Module) -> tuple[str, ...]:
-    """Return the names of the layer's masked parameters, () for any other module."""
-    return layer.masked_names if isinstance(layer, MaskedLayer) else ()
+    if on:
+        setattr(layer, f"{name}_listening", True)
+    else:
+        layer.__dict__.pop(f"{name}_listening", None)
 
 
 def attach(layer: nn.Module, name: str, mask: Tensor) -> None:
@@ -204,6 +147,81 @@ def detach(layer: Any, name: str) -> None:
         layer._init_flat_weights()
 
 
+def _rename(parameters: dict[str, Any], old: str, new: str) -> None:
+    """Rename a key in place: the order of a model's parameters is the order of the optimizer's."""
+    items = [(new if key == old else key, value) for key, value in parameters.items()]
+    parameters.clear()
+    parameters.update(items)
+
+
+def masked_names(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of the layer's masked parameters, () for any other module."""
+    return layer.masked_names if isinstance(layer, MaskedLayer) else ()
+
+
+@functools.cache
+def _subclass(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    body: dict[str, Any] = {"masked_class": base, "masked_names": names, "__doc__": base.__doc__}
+    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    if issubclass(base, nn.RNNBase):  # it reads its tensors from a list of its own
+        body["_flat_weights"] = property(_tensors_in_order, lambda layer, tensors: None)
+        body |= {"_weights_have_changed": lambda layer: False, "flatten_parameters": lambda layer: None}
+    for name in names:
+        body[name] = _weight(name, standardizes(base))
+        body[f"{name}_listening"] = False  # whether the backward passes the dense gradient
+        body[f"{name}_pattern"] = None  # N and M of an N:M pattern
+        body[f"{name}_planned"] = None  # the count of a mask that was made on the meta device
+    return type(base.__name__, (MaskedLayer, base), body)
+
+
+def _tensors_in_order(layer: Any) -> list[Tensor | None]:
+    return [getattr(layer, name, None) for name in layer._flat_weights_names]
+
+
+class MaskedLayer:
+    """What a masked layer does otherwise than its class. Mixed in before that class, never instantiated."""
+
+    masked_class: Any
+    masked_names: tuple[str, ...]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Answer `layer.weight = nn.Parameter(...)` as the property does: it can't be assigned."""
+        if name in self.masked_names:
+            object.__setattr__(self, name, param)  # the property's setter, which raises; nn.Module would come back here
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load as the layer's class does, and also a dense weight (the mask stays) and torch pruning's float masks."""
+        if odd := [n for n in self.masked_names if breaks_pattern(self, n, state_dict.get(f"{prefix}{n}_mask"))]:  # type: ignore[arg-type]
+            args[-1].append(f"{prefix}({', '.join(odd)}): {BROKEN}")  # the messages that load_state_dict raises with
+            return
+        filled = {n for n in self.masked_names if state_dict.get(f"{prefix}{n}_mask") is getattr(self, f"{n}_mask")}
+        for name in self.masked_names:
+            weight, parameter, mask = (prefix + name + ending for ending in ("", "_orig", "_mask"))
+            if mask in state_dict:  # torch's own pruning keeps float masks
+                state_dict[mask] = state_dict[mask].bool()
+                self.__dict__.pop(f"{name}_planned", None)
+            if weight in state_dict:  # of a dense model: the present mask stays
+                state_dict[parameter] = state_dict.pop(weight)
+                state_dict.setdefault(mask, getattr(self, name + "_mask"))
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        for name in self.masked_names:
+            if name not in filled:  # whoever gives the layer its own mask has written weight and mask in place
+                zero_off_mask(getattr(self, name + "_orig"), getattr(self, name + "_mask"))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *rest = reduced
+        switches = {f"{name}_listening" for name in self.masked_names}
+        state = {key: value for key, value in state.items() if key not in switches}
+        return _rebuild, (self.masked_class, self.masked_names), state, *rest
+
+
+def _rebuild(base: Any, names: tuple[str, ...]) -> nn.Module:
+    cls = _subclass(base, names)
+    return cls.__new__(cls)
+
+
 BROKEN = (
     "the mask in the source does not hold the N:M pattern of the model's; load masks of that pattern, or load into a "
     "model whose masks have none"
@@ -221,15 +239,3 @@ def breaks_pattern(layer: nn.Module, name: str, mask: object) -> bool:
     if pattern is None or not isinstance(mask, Tensor) or mask.is_meta or mask.shape != present.shape:
         return False
     return not holds(mask.bool(), *pattern)
-
-
-def pass_dense_gradient(layer: nn.Module, name: str, on: bool) -> None:
-    """Let the backward through `name` pass the dense gradient, or the masked one again.
-
-    The switch is an instance attribute over a class default, and is taken away again: torch.compile guards on it, and
-    finds the state of before.
-    """
-    if on:
-        setattr(layer, f"{name}_listening", True)
-    else:
-        layer.__dict__.pop(f"{name}_listening", None)

@@ -6,20 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from itop_prune import ranks
 from itop_prune.counting import count_each
-from itop_prune.layer import attach, detach, effective, masked_names, pattern_of, standardizes
+from itop_prune.layer import attach, detach, effective, pattern_of, standardizes
 from itop_prune.listening import Listener
 from itop_prune.patterns import Pattern, holds
-from itop_prune.selection import kernel_shape, obstacle, unwrap, walk
+from itop_prune.selection import kernel_shape, obstacle, walk
 from itop_prune.sharding import is_sharded, like, zero_off_mask
 
 
 class ITOP(prune.BasePruningMethod):
     """One mask on one parameter of one layer; the layer's registered forward pre-hook, as torch's pruning wants it.
 
-    The layer holds the parameter `<name>_orig` and the bool buffer `<name>_mask`, and `layer.<name>` is their product.
-    The hook itself has nothing to do: it is how `torch.nn.utils.prune` recognises the layer, and `prune.remove` undoes
-    it.
+    The layer holds the parameter `<name>_orig` and the bool buffer `<name>_mask`, and `layer.<name>` is the effective
+    weight, their product (see `itop_prune.layer`). The hook itself has nothing to do: by it `torch.nn.utils.prune`
+    recognises the layer, and `prune.remove` undoes it.
     """
 
     PRUNING_TYPE = "unstructured"
@@ -58,7 +59,7 @@ class ITOP(prune.BasePruningMethod):
                 f"the mask of {name}, {tuple(mask.shape)}, does not hold the pattern {n}:{m}; of every {m} along "
                 f"dimension 1 exactly {n} must be True: itop_prune.patterns.best_of_groups makes such a mask"
             )
-        mask = mask.to(parameter.device, torch.bool)  # what can't be had fails before anything is done
+        mask = mask.to(parameter.device, torch.bool)  # this may fail, so it comes before the layer is changed
         itop = cls.place(module, name)
         if pattern is not None:
             setattr(module, f"{name}_pattern", pattern)
@@ -138,7 +139,7 @@ class ITOP(prune.BasePruningMethod):
         return default_mask.bool() & self.mask
 
     def __call__(self, module: nn.Module, inputs: object) -> None:
-        """Do nothing: the layer's property is always current. Masks without positions are not computed with."""
+        """Refuse a mask without positions; otherwise nothing is to be done: the layer's property is always current."""
         if self._planned is not None and not self.mask.is_meta:
             self.check_drawn()
 
@@ -157,7 +158,7 @@ class ITOP(prune.BasePruningMethod):
         detach(module, self._tensor_name)
 
     def keep(self, stayed: Tensor) -> None:
-        """Set the parameter to 0 wherever `stayed` is False.
+        """Set the parameter to 0 wherever `stayed` is False; call it under torch.no_grad().
 
         Filters that the layer standardises are centred over it as well, so that a weight of 0 that grows into them
         is 0 in use.
@@ -167,7 +168,7 @@ class ITOP(prune.BasePruningMethod):
         zero_off_mask(self.parameter, stayed)
 
     def zero_off_mask(self) -> None:
-        """Set the parameter to 0 wherever the mask is False: for a copy that averages weights of before an update."""
+        """Set the parameter to 0 wherever the mask is False: after an update an average still has pruned weights."""
         zero_off_mask(self.parameter, self.mask)
 
     def listen(self) -> None:
@@ -192,8 +193,8 @@ class ITOP(prune.BasePruningMethod):
 
 def active_weights(masks: Mapping[str, ITOP]) -> dict[str, int]:
     """Return `ITOP.active` of each; the host waits for the device once, and not for every mask."""
-    drawn = {name: itop.mask for name, itop in masks.items() if itop._planned is None}
-    return {name: itop._planned or 0 for name, itop in masks.items()} | count_each(drawn)
+    counted = count_each({name: itop.mask for name, itop in masks.items() if itop._planned is None})
+    return {name: counted[name] if itop._planned is None else itop._planned for name, itop in masks.items()}
 
 
 def find_masks(model: nn.Module) -> dict[str, ITOP]:
@@ -213,17 +214,4 @@ def remove(model: nn.Module) -> None:
     """
     for itop in find_masks(model).values():
         prune.remove(itop._layer, itop._tensor_name)
-    leave_out_of_ddp(model)
-
-
-def leave_out_of_ddp(model: nn.Module) -> None:
-    """Tell DistributedDataParallel not to send the masks around with every forward: they are equal on all ranks."""
-    model, key = unwrap(model), "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
-    layers = model.named_modules()
-    names = {f"{prefix}.{name}_mask".lstrip(".") for prefix, layer in layers for name in masked_names(layer)}
-    if others := set(getattr(model, key, ())):
-        names |= others & {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    if names:
-        setattr(model, key, sorted(names))
-    elif hasattr(model, key):
-        delattr(model, key)
+    ranks.leave_out_of_ddp(model)

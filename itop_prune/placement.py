@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from itop_prune import distributions, patterns, ranks, saliency, topology
 from itop_prune.distributions import Distribution
 from itop_prune.layer import effective, standardizes
-from itop_prune.mask import ITOP, leave_out_of_ddp
+from itop_prune.mask import ITOP
 from itop_prune.menu import choose, nearest
 from itop_prune.patterns import Pattern
 from itop_prune.selection import Place, indivisible, kernel_shape, matching, select
@@ -108,7 +108,7 @@ def apply(
     for name, (layer, tensor) in selected.items():
         if applied[name].mask.is_meta:
             setattr(layer, f"{tensor}_planned", counts[name])
-    leave_out_of_ddp(model)
+    ranks.leave_out_of_ddp(model)
     if scores != "random" or ranked:
         ranks.check_equal_masks({name: itop.mask for name, itop in applied.items()})
     return applied

@@ -9,7 +9,9 @@ from torch import Tensor, distributed, nn
 
 from itop_prune import topology
 from itop_prune.counting import active_in
+from itop_prune.layer import masked_names
 from itop_prune.menu import listed
+from itop_prune.selection import unwrap
 from itop_prune.sharding import BITS, is_sharded, local, whole
 
 
@@ -146,3 +148,16 @@ def mean(gradient: Tensor | None, mask: Tensor) -> Tensor:
         distributed.all_reduce(gradient)
         gradient /= world_size()
     return gradient
+
+
+def leave_out_of_ddp(model: nn.Module) -> None:
+    """Tell DistributedDataParallel not to send the masks around with every forward: they are equal on all ranks."""
+    model, key = unwrap(model), "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
+    layers = model.named_modules()
+    names = {f"{prefix}.{name}_mask".lstrip(".") for prefix, layer in layers for name in masked_names(layer)}
+    if others := set(getattr(model, key, ())):
+        names |= others & {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # no removed masks
+    if names:
+        setattr(model, key, sorted(names))
+    elif hasattr(model, key):
+        delattr(model, key)

@@ -1,4 +1,7 @@
-"""When masks move: `MaskScheduler` counts optimizer steps, prunes and regrows when it is time, and knows R_s."""
+"""When masks move: `MaskScheduler` counts optimizer steps, prunes and regrows when it is time, and measures R_s.
+
+`step` says when, `_update` what happens then, `_move` what it does to weights and optimizer statistics.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -37,9 +40,10 @@ class MaskScheduler:
     """Moves masks while training: call `step()` once after every optimizer step, before gradients are cleared.
 
     Every `every` steps, in each layer, the `ceil(rate * active)` weights that `prune` scores lowest leave the mask and
-    as many enter it that `grow` scores highest. Weights that enter start at 0, and so does every optimizer statistic
-    of theirs. A weight just pruned may grow again at once (as in the ITOP authors' code and RigL's) and was never out
-    then. The count is rounded up (RigL's code rounds it down), and an update at the very step of `stop` is made.
+    as many enter it that `grow` scores highest; while the density falls, more leave than enter. Weights that enter
+    start at 0, and so does every optimizer statistic of theirs. A weight just pruned may grow again at once (as in the
+    ITOP authors' code and RigL's) and was never out then. The count is rounded up (RigL's code rounds it down), and an
+    update at the very step of `stop` is made. A layer without a gradient at an update stays as it is.
 
     The rate falls as `min_rate + (rate - min_rate) * schedule(min(1, step / (stop * total_steps)))`, step counted from
     1. With `final_sparsity` the density goes from what it is to that, as `density` says, exact at the last update.
@@ -70,8 +74,7 @@ class MaskScheduler:
         floor: With the scope "global", the least density of a layer, in [0, 1). One weight stays in any case; a layer
             that is down to it seldom comes back.
         density: How the density goes to the last one: "cubic", "alternating" or another schedule.
-        final_sparsity: Share of zeros after the last update, in [0, 1), over all masks passed; None: as it is. A layer
-            without a gradient at an update stays as it is.
+        final_sparsity: Share of zeros after the last update, in [0, 1), over all masks passed; None: as it is.
         final_method: How the last active weights are shared out with the scope "layer": a key of
             `itop_prune.distributions.DISTRIBUTIONS` or a function `(shapes, density) -> densities`.
         gradient_steps: Over how many steps `grad` is summed up, those before an update; 1 to `every`.
@@ -155,7 +158,7 @@ class MaskScheduler:
         self.updates = self.skipped = 0
         self._dense = DenseGradients(self._masks, self._rules.needs, gradient_steps, every)
         self._exploration = Exploration(self._masks, survival)
-        self._without_gradient = set(self._movable())
+        self._without_gradient = set(self._movable())  # names of those that had none since the last update
         self._notices = Notices()
         self._prepare_next_step()
 
@@ -205,19 +208,22 @@ class MaskScheduler:
         """Count one optimizer step, and prune and regrow when it is time.
 
         Call it once for every optimizer step that happened: not in the middle of an accumulation, not where a gradient
-        scaler skipped the step. Past the last update it does nothing.
+        scaler skipped the step. Past the last update it counts on, and no mask moves.
 
         Returns:
             True when an update was made.
 
         Raises:
-            RuntimeError: There are no gradients: they were cleared before.
+            RuntimeError: No masked parameter has a gradient at the first step or a due one: they were cleared before;
+                a criterion failed, or ranks have diverged.
             ValueError: A criterion or redistribution gave something else than numbers, or the masked parameters are no
-                longer those that the optimizer holds.
+                longer those that the optimizer holds. Some masks may have moved when a criterion raises or gives NaN:
+                go back to a checkpoint.
         """
         self._step += 1
         self._due = self._due or self._step in self.update_steps()
-        if not (self._due or self._dense.listens or self._without_gradient or self._step == 1):
+        looks_at_gradients = self._due or self._dense.listens or self._without_gradient or self._step == 1
+        if not looks_at_gradients:
             self._prepare_next_step()
             return False
         masks = self._movable()
@@ -283,7 +289,7 @@ class MaskScheduler:
         """Listen for the dense gradient while the next step is computed, if an update will ask for it."""
         coming = self._step + 1 if self._due else self._plan.next_update(self._step)
         needed = self._dense.plan_next(None if coming is None else coming - self._step)
-        if needed:  # after a forward FSDP2 shows other parameters, whose gradients are of one rank and micro-batch
+        if needed:  # during a step FSDP2 swaps the parameters, and those have the gradients of one rank alone
             check_holds(self._optimizer, self._movable())
         self._dense.listen(self._movable() if needed else ())
 
@@ -301,18 +307,19 @@ class MaskScheduler:
         active = {name: state.active[name] for name in layers}
         target = self._density.targets(active, self._plan.progress(self._step))
         leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)
-        moved: dict[str, Tensor] = {}
+        written, kept = {}, {}
         self._exploration.begin()
         for name, itop in masks.items():
-            moves = leaving.get(name) or entering.get(name)
-            mask = exchange(self._rules, layers[name], leaving[name], entering[name]) if moves else itop.mask
+            mask, changes = itop.mask, leaving.get(name) or entering.get(name)
+            if changes:
+                mask, kept[name] = exchange(self._rules, layers[name], leaving[name], entering[name])
             self._exploration.note(name, itop.mask, mask)
-            if moves:
+            if changes:
                 self._move(itop, mask)
-                moved[name] = itop.mask
+                written[name] = itop.mask
             self._dense.forget(name)
         self._dense.forget_all()
-        check_counts(self._rules, moved, {name: active[name] - leaving[name] + entering[name] for name in moved})
+        check_counts(self._rules, written, kept, active, leaving, entering)
         self.updates += 1
         self._without_gradient = set(masks)
         return True

@@ -1,4 +1,8 @@
-"""The algorithm: which weights leave a mask and which enter it. Pure tensors in, a new bool mask out."""
+"""The algorithm: which weights leave a mask and which enter it. Pure tensors in, a new bool mask out.
+
+`prune_and_regrow` is all of it. `MaskScheduler` does the same by `select`, which checks nothing, and so never makes the
+host wait for a GPU.
+"""
 
 import hashlib
 import math
@@ -7,122 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-SAMPLE = 1 << 14
-"""Scores looked at to guess how high those are that will be chosen."""
-
-
-NAN = "scores hold NaN, which has no rank; scores must be numbers: look at the criterion"
-
-
-class NaNScores(ValueError):
-    """Scores hold NaN: an error of its own, for those who know whose scores they are."""
-
+from itop_prune.ranking import NAN, NaNScores, narrowed, ranked, top
 
 ANSWERS_AT_ONCE = {"cpu"}
 """Kinds of devices that can be asked for a count in passing; on others the host would wait for all that is queued."""
-
-
-def best(scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return a bool mask of exactly `count` positions: those with the largest scores.
-
-    Positions are chosen by index and never by a threshold, so that ties cannot change the count. Positions that tie for
-    the last places are drawn at random.
-
-    Args:
-        scores: One number per position, of any shape and memory format; NaN is an error.
-        count: How many positions to choose, 0 to `scores.numel()`.
-        generator: Draws among ties, on the device of `scores`; None takes tied positions in index order.
-
-    Raises:
-        ValueError: `count` is out of range, or scores are NaN.
-
-    >>> best(torch.tensor([3.0, 1.0, 2.0, 2.0]), 2)
-    tensor([ True, False,  True, False])
-    """
-    if not 0 <= count <= scores.numel():
-        raise ValueError(f"asked for {count} of {scores.numel()} positions; allowed are 0 to {scores.numel()}")
-    flat = scores.flatten()
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    return chosen.index_fill_(0, _top(flat, count, generator), True).view(scores.shape)
-
-
-def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Return the indices of the `count` largest values, of a 1-d tensor; those that tie for the last places drawn."""
-    if count == 0:
-        return torch.zeros(0, dtype=torch.long, device=values.device)
-    chosen = values.topk(count, sorted=False)
-    threshold = chosen.values.amin()  # NaN is above all, and makes this NaN
-    if threshold.isnan():
-        raise NaNScores(NAN)
-    if (values >= threshold).count_nonzero() == count:
-        return chosen.indices
-    above, tied = ((values > threshold).nonzero().squeeze(1), (values == threshold).nonzero().squeeze(1))
-    if generator is not None:
-        tied = tied[torch.randperm(len(tied), generator=generator, device=values.device)]
-    return torch.cat([above, tied[: count - len(above)]])
-
-
-def _narrowed(scores: Tensor, allowed: Tensor, count: int, smallest: bool) -> tuple[Tensor, Tensor, int]:
-    """Return a mask of what is surely among the `count` best of what is allowed, where the rest is, and its count.
-
-    A sample tells two scores between which the last of the chosen lies. Should it mislead, or be all there is, nothing
-    is sure. Everything is 1-d; NaN is never sure, and always among where the rest is.
-    """
-    stride = len(scores) // SAMPLE | 1
-    if stride > 1:
-        sample, share = scores[::stride][allowed[::stride]], count / len(scores)
-        spread = 4.0 * math.sqrt(len(allowed) / stride * share * (1.0 - share))
-        first, last = math.floor(count / stride - spread), math.ceil(count / stride + spread) + 1
-        if last < len(sample):
-            ranked = sample.topk(last, largest=not smallest).values
-            better, out = (torch.lt, torch.ge) if smallest else (torch.gt, torch.le)
-            sure = allowed & better(scores, ranked[first]) if first > 0 else torch.zeros_like(allowed)
-            places = ((allowed ^ sure) > out(scores, ranked[-1])).nonzero()
-            rest = count - int(sure.count_nonzero())
-            if 0 < rest <= len(places):
-                return sure, places.squeeze(1), rest
-    return torch.zeros_like(allowed), allowed.nonzero().squeeze(1), count
-
-
-def select(
-    scores: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None = None, smallest: bool = False
-) -> Tensor:
-    """Return a bool mask of the `count` allowed positions of the largest scores, or of the smallest.
-
-    It is `prune` and `grow` without their checks: there must be as many. So the host need not wait for the device, and
-    `MaskScheduler` calls this one. Where scores are NaN a device that would have to be asked returns none; one that
-    answers at once raises.
-
-    >>> select(torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([False, True, True, True]), 1)
-    tensor([False,  True, False, False])
-    """
-    if count == 0:
-        return torch.zeros_like(allowed)
-    flat, open_ones = as_numbers(scores.flatten()), allowed.flatten()
-    if flat.device.type not in ANSWERS_AT_ONCE:
-        flat = (-flat if smallest else flat.clone()).masked_fill_(~open_ones, -math.inf)
-        del scores  # where nobody else holds them, they make room
-        return _ranked(flat, open_ones, count, generator).view(allowed.shape)
-    chosen, places, rest = _narrowed(flat, open_ones, count, smallest)
-    values = flat.index_select(0, places)
-    places = places[_top(-values if smallest else values, rest, generator)]
-    return chosen.index_fill_(0, places, True).view(allowed.shape)
-
-
-def _ranked(values: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Return a mask of the `count` largest values in sizes that are known beforehand: nobody has to wait for one.
-
-    Values are 1-d, -inf where nothing is allowed, and overwritten: room and operations are what a GPU takes time for.
-    Of half types ties are drawn in float32: they have few numbers themselves.
-    """
-    threshold = values.topk(count, sorted=False).values.amin()  # NaN is above all, and makes this NaN
-    above, level = values > threshold, (values == threshold) & allowed
-    if generator is None:
-        draws = 2.0 - torch.arange(len(values), dtype=torch.float64, device=values.device) / len(values)
-    else:
-        draws = values.to(torch.promote_types(values.dtype, torch.float32)).uniform_(1.0, 2.0, generator=generator)
-    top = draws.mul_(level).masked_fill_(above, 3.0).topk(count, sorted=False)
-    return torch.zeros_like(allowed).scatter_(0, top.indices, top.values >= 1.0)
 
 
 def prune_and_regrow(
@@ -193,6 +85,55 @@ def _whole(chosen: Tensor, count: int) -> Tensor:
     if chosen.count_nonzero() != count:
         raise NaNScores(NAN)
     return chosen
+
+
+def best(scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Return a bool mask of exactly `count` positions: those with the largest scores.
+
+    Positions are chosen by index and never by a threshold, so that ties cannot change the count. Positions that tie for
+    the last places are drawn at random.
+
+    Args:
+        scores: One number per position, of any shape and memory format; NaN is an error.
+        count: How many positions to choose, 0 to `scores.numel()`.
+        generator: Draws among ties, on the device of `scores`; None takes tied positions in index order.
+
+    Raises:
+        ValueError: `count` is out of range, or scores are NaN.
+
+    >>> best(torch.tensor([3.0, 1.0, 2.0, 2.0]), 2)
+    tensor([ True, False,  True, False])
+    """
+    if not 0 <= count <= scores.numel():
+        raise ValueError(f"asked for {count} of {scores.numel()} positions; allowed are 0 to {scores.numel()}")
+    flat = scores.flatten()
+    chosen = torch.zeros_like(flat, dtype=torch.bool)
+    return chosen.index_fill_(0, top(flat, count, generator), True).view(scores.shape)
+
+
+def select(
+    scores: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None = None, smallest: bool = False
+) -> Tensor:
+    """Return a bool mask of the `count` allowed positions of the largest scores, or of the smallest.
+
+    It is what `prune` and `grow` do, without their checks: at least `count` positions must be allowed. So the host need
+    not wait for the device. Where scores are NaN a CPU raises, and on another device none is chosen.
+
+    >>> select(torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([False, True, True, True]), 1)
+    tensor([False,  True, False, False])
+    """
+    if count == 0:
+        return torch.zeros_like(allowed)
+    flat, open_ones = as_numbers(scores.flatten()), allowed.flatten()
+    if flat.device.type not in ANSWERS_AT_ONCE:
+        closed = ~open_ones
+        flat = (-flat).masked_fill_(closed, -math.inf) if smallest else flat.masked_fill(closed, -math.inf)
+        del scores  # where nobody else holds them, they make room
+        return ranked(flat, open_ones, count, generator).view(allowed.shape)
+    chosen, places, rest = narrowed(flat, open_ones, count, smallest)
+    values = flat.index_select(0, places)
+    places = places[top(-values if smallest else values, rest, generator)]
+    return chosen.index_fill_(0, places, True).view(allowed.shape)
 
 
 def shares_of_best(scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from itop_prune import budget, criteria, patterns, redistribution, topology
-from itop_prune.counting import active_in, count_each, fetched
+from itop_prune.counting import active_in, fetched
 from itop_prune.criteria import Criterion
 from itop_prune.gradients import DenseGradients
 from itop_prune.mask import ITOP
@@ -44,7 +44,7 @@ class Rules:
             raise ValueError(f"floor is {floor!r}; allowed is a number in [0, 1), with scope='global'")
         chosen = None
         if redistribute != "none":
-            menu = {"none": redistribution.nonzeros, **redistribution.REDISTRIBUTIONS}
+            menu = {"none": redistribution.nonzeros, **redistribution.REDISTRIBUTIONS}  # for an error to list "none"
             function = choose(redistribute, menu, "redistribute")
             chosen = Asked(function, needed(function, dict.fromkeys(redistribution.OFFERED), "redistribution"))
         return cls(criteria.find(prune, "prune"), criteria.find(grow, "grow"), chosen, scope == "global", floor)
@@ -114,9 +114,6 @@ def counts(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return how many weights each layer prunes, and how many grow in it.
 
-    Over all layers together the worst leave, and each grows what it lost; where the density is on its way, they are the
-    worst that it lets go, and each layer exchanges its share of what it has left (GraNet's order).
-
     Args:
         rules: Of the run.
         layers: Those that take part, by name.
@@ -126,14 +123,15 @@ def counts(
         moves: Whether the density is on its way to another one.
     """
     weights = {name: layer.itop.mask.numel() for name, layer in layers.items()}
-    leaving = exchanged = budget.to_prune(active, target, weights, rate, spare_dense=rules.redistribute is None)
-    if rules.across_layers and moves:
+    spare_dense = rules.redistribute is None
+    leaving = exchanged = budget.to_prune(active, target, weights, rate, spare_dense)
+    if rules.across_layers and not moves:  # the worst of all layers leave, and each layer grows what it lost
+        leaving = exchanged = _worst_of_all(rules, layers, active, sum(leaving.values()))
+    elif rules.across_layers:  # GraNet's order: the worst of all are let go, then each layer exchanges its share
         cut = _worst_of_all(rules, layers, active, max(0, sum(active.values()) - sum(target.values())))
         left = {name: active[name] - cut[name] for name in layers}
-        exchanged = budget.to_prune(left, left, weights, rate, spare_dense=rules.redistribute is None)
+        exchanged = budget.to_prune(left, left, weights, rate, spare_dense)
         leaving = {name: cut[name] + exchanged[name] for name in layers}
-    elif rules.across_layers:
-        leaving = exchanged = _worst_of_all(rules, layers, active, sum(leaving.values()))
     kept = {name: active[name] - leaving[name] for name in layers}
     if not rules.shares_layers:
         return leaving, {name: target[name] - kept[name] for name in layers}
@@ -145,35 +143,57 @@ def counts(
     return leaving, budget.to_grow(kept, sum(target.values()) - sum(kept.values()), weights, raw, least)
 
 
-def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> Tensor:
-    """Return the new mask of a layer; the host does not wait for it, `check_counts` later sees whether it is whole.
+def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> tuple[Tensor, Tensor]:
+    """Return the new mask of a layer, and how many active weights pruning left in it.
+
+    The host waits for neither; `check_counts` looks later whether they are as many as they must be.
 
     Raises:
         ValueError: Scores are NaN, on a device that tells at once.
     """
-    mask, role = layer.itop.mask, rules.prune
-    try:
+    mask, asked = layer.itop.mask, rules.prune
+    try:  # the words are names of streams of random numbers: with others a seed gives another run
         ties = layer.generator("prune", "ties")
         kept = mask ^ topology.select(layer.scores(rules.prune, mask, "prune"), mask, leaving, ties, smallest=True)
-        role, ties = rules.grow, layer.generator("ties")
-        if layer.itop.pattern is not None:
-            grown = patterns.grow_in_groups(kept, layer.scores(rules.grow, kept), *layer.itop.pattern, ties)
-            too_many = active_in(kept) + leaving != active_in(mask)
-            return grown | too_many  # groups that lost nothing grow nothing: the count would not tell
-        return kept ^ topology.select(layer.scores(rules.grow, kept), ~kept, entering, ties)
+        asked, ties = rules.grow, layer.generator("ties")
+        if layer.itop.pattern is None:
+            new = kept ^ topology.select(layer.scores(rules.grow, kept), ~kept, entering, ties)
+        else:
+            new = patterns.grow_in_groups(kept, layer.scores(rules.grow, kept), *layer.itop.pattern, ties)
+        return new, active_in(kept)
     except topology.NaNScores:
-        raise ValueError(_gave_nan(role, layer.name)) from None
+        raise ValueError(_gave_nan(asked, layer.name)) from None
 
 
-def check_counts(rules: Rules, masks: Mapping[str, Tensor], expected: budget.Counts) -> None:
-    """Ask once, after all layers have moved, whether each mask has as many active weights as it must have.
+def check_counts(
+    rules: Rules,
+    masks: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    active: budget.Counts,
+    leaving: budget.Counts,
+    entering: budget.Counts,
+) -> None:
+    """Ask once, after all layers have moved, whether as many weights left and entered each mask as had to.
+
+    Args:
+        rules: Of the run.
+        masks: The new ones, by name.
+        kept: How many active weights pruning left in each, on its device.
+        active: How many were active before.
+        leaving: How many had to leave.
+        entering: How many had to enter.
 
     Raises:
-        ValueError: One has not: its scores were NaN.
+        ValueError: They did not: their scores were NaN, of which none is chosen.
     """
-    for name, seen in count_each(masks).items():
-        if seen != (count := expected[name]):  # more, where none was chosen to leave
-            raise ValueError(_gave_nan(rules.prune if seen > count else rules.grow, name))
+    counts = {(name, "kept"): count for name, count in kept.items()}
+    seen = fetched(counts | {(name, "now"): active_in(mask) for name, mask in masks.items()})
+    for name in masks:
+        left = active[name] - leaving[name]
+        if seen[name, "kept"] != left:
+            raise ValueError(_gave_nan(rules.prune, name))
+        if seen[name, "now"] != left + entering[name]:
+            raise ValueError(_gave_nan(rules.grow, name))
 
 
 def _gave_nan(criterion: Asked, name: str) -> str:

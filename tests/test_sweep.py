@@ -128,7 +128,10 @@ def test_a_kernel_that_is_dense_in_use_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_masks_that_do_not_move_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "exchange", lambda rules, layer, *counts: layer.itop.mask.clone())
+    def stay(_: object, layer: Any, leaving: int, entering: int) -> tuple[Tensor, Tensor]:
+        return layer.itop.mask.clone(), layer.itop.mask.sum() - leaving
+
+    monkeypatch.setattr(scheduler, "exchange", stay)
     assert "no mask moved" in check(Small, monkeypatch).wrong
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from itop_prune import topology
+from itop_prune import ranking, topology
 from itop_prune.topology import best, prune_and_regrow, seeded, shares_of_best
 
 UPDATES = json.loads((Path(__file__).parent / "reference" / "update.json").read_text())["cases"]
@@ -350,7 +350,7 @@ def test_whatever_a_sample_says_the_same_are_chosen_as_by_sorting_all(
     n_prune = int(pruned * int(mask.sum()))
     n_grow = int(grown * (size - int(mask.sum()) + n_prune))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topology, "SAMPLE", 6)  # so that a few numbers are a long tensor
+        patch.setattr(ranking, "SAMPLE", 6)  # so that a few numbers are a long tensor
         patch.setattr(topology, "ANSWERS_AT_ONCE", at_once)
         new = prune_and_regrow(mask, prune_scores, grow_scores, n_prune, n_grow)
     assert torch.equal(new, simple(mask, prune_scores, grow_scores, n_prune, n_grow))

@@ -183,6 +183,7 @@ def test_scores_that_are_nan_are_named_where_no_layer_is_waited_for(
     for options, message in (
         ({"grow": broken}, r"broken gave NaN for 0\.weight; scores must be numbers"),
         ({"prune": broken}, r"broken gave NaN for 0\.weight; scores must be numbers"),
+        ({"prune": broken, "grow": broken}, r"broken gave NaN for 0\.weight; scores must be numbers"),
     ):
         monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
         with pytest.raises(ValueError, match=message):

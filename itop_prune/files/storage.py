@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from itop_prune import ranks
 from itop_prune.files import compact
 from itop_prune.files.packing import Packed
 from itop_prune.layer import BROKEN, breaks_pattern, masked_names, pattern_of
-from itop_prune.mask import ITOP, find_masks, leave_out_of_ddp
+from itop_prune.mask import ITOP, find_masks
 from itop_prune.menu import nearest
 from itop_prune.selection import obstacles, plain_name, refuse_deployed, unwrap, walk
 from itop_prune.sharding import is_sharded, whole
@@ -127,7 +128,7 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict:
     # How torch keeps the versions of layers beside the tensors; those that the source does not tell are the model's.
     named._metadata = {name: versions.get(plain_name(name), own) for name, own in present._metadata.items()}  # type: ignore[attr-defined]
     model.load_state_dict(named, strict=strict)
-    leave_out_of_ddp(model)
+    ranks.leave_out_of_ddp(model)
     return find_masks(model) if masked_here else placed
 
 

@@ -1,0 +1,70 @@
+"""How the best of many scores are found without sorting them: in a long tensor by a sample, on a GPU without a wait."""
+
+import math
+
+import torch
+from torch import Tensor
+
+SAMPLE = 1 << 14
+"""About how many scores are ranked to guess between which two the last of the chosen lies."""
+NAN = "scores hold NaN, which has no rank; scores must be numbers: look at the criterion"
+
+
+class NaNScores(ValueError):
+    """Scores hold NaN: an error of its own, for those who know whose scores they are."""
+
+
+def top(values: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Return the indices of the `count` largest values, of a 1-d tensor; those that tie for the last places drawn."""
+    if count == 0:
+        return torch.zeros(0, dtype=torch.long, device=values.device)
+    chosen = values.topk(count, sorted=False)
+    threshold = chosen.values.amin()  # NaN is above all, and makes this NaN
+    if threshold.isnan():
+        raise NaNScores(NAN)
+    if (values >= threshold).count_nonzero() == count:
+        return chosen.indices
+    above, tied = ((values > threshold).nonzero().squeeze(1), (values == threshold).nonzero().squeeze(1))
+    if generator is not None:
+        tied = tied[torch.randperm(len(tied), generator=generator, device=values.device)]
+    return torch.cat([above, tied[: count - len(above)]])
+
+
+def narrowed(scores: Tensor, allowed: Tensor, count: int, smallest: bool) -> tuple[Tensor, Tensor, int]:
+    """Return a mask of what is surely among the `count` best of what is allowed, where the rest is, and its count.
+
+    A sample tells two scores between which the last of the chosen lies. Should it mislead, or be all there is, nothing
+    is sure. Everything is 1-d; NaN is never sure, and always among where the rest is.
+    """
+    size = len(scores)
+    stride = size // SAMPLE | 1  # odd, so that it does not keep step with a dimension of the weight
+    if stride > 1:
+        sample, share = scores[::stride][allowed[::stride]], count / size
+        spread = 4.0 * math.sqrt(size / stride * share * (1.0 - share))  # four standard deviations
+        first, last = math.floor(count / stride - spread), math.ceil(count / stride + spread) + 1
+        if last < len(sample):
+            best = sample.topk(last, largest=not smallest).values
+            better, out = (torch.lt, torch.ge) if smallest else (torch.gt, torch.le)
+            sure = allowed & better(scores, best[first]) if first > 0 else torch.zeros_like(allowed)
+            places = ((allowed ^ sure) > out(scores, best[-1])).nonzero()  # of bools: the first and not the second
+            rest = count - int(sure.count_nonzero())
+            if 0 < rest <= len(places):
+                return sure, places.squeeze(1), rest
+    return torch.zeros_like(allowed), allowed.nonzero().squeeze(1), count
+
+
+def ranked(values: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Return a mask of the `count` largest values in sizes that are known beforehand: nobody has to wait for one.
+
+    Values are 1-d, -inf where nothing is allowed, and overwritten: room and operations are what a GPU takes time for.
+    Of half types ties are drawn in float32: they have few numbers themselves.
+    """
+    threshold = values.topk(count, sorted=False).values.amin()  # NaN is above all, and makes this NaN
+    above, level = values > threshold, (values == threshold) & allowed
+    if generator is None:
+        draws = 2.0 - torch.arange(len(values), dtype=torch.float64, device=values.device) / len(values)
+    else:
+        draws = values.to(torch.promote_types(values.dtype, torch.float32))  # of that type it is the same memory
+        draws.uniform_(1.0, 2.0, generator=generator)
+    top = draws.mul_(level).masked_fill_(above, 3.0).topk(count, sorted=False)
+    return torch.zeros_like(allowed).scatter_(0, top.indices, top.values >= 1.0)
