@@ -79,48 +79,6 @@ def _weight(name: str, centred: bool) -> property:
     return property(read, write)
 
 
-def _is_own(layer: nn.Module, parameter: Tensor) -> bool:
-    """Return whether it is what the optimizer holds, and no tensor that somebody computes with in its place.
-
-    Only there the gradient is masked when it arrives (`itop_prune.listening`). DataParallel's replicas pass it on to
-    there.
-    """
-    return isinstance(parameter, nn.Parameter) or hasattr(layer, "_is_replica")
-
-
-class _DenseBackward(torch.autograd.Function):
-    """The effective weight, whose backward passes the gradient of every position, active or not."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor, centred: bool) -> Tensor:
-        return effective(weight, mask, centred)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
-        _, mask, ctx.centred = inputs
-        if ctx.centred:
-            ctx.save_for_backward(mask)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        dense = _centre(gradient, *ctx.saved_tensors) if ctx.centred else gradient
-        return dense, None, None
-
-
-def pass_dense_gradient(layer: nn.Module, name: str, on: bool) -> None:
-    """Let the backward through `name` pass the dense gradient, or the masked one again.
-
-    The switch is an instance attribute over a class default, and is taken away again: torch.compile guards on it, and
-    finds the state of before.
-    """
-    if on:
-        setattr(layer, f"{name}_listening", True)
-    else:
-        layer.__dict__.pop(f"{name}_listening", None)
-
-
 def attach(layer: nn.Module, name: str, mask: Tensor) -> None:
     """Turn parameter `name` into `name`_orig and the buffer `name`_mask, seen through a property called `name`."""
     base: Any = layer.masked_class if isinstance(layer, MaskedLayer) else type(layer)
@@ -129,6 +87,21 @@ def attach(layer: nn.Module, name: str, mask: Tensor) -> None:
     layer.__class__ = _subclass(base, (*masked_names(layer), name))
     if isinstance(layer, nn.RNNBase):
         layer.__dict__.pop("_flat_weights", None)
+
+
+@functools.cache
+def _subclass(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    body: dict[str, Any] = {"masked_class": base, "masked_names": names, "__doc__": base.__doc__}
+    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    if issubclass(base, nn.RNNBase):  # it reads its tensors from a list of its own
+        body["_flat_weights"] = property(_tensors_in_order, lambda layer, tensors: None)
+        body |= {"_weights_have_changed": lambda layer: False, "flatten_parameters": lambda layer: None}
+    for name in names:
+        body[name] = _weight(name, standardizes(base))
+        body[f"{name}_listening"] = False  # whether the backward passes the dense gradient
+        body[f"{name}_pattern"] = None  # N and M of an N:M pattern
+        body[f"{name}_planned"] = None  # the count of a mask that was made on the meta device
+    return type(base.__name__, (MaskedLayer, base), body)
 
 
 @torch.no_grad()
@@ -159,19 +132,45 @@ def masked_names(layer: nn.Module) -> tuple[str, ...]:
     return layer.masked_names if isinstance(layer, MaskedLayer) else ()
 
 
-@functools.cache
-def _subclass(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    body: dict[str, Any] = {"masked_class": base, "masked_names": names, "__doc__": base.__doc__}
-    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
-    if issubclass(base, nn.RNNBase):  # it reads its tensors from a list of its own
-        body["_flat_weights"] = property(_tensors_in_order, lambda layer, tensors: None)
-        body |= {"_weights_have_changed": lambda layer: False, "flatten_parameters": lambda layer: None}
-    for name in names:
-        body[name] = _weight(name, standardizes(base))
-        body[f"{name}_listening"] = False  # whether the backward passes the dense gradient
-        body[f"{name}_pattern"] = None  # N and M of an N:M pattern
-        body[f"{name}_planned"] = None  # the count of a mask that was made on the meta device
-    return type(base.__name__, (MaskedLayer, base), body)
+class _DenseBackward(torch.autograd.Function):
+    """The effective weight, whose backward passes the gradient of every position, active or not."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor, centred: bool) -> Tensor:
+        return effective(weight, mask, centred)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:
+        _, mask, ctx.centred = inputs
+        if ctx.centred:
+            ctx.save_for_backward(mask)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        dense = _centre(gradient, *ctx.saved_tensors) if ctx.centred else gradient
+        return dense, None, None
+
+
+def _is_own(layer: nn.Module, parameter: Tensor) -> bool:
+    """Return whether it is the layer's own parameter, or that of one of DataParallel's replicas, which leads there.
+
+    Only its gradient is masked when it arrives (`itop_prune.listening`), not that of a substitute (`functional_call`).
+    """
+    return isinstance(parameter, nn.Parameter) or hasattr(layer, "_is_replica")
+
+
+def pass_dense_gradient(layer: nn.Module, name: str, on: bool) -> None:
+    """Let the backward through `name` pass the dense gradient, or the masked one again.
+
+    The switch is an instance attribute over a class default, and is taken away again: torch.compile guards on it, and
+    finds the state of before.
+    """
+    if on:
+        setattr(layer, f"{name}_listening", True)
+    else:
+        layer.__dict__.pop(f"{name}_listening", None)
 
 
 def _tensors_in_order(layer: Any) -> list[Tensor | None]:

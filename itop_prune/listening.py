@@ -54,6 +54,7 @@ class Listener:
         if present is None:
             self._heard = None
         elif self._heard is not None and not self._is_as_left(present):
+            # Somebody wrote into it: to all 0 if it was cleared, and then collecting starts anew. No wait for a device.
             self._heard = torch.where(present.any(), self._heard, 0.0)
         self._arriving = gradient.detach()
         return gradient * self._mask
@@ -78,6 +79,7 @@ class Listener:
         if self._heard is None or self._left is None or self._left[0] is not gradient:
             self._heard = gradient.to(torch.float32, copy=True)
         else:
+            # What is active has added up in it; the rest was set to 0 after the last pass, and is of this one alone.
             self._heard = torch.where(like(self._mask, gradient), gradient, self._heard + gradient).float()
         zero_off_mask(gradient, self._mask)
         self._leave(gradient)

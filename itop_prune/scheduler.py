@@ -208,7 +208,8 @@ class MaskScheduler:
         """Count one optimizer step, and prune and regrow when it is time.
 
         Call it once for every optimizer step that happened: not in the middle of an accumulation, not where a gradient
-        scaler skipped the step. Past the last update it counts on, and no mask moves.
+        scaler skipped the step. Past the last update it counts on, and no mask moves, unless one is still due. When a
+        criterion fails or gives NaN some masks may have moved: go back to a checkpoint.
 
         Returns:
             True when an update was made.
@@ -216,12 +217,12 @@ class MaskScheduler:
         Raises:
             RuntimeError: No masked parameter has a gradient at the first step or a due one: they were cleared before;
                 a criterion failed, or ranks have diverged.
-            ValueError: A criterion or redistribution gave something else than numbers, or the masked parameters are no
-                longer those that the optimizer holds. Some masks may have moved when a criterion raises or gives NaN:
-                go back to a checkpoint.
+            ValueError: A criterion or redistribution gave something else than numbers, NaN for one, or the masked
+                parameters are no longer those that the optimizer holds.
         """
         self._step += 1
         self._due = self._due or self._step in self.update_steps()
+        # Gradients are looked at to move masks, to hear the dense ones, and to tell of layers that never have any.
         looks_at_gradients = self._due or self._dense.listens or self._without_gradient or self._step == 1
         if not looks_at_gradients:
             self._prepare_next_step()
@@ -296,7 +297,7 @@ class MaskScheduler:
     @torch.no_grad()
     def _update(self, masks: Mapping[str, ITOP], heard: Mapping[str, Tensor | None]) -> bool:
         state = self._look(masks, heard)
-        if state is None:
+        if state is None:  # a number is not finite, on some rank, or nothing was heard: it stays due
             return False
         layers = {
             name: Layer(name, itop, self._exploration.of(name, itop.mask), self._dense, (self._seed, self.updates))
@@ -307,19 +308,19 @@ class MaskScheduler:
         active = {name: state.active[name] for name in layers}
         target = self._density.targets(active, self._plan.progress(self._step))
         leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)
-        written, kept = {}, {}
+        written, remaining = {}, {}
         self._exploration.begin()
         for name, itop in masks.items():
-            mask, changes = itop.mask, leaving.get(name) or entering.get(name)
-            if changes:
-                mask, kept[name] = exchange(self._rules, layers[name], leaving[name], entering[name])
-            self._exploration.note(name, itop.mask, mask)
-            if changes:
-                self._move(itop, mask)
+            new = itop.mask
+            if leaving.get(name) or entering.get(name):
+                new, remaining[name] = exchange(self._rules, layers[name], leaving[name], entering[name])
+            self._exploration.note(name, itop.mask, new)
+            if new is not itop.mask:
+                self._move(itop, new)
                 written[name] = itop.mask
             self._dense.forget(name)
         self._dense.forget_all()
-        check_counts(self._rules, written, kept, active, leaving, entering)
+        check_counts(self._rules, written, remaining, active, leaving, entering)
         self.updates += 1
         self._without_gradient = set(masks)
         return True
@@ -357,7 +358,10 @@ class MaskScheduler:
         return state
 
     def _move(self, itop: ITOP, mask: Tensor) -> None:
-        """Write a new mask; zero weight and statistics of whatever was not active before and after."""
+        """Write a new mask. Value and statistics stay where a weight is active before and after, and are 0 elsewhere.
+
+        So one that grows starts at 0, and one that was pruned and grew again at once was never out.
+        """
         stayed = itop.mask & mask
         itop.keep(stayed)
         for tensor in statistics(self._optimizer, itop.parameter).values():

@@ -28,7 +28,7 @@ def prune_and_regrow(
     """Return a new mask: the `n_prune` worst active positions leave, then the `n_grow` best inactive ones enter.
 
     A position that has just been pruned is inactive and may grow again at once, as in the authors' code; so the share
-    of positions that differ afterwards is at most `n_prune` over the active ones.
+    of active positions that are inactive afterwards is at most `n_prune` over the active ones.
 
     Args:
         mask: Bool, True = active. It is read, never written.

@@ -124,45 +124,47 @@ def counts(
     """
     weights = {name: layer.itop.mask.numel() for name, layer in layers.items()}
     spare_dense = rules.redistribute is None
-    leaving = exchanged = budget.to_prune(active, target, weights, rate, spare_dense)
-    if rules.across_layers and not moves:  # the worst of all layers leave, and each layer grows what it lost
-        leaving = exchanged = _worst_of_all(rules, layers, active, sum(leaving.values()))
-    elif rules.across_layers:  # GraNet's order: the worst of all are let go, then each layer exchanges its share
+    if rules.across_layers and moves:  # GraNet: what is above the density, the worst of all, then each its share
         cut = _worst_of_all(rules, layers, active, max(0, sum(active.values()) - sum(target.values())))
         left = {name: active[name] - cut[name] for name in layers}
         exchanged = budget.to_prune(left, left, weights, rate, spare_dense)
         leaving = {name: cut[name] + exchanged[name] for name in layers}
+    else:
+        leaving = exchanged = budget.to_prune(active, target, weights, rate, spare_dense)
+        if rules.across_layers:  # as many, but the worst of all layers; each grows what it lost
+            leaving = exchanged = _worst_of_all(rules, layers, active, sum(leaving.values()))
     kept = {name: active[name] - leaving[name] for name in layers}
     if not rules.shares_layers:
         return leaving, {name: target[name] - kept[name] for name in layers}
-    raw: Mapping[str, float] = exchanged
+    proportions: Mapping[str, float] = exchanged
     if rules.redistribute:
         known = {"weights": weights, "active": active, "pruned": leaving}
-        raw = _statistics(rules.redistribute, layers, **known)
+        proportions = _statistics(rules.redistribute, layers, **known)
     least = {name: min(active[name], least_of(rules, weights[name])) for name in layers}
-    return leaving, budget.to_grow(kept, sum(target.values()) - sum(kept.values()), weights, raw, least)
+    return leaving, budget.to_grow(kept, sum(target.values()) - sum(kept.values()), weights, proportions, least)
 
 
 def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> tuple[Tensor, Tensor]:
     """Return the new mask of a layer, and how many active weights pruning left in it.
 
-    The host waits for neither; `check_counts` looks later whether they are as many as they must be.
+    It is `topology.prune_and_regrow`, in two steps, for the scores to grow may depend on what was kept. The host waits
+    for neither; `check_counts` looks later whether they are as many as they must be.
 
     Raises:
         ValueError: Scores are NaN, on a device that tells at once.
     """
-    mask, asked = layer.itop.mask, rules.prune
+    mask, scoring = layer.itop.mask, rules.prune
     try:  # the words are names of streams of random numbers: with others a seed gives another run
         ties = layer.generator("prune", "ties")
         kept = mask ^ topology.select(layer.scores(rules.prune, mask, "prune"), mask, leaving, ties, smallest=True)
-        asked, ties = rules.grow, layer.generator("ties")
+        scoring, ties = rules.grow, layer.generator("ties")
         if layer.itop.pattern is None:
             new = kept ^ topology.select(layer.scores(rules.grow, kept), ~kept, entering, ties)
         else:
             new = patterns.grow_in_groups(kept, layer.scores(rules.grow, kept), *layer.itop.pattern, ties)
         return new, active_in(kept)
     except topology.NaNScores:
-        raise ValueError(_gave_nan(asked, layer.name)) from None
+        raise ValueError(_gave_nan(scoring, layer.name)) from None
 
 
 def check_counts(
