@@ -2,15 +2,18 @@
 
 import copy
 import inspect
+import itertools
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from test_deployment import FAMILIES, apart, family, images
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import convnet, mlp
 
 import itop_prune
@@ -77,7 +80,7 @@ def deployed() -> nn.Module:
     """A deployed MLP of six modules, sparse in every layer."""
     model = mlp()
     itop_prune.apply(model, 0.5)
-    return deploy(model, X, choices=("csr",))
+    return deploy(model, X, choices=("csr",), straight=True)
 
 
 # --- what it computes -----------------------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ def test_a_deployed_model_calls_no_layer_and_gives_the_same(kernel: str, rows: i
     model = mlp()
     itop_prune.apply(model, 0.5)
     x = torch.randn(rows, 20)
-    deployed = deploy(model, x, choices=(kernel,))
+    deployed = deploy(model, x, choices=(kernel,), straight=True)
     assert deployed.report.straight
     assert "in straight-line code" in str(deployed.report)
     assert called(deployed, x) == 1
@@ -101,7 +104,7 @@ def test_convolutions_and_batch_norm_too() -> None:
     model = convnet()
     itop_prune.apply(model, 0.5)
     x = torch.randn(1, 3, 8, 8)
-    deployed = deploy(model, x, choices=("csr",))
+    deployed = deploy(model, x, choices=("csr",), straight=True)
     assert called(deployed, x) == 1
     assert apart(deployed(x), model.eval()(x)) <= 1e-6
 
@@ -122,8 +125,7 @@ def test_models_of_timm_compute_the_same_where_it_is_possible(name: str) -> None
     assert (called(model, x) == 1) == (name in WITHOUT_PARTS)
 
 
-def test_a_large_model_keeps_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployment, "SMALL", 0.0)
+def test_nobody_gets_it_who_did_not_ask() -> None:
     model = mlp()
     itop_prune.apply(model, 0.5)
     deployed = deploy(model, X, choices=("csr",))
@@ -132,12 +134,27 @@ def test_a_large_model_keeps_its_forward(monkeypatch: pytest.MonkeyPatch) -> Non
     assert called(deployed, X) == 6
 
 
-def test_a_model_that_stays_dense_keeps_its_forward() -> None:
+def test_a_model_that_no_sparse_kernel_makes_faster_gains_by_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "in_turns", lambda calls, **_: {name: 1.0 + (name == "dense") for name in calls})
     model = mlp()
     itop_prune.apply(model, 0.5)
-    deployed = deploy(model, X, choices=("dense",))
+    deployed = deploy(model, X, choices=("dense",), straight=True)
+    assert deployed.report.straight
+    assert deployed.report.speedup == 2.0
+    assert called(deployed, X) == 1
+
+
+@pytest.mark.parametrize("x", [torch.randn(20, 20).t()[:2], (torch.randn(1, 20), None)], ids=["strided", "two"])
+def test_where_the_example_does_not_fit_the_forward_stays(x: object) -> None:
+    class Model(nn.Sequential):
+        def forward(self, x: Tensor, more: object = None) -> Tensor:
+            return super().forward(x)
+
+    model = Model(nn.Linear(20, 16), nn.ReLU())
+    itop_prune.apply(model, 0.5)
+    deployed = deploy(model, x, choices=("csr",), straight=True)
     assert not deployed.report.straight
-    assert called(deployed, X) == 6
+    assert "forward" not in vars(deployed)
 
 
 # --- what goes another way ------------------------------------------------------------------------------------------
@@ -186,20 +203,12 @@ def test_more_arguments_than_one() -> None:
 def test_compilers_and_exporters_see_the_layers() -> None:
     model = mlp()
     itop_prune.apply(model, 0.5)
-    deployed = deploy(model, X, choices=("embedding_bag",))
+    deployed = deploy(model, X, choices=("embedding_bag",), straight=True)
     expected = deployed(X)
-    fresh = copy.deepcopy(deployed)
-    assert apart(torch.compile(fresh, fullgraph=True, backend="eager")(X), expected) <= 1e-6
-    assert apart(torch.export.export(fresh, (X,)).module()(X), expected) <= 1e-6
-    assert torch.equal(fresh(X), expected)
-    assert called(fresh, X) == 1
-
-
-def test_another_layer_is_used(deployed: nn.Module) -> None:
-    deployed[4] = nn.Linear(12, 7)
-    assert deployed(X).shape == (1, 7)
-    deployed[4] = nn.Identity()
-    assert deployed(X).shape == (1, 12)
+    assert apart(torch.compile(deployed, fullgraph=True, backend="eager")(X), expected) <= 1e-6
+    assert apart(torch.export.export(deployed, (X,)).module()(X), expected) <= 1e-6
+    assert torch.equal(deployed(X), expected)
+    assert called(deployed, X) == 1
 
 
 def test_a_layer_in_training_mode_trains() -> None:
@@ -217,40 +226,105 @@ def test_under_autocast_layers_have_their_say() -> None:
     assert called(model, X) == 1
 
 
-# --- whose tensors --------------------------------------------------------------------------------------------------
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a parameter": lambda m: setattr(m[0], "bias", nn.Parameter(torch.zeros(16), requires_grad=False)),
+    "no parameter": lambda m: setattr(m[0], "bias", None),
+    "a number": lambda m: setattr(m[1], "negative_slope", 5.0),
+    "a function": lambda m: setattr(m[4], "activation", torch.tanh),
+    "a tensor": lambda m: setattr(m[4], "scale", torch.tensor(3.0)),
+    "a buffer": lambda m: setattr(m[4], "shift", torch.tensor(3.0)),
+    "a bias where none was": lambda m: setattr(m[2], "bias", nn.Parameter(torch.ones(12), requires_grad=False)),
+    "a forward": lambda m: setattr(m[1], "forward", torch.sigmoid),
+    "another layer": lambda m: m.__setitem__(3, nn.Sigmoid().eval()),
+    "one more layer": lambda m: m.append(nn.Sigmoid().eval()),
+}
+
+
+class Head(nn.Linear):
+    """A layer that reads attributes of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__(12, 4)
+        self.activation, self.scale = torch.relu, torch.tensor(2.0)
+        self.register_buffer("shift", torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(super().forward(x)) * self.scale + self.shift
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_not_what_it_was_goes_through_its_layers_until_it_is_made_anew(change: str) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(20, 16), nn.LeakyReLU(), nn.Linear(16, 12, bias=False), nn.Tanh(), Head()]
+    model = straightened(nn.Sequential(*layers), X)
+    before = model(X)
+    CHANGES[change](model)
+    expected = type(model).forward(model, X)
+    assert apart(before, expected) > 1e-3
+    assert torch.equal(model(X), expected)
+    assert called(model, X) > 1
+    if change != "a forward":
+        assert model.forward.make()
+        assert called(model, X) == 1
+        assert apart(model(X), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_weights_that_change_are_seen(kernel: str) -> None:
+def test_weights_that_are_loaded_are_seen(kernel: str) -> None:
     models = []
     for seed in (0, 1):
         models.append(mlp(seed))
         itop_prune.apply(models[-1], 0.5)  # the same masks
-    deployed, other = (deploy(model, X, choices=(kernel,)) for model in models)
+    deployed, other = (deploy(model, X, choices=(kernel,), straight=True) for model in models)
+    deployed[0].bias.fill_(1.0)
+    assert called(deployed, X) == 1
+    assert apart(deployed(X), type(deployed).forward(deployed, X)) <= 1e-6
     deployed.load_state_dict(other.state_dict())
+    assert apart(deployed(X), other(X)) <= 1e-6
+    assert deployed.forward.make()
     assert called(deployed, X) == 1
     assert torch.equal(deployed(X), other(X))
-    deployed[0].bias.data.fill_(1.0)
-    assert apart(deployed(X), type(deployed).forward(deployed, X)) == 0
-    deployed[0].bias = nn.Parameter(torch.zeros(16), requires_grad=False)
-    assert apart(deployed(X), type(deployed).forward(deployed, X)) == 0
-    assert called(deployed, X) == 1
 
 
 def test_of_another_type_it_goes_through_the_layers(deployed: nn.Module) -> None:
     expected = deployed(X)
     assert apart(deployed.double()(X.double()), expected) <= 1e-6
-    assert torch.equal(deployed.float()(X), expected)
+    assert apart(deployed.float()(X), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_on_their_own(deployed: nn.Module, copied: Callable[[nn.Module], nn.Module]) -> None:
+def test_copies_are_on_their_own_and_make_their_code_when_they_are_asked_to(
+    deployed: nn.Module, copied: Callable[[nn.Module], nn.Module]
+) -> None:
     expected = deployed(X)
     other = copied(deployed)
+    assert called(other, X) == 6
+    assert other.forward.make()
+    assert called(other, X) == 1
+    assert torch.equal(other(X), expected)
     other[4].bias.add_(1.0)
     assert apart(other(X), expected + 1) <= 1e-6
     assert torch.equal(deployed(X), expected)
-    assert called(other, X) == 1
+
+
+@pytest.mark.parametrize("why", ["training", "hook", "autocast"])
+def test_while_the_code_would_not_run_none_is_made(why: str) -> None:
+    model = nn.Sequential(nn.Linear(20, 16), nn.BatchNorm1d(16)).requires_grad_(False).eval()
+    line = StraightLine(model, X.shape, X.dtype)
+    if why == "training":
+        model[1].train()
+    elif why == "hook":
+        model[0].register_forward_hook(lambda *_: 2 * _[2])
+    with torch.autocast("cpu", enabled=why == "autocast"):
+        assert not line.make()
+        assert line.code is None
+
+
+def test_making_it_leaves_random_numbers_and_what_a_forward_keeps_alone() -> None:
+    model = nn.Sequential(nn.Linear(20, 16)).eval()
+    state = torch.get_rng_state()
+    assert StraightLine(model, X.shape, X.dtype).make()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_input_is_left_alone() -> None:
@@ -282,7 +356,6 @@ def test_pieces_shapes_and_constants() -> None:
         return self.fc(y.flatten()[: x.numel() // 2]).unsqueeze(0) if len(y) == 2 else y
 
     assert possible(forward, 1, 8)
-    assert possible(lambda self, x: self.fc(x[:, x.argmax() :].sum().expand(1, 4)))
 
 
 def test_rows_biases_and_types() -> None:
@@ -299,7 +372,52 @@ def test_what_python_must_see_is_refused() -> None:
 
 
 def test_shapes_that_depend_on_values_are_refused() -> None:
-    assert not possible(lambda self, x: self.fc(x).sum() * len(x[x > 0.5]), 1, 4)
+    assert not possible(lambda self, x: self.fc(x).sum() * len(x[x > 0.5]))
+    assert not possible(lambda self, x: self.fc(x) * (x != 0).nonzero().shape[0])
+
+
+def test_switches_of_torch_are_refused() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.fc(x)
+
+    before = torch.is_grad_enabled()
+    assert not possible(forward)
+    assert torch.is_grad_enabled() == before
+
+
+def test_what_a_forward_keeps_is_refused() -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        self.last = self.fc(x)
+        return self.last
+
+    assert not possible(forward)
+
+
+def test_containers_that_may_hold_what_changes_are_refused() -> None:
+    class Pair(NamedTuple):
+        one: Tensor
+        other: Tensor
+
+    assert not possible(lambda self, x: torch.cat(Pair(self.fc.weight, self.fc.weight)))
+    assert possible(lambda self, x: torch.cat((self.fc.weight, x)))
+
+
+def test_what_is_no_longer_needed_is_let_go() -> None:
+    class Alive(TorchDispatchMode):
+        most, seen = 0, ()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.seen = (*self.seen, weakref.ref(result))
+            self.most = max(self.most, sum(tensor() is not None for tensor in self.seen))
+            return result
+
+    model = straightened(nn.Sequential(*(nn.Tanh() for _ in range(20))), X)
+    with Alive() as alive:
+        model(X)
+    assert len(alive.seen) == 20
+    assert alive.most <= 2
 
 
 def test_several_outputs_and_inner_ones_are_refused() -> None:
@@ -317,6 +435,25 @@ def test_tensors_of_nobody_are_refused() -> None:
     secret = torch.ones(4)
     assert not possible(lambda self, x: self.fc(x) + secret)
     possible(lambda self, x: self.fc(Double.apply(x)))
+
+
+def test_what_differs_from_call_to_call_is_refused() -> None:
+    numbers = itertools.count(1)
+    line = StraightLine(nn.Sequential(nn.Linear(20, 4)).eval(), X.shape, X.dtype)
+    assert line.make()
+    line.model.register_module("0", Numbered(numbers).eval())
+    assert not line.make()
+
+
+class Numbered(nn.Linear):
+    """Another function at each call."""
+
+    def __init__(self, numbers: Iterator[int]) -> None:
+        super().__init__(20, 4)
+        self.numbers = numbers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * next(self.numbers)
 
 
 def test_chance_is_refused() -> None:

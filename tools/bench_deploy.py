@@ -102,7 +102,7 @@ def measure(name: str, model: nn.Module, x: Tensor, sparsity: float, settings: S
     """Deploy a masked model and time it beside its dense copy."""
     cost = itop_prune.flops(model, x)
     masks = itop_prune.find_masks(model)
-    deployed = itop_prune.deploy(model, x)
+    deployed = itop_prune.deploy(model, x, straight=True)
     dense = copy.deepcopy(model).eval()
     itop_prune.remove(dense)
     with torch.inference_mode():

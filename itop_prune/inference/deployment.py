@@ -30,20 +30,19 @@ CLEARLY = 1.05
 """How many times as fast as its dense layer another one must be to take its place."""
 HOPELESS = 3.0
 """What takes so many times as long in its first calls is not measured closer."""
-SMALL = 1e-3
-"""Masked layers that take fewer seconds together are worth straight-line code between them."""
 IN_A_ROW = 8
 """How many calls of a layer a GPU is given at a time, as in a model, where it computes while the host goes on."""
 
 
-def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CHOICES) -> nn.Module:
+def deploy(
+    model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CHOICES, straight: bool = False
+) -> nn.Module:
     """Return a copy of a masked model for inference, in which each layer computes in the fastest way measured.
 
     A linear layer or a convolution stays dense unless a kernel for sparse weights is clearly faster on the inputs that
     the layer has here, and the whole model stays dense unless it is faster in the end. What no kernel here can do stays
     dense too: grouped, transposed and weight-standardised convolutions, recurrent layers, layers whose weight is read
-    by what holds them, classes of their own, other types than float32 on a CPU. A small model takes inputs like the
-    example through straight-line code, where it allows that.
+    by what holds them, classes of their own, other types than float32 on a CPU.
 
     The kernels are "csr" and "embedding_bag", for masks of any kind, and "semi_structured", for linear layers of the
     pattern 2:4 in a half type on a GPU.
@@ -53,6 +52,9 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
         example_inputs: What its forward takes, a tensor or a tuple of arguments, of the sizes that are to be fast.
         choices: What each layer may choose from. Without "dense" every layer that can takes another kernel, whether
             that is faster or not.
+        straight: Whether inputs like the example shall go through straight-line code, without a call between layers,
+            where the forward allows that: for small models, which spend most of their time there. Its calls of torch
+            are recorded, as by torch.jit.trace; `itop_prune.inference.straight.StraightLine` says what it can't see.
 
     Returns:
         The copy, without masks, in evaluation mode; no parameter asks for a gradient. `print(copy.report)` shows what
@@ -86,13 +88,13 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
             if row.kernel != "dense":
                 replace(layer, _made(layer, row.kernel))
         _keep_transposed(deployed, arguments)
-        straight = _straighten(deployed, arguments, rows)
+        straight = straight and _straighten(deployed, arguments)
         apart = difference(found := deployed(*copied(arguments)), expected)
         arguments = copied(arguments)  # a forward may write into them
         models = {"dense": lambda: dense(*arguments), "deployed": lambda: deployed(*arguments)}
         seconds = in_turns(models, at_least=11, within=1.0, of=median, wait=_wait_for(deployed))
     fallback = ""
-    if all(row.kernel == "dense" for row in rows):
+    if not straight and all(row.kernel == "dense" for row in rows):
         seconds["deployed"] = seconds["dense"]  # the same model twice
     elif math.isnan(apart):
         fallback = "all of it dense: no numbers in the outputs, or NaN, to compare"
@@ -203,15 +205,19 @@ def _wait_for(model: nn.Module) -> Callable[[], object]:
     return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
-def _straighten(model: nn.Module, arguments: tuple[Any, ...], rows: Sequence[Choice]) -> bool:
-    """Give a small model with sparse layers a forward in straight-line code, and return whether that is possible."""
-    small = sum(row.seconds for row in rows) <= SMALL and any(row.kernel != "dense" for row in rows)
-    x = arguments[0]
-    if not small or len(arguments) > 1 or not isinstance(x, Tensor) or x.is_cuda or not x.is_floating_point():
+def _straighten(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
+    """Give a model a forward in straight-line code for one input, and return whether that is possible."""
+    x = arguments[0] if len(arguments) == 1 else None
+    if (
+        type(x) is not Tensor
+        or x.is_cuda
+        or not x.is_floating_point()
+        or not x.is_contiguous()
+        or "forward" in vars(model)
+    ):
         return False
     line = StraightLine(model, x.shape, x.dtype)
-    possible = "forward" not in vars(model) and line.make()
-    if possible:
+    if possible := line.make():
         model.forward = line
     return possible
 

@@ -1,9 +1,11 @@
 """The forward of a small model as straight-line code: its calls of torch one after the other, and no module between.
 
-Of the time that a small sparse model takes, most goes by in Python on the way from layer to layer.
+Of the time that a small sparse model takes, most goes by in Python on the way from layer to layer. The calls are
+recorded once, as torch.jit.trace does, and written out as one function, which first asks whether all is as it was.
 """
 
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -12,28 +14,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from itop_prune.inference.speed import difference, tensors_in
+from itop_prune.inference.speed import difference
 
 AS_THE_SHAPE = {"__get__", "__len__", "dim", "is_contiguous", "numel", "size", "stride"}
 """What says the same of every tensor of one shape, type and layout: attributes, and these methods."""
+BY_VALUE = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
 VIEWS = {"flatten", "reshape", "squeeze", "unsqueeze", "view"}
 RELU: set[Any] = {torch.relu, F.relu, Tensor.relu}
+CONSTANTS = (float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format, type(...))
+OF_EVERY_MODULE = {*vars(nn.Module()), "forward", "report"}
 TOLERANCE = 1e-6
 """How far outputs may be from those of the usual forward, as a share of their norm."""
-UNCHANGED = "type(x) is Tensor and x.shape == shape and x.dtype is dtype and x.is_contiguous() and not x.requires_grad"
+ALIKE = (
+    "type(x) is Tensor and x.shape == shape and x.dtype is dtype and x.is_cpu and x.is_contiguous() and "
+    "not x.requires_grad and not autocast('cpu')"
+)
 
 
 class StraightLine:
-    """A forward that is straight-line code for contiguous tensors of one shape and type.
+    """A forward that is straight-line code for contiguous tensors of one shape and type on the CPU.
 
-    Everything else goes through the forward of the model's class: other inputs, inputs that ask for a gradient,
-    autocast, torch.compile and exporters, a model with a layer in training mode, one whose layers were replaced or got
-    hooks since, and one of which no such code can be made. Tensors are looked up in their layers at every call. The
-    code is made at the first call; a copy makes its own.
+    All else goes through the forward of the model's class: other inputs, inputs that ask for a gradient, autocast,
+    torch.compile and torch.export; and a model with a layer in training mode, with hooks on layers, or with anything
+    else in an attribute, as a parameter or as a layer than when the code was made (as after `load_state_dict` and
+    `to`). Then `make` makes it anew; a copy has none until it is asked to. What the code can't see are changes within a
+    list or dictionary, of a class, and of what is no part of the model, such as the gradient mode; and it leaves out
+    what a forward does beside computing, such as adding to a list.
 
     Args:
-        model: Whose forward it shall be, on the CPU and in evaluation mode.
+        model: Whose forward it shall be.
         shape: Of the inputs that it is for.
         dtype: Their type.
     """
@@ -44,17 +55,15 @@ class StraightLine:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         """Return what the model's class makes of the arguments."""
-        if named or len(arguments) != 1 or torch.compiler.is_compiling():
+        code = self.code
+        if code is None or named or len(arguments) != 1 or torch.compiler.is_compiling():
             return self.usual(*arguments, **named)
-        if self.code is None:
-            self.make()
-        return self.code(*arguments)  # type: ignore[misc]
+        return code(*arguments)
 
     def make(self) -> bool:
-        """Make the code, and return whether that is possible."""
-        code = straight_line(self.model, self.shape, self.dtype, self.usual)
-        self.code = code or self.usual
-        return code is not None
+        """Make the code, and return whether there can be any; the model is run, and must be in evaluation mode."""
+        self.code = straight_line(self.model, self.shape, self.dtype, self.usual)
+        return self.code is not None
 
     def usual(self, *arguments: Any, **named: Any) -> Any:
         """Call the forward of the model's class."""
@@ -77,21 +86,27 @@ def straight_line(
 ) -> Callable[[Tensor], Any] | None:
     """Return a function that computes what `usual`, a forward of a model, does; None where none can be made.
 
-    The calls of torch that one input leads to are written down, in fewer where that comes to the same. Another input
-    leads to the same ones unless the model asks for values in Python, which is refused, or shapes depend on values, for
-    which a second one is tried.
+    The calls of torch that one input leads to are written down. None can be made where another input might lead to
+    others, since a call's result or its shape depends on values, or where something else comes into the computation
+    than tensors of calls and of layers. It is tried with a second input.
     """
     generator = torch.Generator().manual_seed(0)
-    example, other = (torch.rand(shape, generator=generator, dtype=dtype) for _ in range(2))
-    with torch.no_grad():
-        try:
-            expected = usual(other)
-            with _Recorder() as recorder:
+    example, other = (torch.rand(shape, generator=generator, dtype=dtype, device="cpu") for _ in range(2))
+    try:
+        with torch.no_grad():
+            before = _held(model)
+            with _ByNoValue(), _Recorder() as recorder:
                 result = usual(example)
-            code = _Code(model, example, recorder.calls, result).compiled(usual)
-            return code if difference(code(other), expected) <= TOLERANCE else None
-        except Exception:  # whatever a model raises at numbers that are not its own
-            return None
+            if _held(model) != before:
+                return None  # it keeps something
+            expected = usual(other)
+            code = _Code(model, example, recorder.calls, result).compiled(_refuse)
+            found = code(other)
+        alike = found.dtype is expected.dtype and found.shape == expected.shape
+        code.__globals__["usual"] = usual
+        return code if alike and difference(found, expected) <= TOLERANCE else None
+    except Exception:  # whatever a model raises at numbers that are not its own
+        return None
 
 
 class _Call(NamedTuple):
@@ -112,23 +127,51 @@ class _Recorder(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) or result is None:
+        if isinstance(result, Tensor) or function is Tensor.__setitem__:
             self.calls.append(_Call(function, args, kwargs or {}, result))
-        elif function.__name__ not in AS_THE_SHAPE:
+        elif function.__name__ not in AS_THE_SHAPE and not (function is torch._assert and args[0] is True):
             raise NotImplementedError(f"{function.__name__} gives no tensor")
         return result
 
 
-def _places(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the layers by what they are called in the code."""
-    found: dict[str, Tensor] = {}
+class _ByNoValue(TorchDispatchMode):
+    """Refuses operations of which shapes depend on values, or that give other numbers each time."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if BY_VALUE.intersection(func.tags):
+            raise NotImplementedError(f"{func} depends on values or on chance")
+        return func(*args, **(kwargs or {}))
+
+
+class _Same:
+    """Something that equals itself alone: a tensor among others is compared as an object."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.thing is other.thing
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _held(model: nn.Module) -> dict[tuple[str, str], _Same]:
+    """Return what the layers hold, by what the holder is called in the code, and the key."""
+    found: dict[tuple[str, str], _Same] = {}
     for i, layer in enumerate(model.modules()):
-        holders: tuple[Mapping[str, object], ...] = (layer._parameters, layer._buffers, vars(layer))
-        for letter, held in zip("pbd", holders, strict=True):
-            found |= {f"{letter}{i}[{key!r}]": value for key, value in held.items() if isinstance(value, Tensor)}
-        if (matrix := getattr(vars(layer).get("_product"), "matrix", None)) is not None:
-            found[f"d{i}['_product'].matrix"] = matrix
+        for letter, held in _holders(layer).items():
+            found |= {(f"{letter}{i}", key): _Same(value) for key, value in held.items()}
     return found
+
+
+def _holders(layer: nn.Module) -> dict[str, Mapping[str, Any]]:
+    return {"p": layer._parameters, "b": layer._buffers, "m": layer._modules, "d": vars(layer)}
+
+
+def _refuse(x: Tensor) -> Any:
+    raise NotImplementedError("the model is not as the code must find it")
 
 
 class _Code:
@@ -141,34 +184,31 @@ class _Code:
     def __init__(self, model: nn.Module, x: Tensor, calls: list[_Call], result: Tensor) -> None:
         self.model, self.x = model, x
         self.lines: list[str] = []
-        self.values: dict[str, Any] = {}
-        places = _places(model)
-        self.forms = {id(x): ("x", x.shape), **{id(tensor): (name, tensor.shape) for name, tensor in places.items()}}
-        read = {
-            _storage(tensor): i for i, call in enumerate(calls) for tensor in tensors_in((call.arguments, call.named))
-        }
-        self.last_read = read | dict.fromkeys(map(_storage, (x, result, *places.values())), len(calls))
-        for i, call in enumerate(calls):
-            self.write(call, i)
+        self.held = {place: same.thing for place, same in _held(model).items()}
+        known = [thing for thing in self.held.values() if isinstance(thing, Tensor)]
+        known += [thing.matrix for thing in self.held.values() if hasattr(thing, "matrix")]  # of kernels.csr
+        self.values: dict[str, Any] = {f"t{i}": tensor for i, tensor in enumerate(known)}
+        self.forms = {id(tensor): (name, tensor.shape) for name, tensor in (*self.values.items(), ("x", x))}
+        for call in calls:
+            self.write(call)
         self.lines.append(f"return {self.text(result)}")
 
-    def write(self, call: _Call, i: int) -> None:
-        """Write down the call of a place among all.
+    def write(self, call: _Call) -> None:
+        """Write down a call.
 
         Raises:
             KeyError: It takes a tensor that neither a call nor a layer holds.
         """
         x, y = call.arguments[0] if call.arguments else None, call.result
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or y is x:
             self.line(call.function, call.arguments, call.named, y)
         elif call.function.__name__ in VIEWS and _lies_as(x, y):
             self.forms[id(y)] = self.forms[id(x)]
         elif call.function in RELU:
-            in_place = y is x or (x.is_contiguous() and self.last_read[_storage(x)] == i)
-            variable, shape = self.forms[id(x)]
-            self.line(torch.relu_ if in_place else torch.relu, (_Text(variable),), {}, y, shape)
+            variable, shape = self.forms[id(x)]  # in whatever shape
+            self.line(torch.relu, (_Text(variable),), {}, y, shape)
         elif call.function is F.linear and x.is_contiguous() and x.numel() == x.shape[-1] and len(call.arguments) == 3:
-            _, weight, bias = call.arguments
+            _, weight, bias = call.arguments  # of one row a product with a vector is faster
             row = _Text(self.shaped(x, weight.shape[1:]))
             function, inputs = (torch.mv, (weight, row)) if bias is None else (torch.addmv, (bias, weight, row))
             self.line(function, inputs, {}, y, weight.shape[:1])
@@ -205,27 +245,39 @@ class _Code:
             return f"slice({self.text(value.start)}, {self.text(value.stop)}, {self.text(value.step)})"
         if value is None or type(value) in (bool, int):
             return repr(value)
+        if not isinstance(value, CONSTANTS) and not callable(value):
+            raise NotImplementedError(f"{type(value).__name__} may hold what changes")
         self.values[name := f"c{len(self.values)}"] = value
         return name
 
-    def compiled(self, usual: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def compiled(self, usual: Callable[[Tensor], Any]) -> Any:
         """Return the function of the lines; it asks first whether input and model are as they were."""
-        names: dict[str, Any] = {"Tensor": Tensor, "shape": self.x.shape, "dtype": self.x.dtype, "usual": usual}
-        names |= {"autocast": torch.is_autocast_enabled, **self.values}
-        same, other = [UNCHANGED, "not autocast('cpu')"], []
+        names = {"Tensor": Tensor, "shape": self.x.shape, "dtype": self.x.dtype, "usual": usual, **self.values}
+        names["autocast"] = torch.is_autocast_enabled
+        same, other = [ALIKE], []
         for i, layer in enumerate(self.model.modules()):
-            names |= {f"p{i}": layer._parameters, f"b{i}": layer._buffers, f"d{i}": vars(layer)}
+            names |= {f"{letter}{i}": held for letter, held in _holders(layer).items()}
             other.append(f"d{i}['training']")
             if layer._modules:
-                names |= {f"m{i}": layer._modules, f"n{i}": dict(layer._modules)}
-                same.append(f"m{i} == n{i}")
-            if i:  # a model's own hooks are called around its forward
+                same.append(f"len(m{i}) == {len(layer._modules)}")
+            if i:  # a model's own hooks are called around its forward, which this is
                 names |= {f"g{i}": layer._forward_pre_hooks, f"h{i}": layer._forward_hooks}
                 other += [f"g{i}", f"h{i}"]
-        same.append(f"not ({' or '.join(other)})")
-        body = [f"if not ({' and '.join(same)}): return usual(x)", *self.lines]
+                same.append(f"'forward' not in d{i}")
+        for (holder, key), thing in self.held.items():
+            if key not in OF_EVERY_MODULE:
+                names[f"s{len(same)}"] = thing
+                same.append(f"{holder}.get({key!r}) is s{len(same)}")
+        body = [f"if not ({' and '.join(same)}) or {' or '.join(other)}: return usual(x)", *self.freeing()]
         exec("def code(x):\n" + "\n".join(f"    {line}" for line in body), names)
         return names["code"]
+
+    def freeing(self) -> list[str]:
+        """Return the lines, each with its variables that no later one reads let go of."""
+        used = [set(re.findall(r"\bv\d+\b", line)) for line in self.lines]
+        gone = [sorted(here - set().union(*used[i + 1 :])) for i, here in enumerate(used[:-1])]
+        deleted = [f"; del {', '.join(names)}" if names else "" for names in (*gone, [])]
+        return [line + more for line, more in zip(self.lines, deleted, strict=True)]
 
 
 class _Text(str):
@@ -235,7 +287,3 @@ class _Text(str):
 def _lies_as(x: Tensor, y: Tensor) -> bool:
     """Whether a tensor and a view of it hold the same numbers in the same order."""
     return x.is_contiguous() and y.is_contiguous() and x.dtype is y.dtype
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
