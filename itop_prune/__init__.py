@@ -4,21 +4,20 @@
 plain numbers: see `itop_prune.criteria`, `.distributions`, `.redistribution`, `.saliency`, `.schedules` and, for the
 algorithm itself, `.topology`, and `.patterns` for N:M.
 
-To read the code in a quarter of an hour, or a little more, the head of each of these files and in it:
+To read the code in twenty minutes, the head of each of these files and in it:
 
 - `topology`: `prune_and_regrow`, the algorithm.
 - `layer`: from `effective` to `_subclass`, a weight that is mask times parameter.
-- `mask`: `ITOP` down to `weight`, where the algorithm acts.
+- `mask`: `ITOP` down to `weight`, one mask on one parameter.
 - `scheduler`: `step`, `_update` and `_move`, when, and what becomes of weights and optimizer statistics.
 - `update`: `counts` and `exchange`, how many weights leave and enter a layer, and which.
 - `criteria`: `magnitude`, `gradient` and `random`, functions whose parameters' names say what they are given.
-- `exploration`: `note`, of which R_s comes, the share of weights that were ever active.
-- `listening`: `Listener`, the dense gradient beside the sparse `.grad`.
+- `exploration`: `note`, from which R_s comes, the share of weights that were ever active.
+- `listening`: `Listener`, the dense gradient beside the sparse `.grad`; in `layer` its `_DenseBackward`.
 
-What else is in these files serves that. The menus above are lists of small functions, read as they are needed. Of the
-other modules `placement` draws the first masks, `budget` and `density` count, `ranks` keeps processes alike, and most
-check what they are given. What comes before and after training lies in folders that no training step needs: `files` and
-`inference`.
+What else is in these files serves that. `criteria` and the modules named with it above are menus, lists of small
+functions, read as they are needed. Of the rest `placement` draws the first masks, `budget` and `density` count, `ranks`
+keeps processes alike, and most check what they are given. `files` and `inference`, for after the training, are folders.
 """
 
 from importlib import import_module

@@ -5,16 +5,16 @@ A criterion is a function whose parameter names say what it needs, each a tensor
 | name | what it is |
 |---|---|
 | `weight` | the effective weight after this step, float32 |
-| `mask` | bool, True = active; for growth after pruning |
+| `mask` | bool, True = active; to grow, what pruning kept |
 | `grad` | the dense gradient of this step, float32: sum of what adds up in `.grad`, mean over ranks |
-| `momentum` | its moving average, of which a step keeps 0.9: listened for at every step, 4 bytes per weight |
+| `momentum` | the average 0.9 * `momentum` + 0.1 * `grad`: listened for at every step, 4 bytes per weight |
 | `explored` | bool, True = was active at least once |
 | `generator` | a `torch.Generator` on the mask's device, equal on all ranks |
 
 Asking for `grad` is all it takes to get it: the scheduler reads the signature and listens on the steps that need it
-(with `gradient_steps=n` it is the sum of the last n). A GradScaler's scale is in both: of steps before and after it has
-changed `momentum` weighs one more. A parameter with a default is the criterion's own.
-Pruning and growth have a menu each: by the size of weights nothing would grow but what has just been pruned.
+(with `gradient_steps=n` it is the sum of the last n). Both carry a GradScaler's scale: after it has changed, `momentum`
+weighs old and new steps unequally. A parameter with a default is the criterion's own.
+Pruning and growth have a menu each: by `magnitude` nothing would grow but what has just been pruned.
 """
 
 import inspect

@@ -4,10 +4,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import unserializable_hook
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from itop_prune.layer import pass_dense_gradient
 from itop_prune.sharding import is_sharded, like, zero_off_mask
+
+
+def put_first(hooks: Any, handle: RemovableHandle) -> None:
+    """Put a hook before all others of its kind: those see the sparse gradient then, as in any other step."""
+    for other in [key for key in hooks if key != handle.id]:
+        hooks[other] = hooks.pop(other)
 
 
 class Listener:
@@ -29,12 +35,10 @@ class Listener:
         pass_dense_gradient(layer, name, on=True)
         if is_sharded(parameter):
             self._hooks = [after(self._added_by_fsdp)]
+            put_first(parameter._post_accumulate_grad_hooks, self._hooks[0])
         else:
-            first = parameter.register_hook(self._arrives)
-            hooks: Any = parameter._backward_hooks
-            for other in [key for key in hooks if key != first.id]:
-                hooks[other] = hooks.pop(other)  # behind: they see the sparse gradient, as in any other step
-            self._hooks = [first, after(self._added)]
+            self._hooks = [parameter.register_hook(self._arrives), after(self._added)]
+            put_first(parameter._backward_hooks, self._hooks[0])
 
     def take(self) -> Tensor | None:
         """Return the sum of what came, float32, or None; and stop."""
@@ -71,7 +75,7 @@ class Listener:
     def _added_by_fsdp(self, parameter: Tensor) -> None:
         """FSDP2 puts the mean over ranks into `.grad`, no hook between, and adds micro-batches up there.
 
-        Whether it was set to 0 in between can't be told: all gradients that it holds are views of one tensor.
+        Whether it was set to 0 in between can't be told: all gradients that it holds share one version counter.
         """
         gradient = parameter.grad
         if gradient is None:

@@ -207,9 +207,10 @@ class MaskScheduler:
     def step(self) -> bool:
         """Count one optimizer step, and prune and regrow when it is time.
 
-        Call it once for every optimizer step that happened: not in the middle of an accumulation, not where a gradient
-        scaler skipped the step. Past the last update it counts on, and no mask moves, unless one is still due. When a
-        criterion fails or gives NaN some masks may have moved: go back to a checkpoint.
+        Call it after every optimizer step that happened, before gradients are cleared: not in the middle of an
+        accumulation, not where a gradient scaler skipped the step. Past the last update it counts on, and no mask
+        moves, unless one is still due. When a criterion fails or gives NaN some masks may have moved: go back to a
+        checkpoint.
 
         Returns:
             True when an update was made.

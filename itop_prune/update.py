@@ -124,14 +124,14 @@ def counts(
     """
     weights = {name: layer.itop.mask.numel() for name, layer in layers.items()}
     spare_dense = rules.redistribute is None
-    if rules.across_layers and moves:  # GraNet: what is above the density, the worst of all, then each its share
+    if rules.across_layers and moves:  # GraNet: cut the surplus, the worst of all layers; then each its share
         cut = _worst_of_all(rules, layers, active, max(0, sum(active.values()) - sum(target.values())))
         left = {name: active[name] - cut[name] for name in layers}
         exchanged = budget.to_prune(left, left, weights, rate, spare_dense)
         leaving = {name: cut[name] + exchanged[name] for name in layers}
     else:
         leaving = exchanged = budget.to_prune(active, target, weights, rate, spare_dense)
-        if rules.across_layers:  # as many, but the worst of all layers; each grows what it lost
+        if rules.across_layers:  # as many, but the worst of all layers
             leaving = exchanged = _worst_of_all(rules, layers, active, sum(leaving.values()))
     kept = {name: active[name] - leaving[name] for name in layers}
     if not rules.shares_layers:
@@ -154,7 +154,7 @@ def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> tuple[T
         ValueError: Scores are NaN, on a device that tells at once.
     """
     mask, scoring = layer.itop.mask, rules.prune
-    try:  # the words are names of streams of random numbers: with others a seed gives another run
+    try:  # the words name streams of random numbers: with others a seed gives another run
         ties = layer.generator("prune", "ties")
         kept = mask ^ topology.select(layer.scores(rules.prune, mask, "prune"), mask, leaving, ties, smallest=True)
         scoring, ties = rules.grow, layer.generator("ties")

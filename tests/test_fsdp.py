@@ -243,6 +243,23 @@ def update(part: int, grow: str, layers: int) -> float:
     return min(peaks) / (4 * 256 * 256)  # gloo's own threads free what they sent a little sooner or later
 
 
+def hooks_of_others(part: int) -> dict[str, Any]:
+    """What a hook of the user's sees on a step that listens; it was there before."""
+    network = model()
+    masks = itop_prune.apply(network, 0.6)
+    shard(network)
+    seen: list[Tensor] = []
+    for itop in masks.values():
+        itop.parameter.register_post_accumulate_grad_hook(lambda parameter: seen.append(whole(parameter.grad)))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=8, every=1, grow="gradient")
+    x, y = data(0, 0, part, (20,))
+    listens = regrow.listens
+    F.cross_entropy(network(x), y).backward()
+    by_shape = {tuple(itop.mask.shape): itop.mask for itop in masks.values()}
+    return {"listens": listens, "off mask": [float(g[~by_shape[tuple(g.shape)]].abs().sum()) for g in seen]}
+
+
 TRAININGS: dict[str, dict[str, Any]] = {
     "random growth": {"build": "mlp", "grow": "random"},
     "gradient growth": {"build": "mlp", "grow": "gradient"},
@@ -270,6 +287,7 @@ TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "save and load": (save_and_load, {}),
     "refusals": (refusals, {}),
     "memory": (memory, {}),
+    "hooks of others": (hooks_of_others, {}),
 }
 
 
@@ -295,6 +313,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_ranks_hold_the_same_masks_and_see_the_same_whole_numbers(name: str, results: list) -> None:
     for one, other in zip(*(result[name]["history"] for result in results), strict=True):
         assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def test_hooks_of_others_see_the_sparse_gradient(results: list) -> None:
+    for result in results:
+        found = result["hooks of others"]
+        assert found["listens"]
+        assert found["off mask"] == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("name", TRAININGS)
