@@ -186,7 +186,8 @@ class _Code:
         self.lines: list[str] = []
         self.held = {place: same.thing for place, same in _held(model).items()}
         known = [thing for thing in self.held.values() if isinstance(thing, Tensor)]
-        known += [thing.matrix for thing in self.held.values() if hasattr(thing, "matrix")]  # of kernels.csr
+        products = [thing for (_, key), thing in self.held.items() if key == "_product"]
+        known += [product.matrix for product in products if hasattr(product, "matrix")]  # of kernels.csr
         self.values: dict[str, Any] = {f"t{i}": tensor for i, tensor in enumerate(known)}
         self.forms = {id(tensor): (name, tensor.shape) for name, tensor in (*self.values.items(), ("x", x))}
         for call in calls:
