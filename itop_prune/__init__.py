@@ -4,20 +4,20 @@
 plain numbers: see `itop_prune.criteria`, `.distributions`, `.redistribution`, `.saliency`, `.schedules` and, for the
 algorithm itself, `.topology`, and `.patterns` for N:M.
 
-To read the code in twenty minutes, the head of each of these files and in it:
+To read the code in some twenty minutes, the head of each of these files and in it:
 
 - `topology`: `prune_and_regrow`, the algorithm.
 - `layer`: from `effective` to `_subclass`, a weight that is mask times parameter.
-- `mask`: `ITOP` down to `weight`, one mask on one parameter.
+- `mask`: `ITOP`, from `place` to `weight`, one mask on one parameter.
 - `scheduler`: `step`, `_update` and `_move`, when, and what becomes of weights and optimizer statistics.
-- `update`: `counts` and `exchange`, how many weights leave and enter a layer, and which.
+- `turnover`: `counts`, how many weights leave and enter each layer; `update`: `exchange`, which.
 - `criteria`: `magnitude`, `gradient` and `random`, functions whose parameters' names say what they are given.
 - `exploration`: `note`, from which R_s comes, the share of weights that were ever active.
 - `listening`: `Listener`, the dense gradient beside the sparse `.grad`; in `layer` its `_DenseBackward`.
 
-What else is in these files serves that. `criteria` and the modules named with it above are menus, lists of small
-functions, read as they are needed. Of the rest `placement` draws the first masks, `budget` and `density` count, `ranks`
-keeps processes alike, and most check what they are given. `files` and `inference`, for after the training, are folders.
+What else is in these files serves that. The modules from `criteria` to `schedules` above are menus, lists of small
+functions, read as they are needed. Of the others `placement` draws the first masks, `budget` and `density` count,
+`ranks` keeps processes alike, and most check arguments. `files` and `inference`, for after the training, are folders.
 """
 
 from importlib import import_module

@@ -52,13 +52,6 @@ def _product(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor * (mask if graph else mask.view(torch.uint8))
 
 
-def _centre(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Subtract from each filter its mean over active positions; the mean is never of less than float32."""
-    inner = tuple(range(1, mask.ndim))
-    total = _product(tensor, mask).sum(inner, keepdim=True, dtype=torch.float32)
-    return (tensor - total / mask.sum(inner, keepdim=True).clamp(min=1)).type_as(tensor)
-
-
 def _weight(name: str, centred: bool) -> property:
     """Return the property that is the effective weight of a layer."""
     parameter_key, mask_key, listening_key = f"{name}_orig", f"{name}_mask", f"{name}_listening"
@@ -159,6 +152,13 @@ def _is_own(layer: nn.Module, parameter: Tensor) -> bool:
     Only its gradient is masked when it arrives (`itop_prune.listening`), not that of a substitute (`functional_call`).
     """
     return isinstance(parameter, nn.Parameter) or hasattr(layer, "_is_replica")
+
+
+def _centre(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Subtract from each filter its mean over active positions; the mean is never of less than float32."""
+    inner = tuple(range(1, mask.ndim))
+    total = _product(tensor, mask).sum(inner, keepdim=True, dtype=torch.float32)
+    return (tensor - total / mask.sum(inner, keepdim=True).clamp(min=1)).type_as(tensor)
 
 
 def pass_dense_gradient(layer: nn.Module, name: str, on: bool) -> None:

@@ -7,13 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from itop_prune.layer import pass_dense_gradient
-from itop_prune.sharding import is_sharded, like, zero_off_mask
-
-
-def put_first(hooks: Any, handle: RemovableHandle) -> None:
-    """Put a hook before all others of its kind: those see the sparse gradient then, as in any other step."""
-    for other in [key for key in hooks if key != handle.id]:
-        hooks[other] = hooks.pop(other)
+from itop_prune.sharding import like, zero_off_mask
 
 
 class Listener:
@@ -21,7 +15,7 @@ class Listener:
 
     Hooks on the parameter keep what arrives and hand on what the mask lets through, so that clipping and the
     optimizer's step are those of any other step. What adds up in `.grad`, micro-batches, adds up here. Where `.grad`
-    was cleared between two passes, to None or to 0 (with FSDP2 to None), collecting starts anew; what
+    was cleared between two passes, to None or to 0, collecting starts anew (with FSDP2 only where to None); what
     `torch.autograd.grad` is asked for is not counted.
     """
 
@@ -30,15 +24,13 @@ class Listener:
         self._heard: Tensor | None = None
         self._arriving: Tensor | None = None
         self._left: tuple[Tensor, int] | None = None
-        parameter = layer.get_parameter(f"{name}_orig")
-        after = parameter.register_post_accumulate_grad_hook
         pass_dense_gradient(layer, name, on=True)
-        if is_sharded(parameter):
-            self._hooks = [after(self._added_by_fsdp)]
-            put_first(parameter._post_accumulate_grad_hooks, self._hooks[0])
-        else:
-            self._hooks = [parameter.register_hook(self._arrives), after(self._added)]
-            put_first(parameter._backward_hooks, self._hooks[0])
+        self._hooks = self._hook(layer.get_parameter(f"{name}_orig"))
+
+    def _hook(self, parameter: nn.Parameter) -> list[RemovableHandle]:
+        first = parameter.register_hook(self._arrives)
+        put_first(parameter._backward_hooks, first)
+        return [first, parameter.register_post_accumulate_grad_hook(self._added)]
 
     def take(self) -> Tensor | None:
         """Return the sum of what came, float32, or None; and stop."""
@@ -53,7 +45,7 @@ class Listener:
 
     @unserializable_hook  # a copy or a pickle does without, and that is meant
     def _arrives(self, gradient: Tensor) -> Tensor:
-        """Keep the dense gradient on its way, and hand on the sparse one; `.grad` is as it was before."""
+        """Keep the dense gradient, and hand on the sparse one; this comes before `.grad` is added to."""
         present = getattr(self._layer, f"{self._name}_orig").grad
         if present is None:
             self._heard = None
@@ -70,6 +62,22 @@ class Listener:
         if arrived is not None:
             self._heard = arrived.to(torch.float32, copy=True) if self._heard is None else self._heard + arrived.float()
         self._leave(parameter.grad)
+
+    def _leave(self, gradient: Tensor | None) -> None:
+        self._left = None if gradient is None else (gradient, gradient._version)
+
+    def _is_as_left(self, gradient: Tensor) -> bool:
+        """Return whether it is the `.grad` of the last pass, and nobody has written to it since."""
+        return self._left is not None and self._left[0] is gradient and self._left[1] == gradient._version
+
+
+class ShardedListener(Listener):
+    """The same where FSDP2 shards the parameter and brings its gradient, of which a rank holds a part."""
+
+    def _hook(self, parameter: nn.Parameter) -> list[RemovableHandle]:
+        handle = parameter.register_post_accumulate_grad_hook(self._added_by_fsdp)
+        put_first(parameter._post_accumulate_grad_hooks, handle)
+        return [handle]
 
     @unserializable_hook
     def _added_by_fsdp(self, parameter: Tensor) -> None:
@@ -88,9 +96,8 @@ class Listener:
         zero_off_mask(gradient, self._mask)
         self._leave(gradient)
 
-    def _leave(self, gradient: Tensor | None) -> None:
-        self._left = None if gradient is None else (gradient, gradient._version)
 
-    def _is_as_left(self, gradient: Tensor) -> bool:
-        """Return whether it is the `.grad` of the last pass, and nobody has written to it since."""
-        return self._left is not None and self._left[0] is gradient and self._left[1] == gradient._version
+def put_first(hooks: Any, handle: RemovableHandle) -> None:
+    """Put a hook before all others of its kind: those see the sparse gradient then, as in any other step."""
+    for other in [key for key in hooks if key != handle.id]:
+        hooks[other] = hooks.pop(other)

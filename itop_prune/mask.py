@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 from itop_prune import ranks
 from itop_prune.counting import count_each
 from itop_prune.layer import attach, detach, effective, pattern_of, standardizes
-from itop_prune.listening import Listener
+from itop_prune.listening import Listener, ShardedListener
 from itop_prune.patterns import Pattern, holds
 from itop_prune.selection import kernel_shape, obstacle, walk
 from itop_prune.sharding import is_sharded, like, zero_off_mask
@@ -19,7 +19,7 @@ class ITOP(prune.BasePruningMethod):
     """One mask on one parameter of one layer; the layer's registered forward pre-hook, as torch's pruning wants it.
 
     The layer holds the parameter `<name>_orig` and the bool buffer `<name>_mask`, and `layer.<name>` is the effective
-    weight, their product (see `itop_prune.layer`). The hook itself has nothing to do: by it `torch.nn.utils.prune`
+    weight, their product (see `itop_prune.layer`). The hook itself computes nothing: by it `torch.nn.utils.prune`
     recognises the layer, and `prune.remove` undoes it.
     """
 
@@ -173,7 +173,8 @@ class ITOP(prune.BasePruningMethod):
 
     def listen(self) -> None:
         """Collect the dense gradient in the backward passes to come; `.grad` stays sparse."""
-        self._listener = self._listener or Listener(self._layer, self._tensor_name)
+        kind = ShardedListener if is_sharded(self.parameter) else Listener
+        self._listener = self._listener or kind(self._layer, self._tensor_name)
 
     def take_gradient(self) -> Tensor | None:
         """Return the dense gradient collected since `listen`, float32, or None; and stop listening."""

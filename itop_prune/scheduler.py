@@ -25,7 +25,8 @@ from itop_prune.plan import Plan
 from itop_prune.redistribution import Redistribution
 from itop_prune.schedules import Schedule, find
 from itop_prune.sharding import zero_off_mask
-from itop_prune.update import Layer, Rules, check_counts, check_floor, counts, exchange
+from itop_prune.turnover import check_floor, counts
+from itop_prune.update import Layer, Rules, check_counts, exchange
 from itop_prune.values import checked_seed
 
 ORDER = (
@@ -208,9 +209,8 @@ class MaskScheduler:
         """Count one optimizer step, and prune and regrow when it is time.
 
         Call it after every optimizer step that happened, before gradients are cleared: not in the middle of an
-        accumulation, not where a gradient scaler skipped the step. Past the last update it counts on, and no mask
-        moves, unless one is still due. When a criterion fails or gives NaN some masks may have moved: go back to a
-        checkpoint.
+        accumulation, not where a gradient scaler skipped the step. After the last update it only counts, unless an
+        update is still due. When a criterion fails or gives NaN some masks may have moved: go back to a checkpoint.
 
         Returns:
             True when an update was made.
@@ -218,12 +218,12 @@ class MaskScheduler:
         Raises:
             RuntimeError: No masked parameter has a gradient at the first step or a due one: they were cleared before;
                 a criterion failed, or ranks have diverged.
-            ValueError: A criterion or redistribution gave something else than numbers, NaN for one, or the masked
+            ValueError: A criterion or redistribution gave something else than numbers, such as NaN, or the masked
                 parameters are no longer those that the optimizer holds.
         """
         self._step += 1
         self._due = self._due or self._step in self.update_steps()
-        # Gradients are looked at to move masks, to hear the dense ones, and to tell of layers that never have any.
+        # Gradients are looked at to move masks, to hear the dense ones, and to tell of layers that have had none yet.
         looks_at_gradients = self._due or self._dense.listens or self._without_gradient or self._step == 1
         if not looks_at_gradients:
             self._prepare_next_step()

@@ -1,8 +1,7 @@
-"""What happens at an update: how many weights each layer prunes and grows, and which. The model is not touched here."""
+"""What happens to a layer at an update: which weights leave and which enter. The model is not touched here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -109,46 +108,11 @@ class Layer:
         return (sizes * self.itop.mask).abs().sum() / active_in(self.itop.mask).clamp(min=1)
 
 
-def counts(
-    rules: Rules, layers: Mapping[str, Layer], active: budget.Counts, target: budget.Counts, rate: float, moves: bool
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Return how many weights each layer prunes, and how many grow in it.
-
-    Args:
-        rules: Of the run.
-        layers: Those that take part, by name.
-        active: How many weights are active in each.
-        target: How many shall be active afterwards; where layers share, in all of them together.
-        rate: The share of active weights to be exchanged.
-        moves: Whether the density is on its way to another one.
-    """
-    weights = {name: layer.itop.mask.numel() for name, layer in layers.items()}
-    spare_dense = rules.redistribute is None
-    if rules.across_layers and moves:  # GraNet: cut the surplus, the worst of all layers; then each its share
-        cut = _worst_of_all(rules, layers, active, max(0, sum(active.values()) - sum(target.values())))
-        left = {name: active[name] - cut[name] for name in layers}
-        exchanged = budget.to_prune(left, left, weights, rate, spare_dense)
-        leaving = {name: cut[name] + exchanged[name] for name in layers}
-    else:
-        leaving = exchanged = budget.to_prune(active, target, weights, rate, spare_dense)
-        if rules.across_layers:  # as many, but the worst of all layers
-            leaving = exchanged = _worst_of_all(rules, layers, active, sum(leaving.values()))
-    kept = {name: active[name] - leaving[name] for name in layers}
-    if not rules.shares_layers:
-        return leaving, {name: target[name] - kept[name] for name in layers}
-    proportions: Mapping[str, float] = exchanged
-    if rules.redistribute:
-        known = {"weights": weights, "active": active, "pruned": leaving}
-        proportions = _statistics(rules.redistribute, layers, **known)
-    least = {name: min(active[name], least_of(rules, weights[name])) for name in layers}
-    return leaving, budget.to_grow(kept, sum(target.values()) - sum(kept.values()), weights, proportions, least)
-
-
 def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> tuple[Tensor, Tensor]:
     """Return the new mask of a layer, and how many active weights pruning left in it.
 
-    It is `topology.prune_and_regrow`, in two steps, for the scores to grow may depend on what was kept. The host waits
-    for neither; `check_counts` looks later whether they are as many as they must be.
+    It is `topology.prune_and_regrow`, with the scores to grow computed in between, from what was kept; a pattern N:M
+    fills its groups. The host does not wait: `check_counts` looks later whether the counts are right.
 
     Raises:
         ValueError: Scores are NaN, on a device that tells at once.
@@ -200,61 +164,3 @@ def check_counts(
 
 def _gave_nan(criterion: Asked, name: str) -> str:
     return f"{describe(criterion.function)} gave NaN for {name}; scores must be numbers"
-
-
-def check_floor(rules: Rules, weights: budget.Counts, smallest: int) -> None:
-    """Refuse a floor that keeps more weights than there shall be.
-
-    Args:
-        rules: Of the run.
-        weights: All weights of each layer.
-        smallest: The least active weights of all layers together, at any time.
-    """
-    kept = sum(least_of(rules, count) for count in weights.values())
-    if rules.across_layers and kept > smallest:
-        raise ValueError(
-            f"floor is {rules.floor}: it keeps {kept:,} of {sum(weights.values()):,} weights in any case, and there "
-            f"shall be {smallest:,}; lower it, or the sparsity"
-        )
-
-
-def least_of(rules: Rules, weights: int) -> int:
-    """Return how many weights of a layer stay active in any case: at least one, at least its floor."""
-    return max(1, budget.rounded_up(rules.floor, weights))
-
-
-def _worst_of_all(rules: Rules, layers: Mapping[str, Layer], active: budget.Counts, total: int) -> dict[str, int]:
-    """Return how many of the lowest scores of all layers together lie in each, as far as its floor lets them go."""
-    most, scores = {}, {}
-    for name, layer in layers.items():
-        mask = layer.itop.mask
-        most[name] = max(0, active[name] - least_of(rules, mask.numel()))
-        scores[name] = -topology.as_numbers(layer.scores(rules.prune, mask, "prune")[mask])
-    total = min(total, sum(most.values()))
-    try:
-        shares = topology.shares_of_best(scores, total, most)
-    except ValueError as error:
-        raise ValueError(f"{describe(rules.prune.function)}: {error}") from None
-    return budget.apportion(shares, total, dict.fromkeys(most, 0), most)
-
-
-def _statistics(redistribute: Asked, layers: Mapping[str, Layer], **offered: Any) -> Mapping[str, float]:
-    """Return what the redistribution says about each layer.
-
-    Raises:
-        ValueError: It is not one number from 0 per layer.
-    """
-    for need in redistribute.needs:
-        if need not in offered:
-            offered[need] = fetched({name: layer.statistic(need) for name, layer in layers.items()})
-    raw = redistribute.function(**{need: offered[need] for need in redistribute.needs})
-    if not isinstance(raw, Mapping) or (wrong := {n: raw.get(n) for n in layers if not _is_size(raw.get(n))}):
-        raise ValueError(
-            f"{describe(redistribute.function)} gave {wrong if isinstance(raw, Mapping) else raw!r}; it must give a "
-            "number from 0 for every layer"
-        )
-    return raw
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, Real) and 0.0 <= float(value) < float("inf")

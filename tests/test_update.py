@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import itop_prune
-from itop_prune import MaskScheduler, topology, update
+from itop_prune import MaskScheduler, topology, turnover
 from itop_prune.gradients import DenseGradients
 from itop_prune.update import Layer, Rules
 
@@ -36,21 +36,21 @@ TWO = {"a": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 0.0, 0.0], "b": [9.0, 10.0,
 
 def test_over_all_layers_the_worst_leave_and_each_grows_what_it_lost() -> None:
     active = {"a": 8, "b": 4}
-    leaving, entering = update.counts(rules(), layers(**TWO), active, active, rate=0.5, moves=False)
+    leaving, entering = turnover.counts(rules(), layers(**TWO), active, active, rate=0.5, moves=False)
     assert leaving == entering == {"a": 6, "b": 0}  # ceil(0.5 * 8) + ceil(0.5 * 4), all smaller than b's
 
 
 def test_on_the_way_to_sparse_the_cut_is_over_all_layers_and_the_exchange_within_each() -> None:
     """GraNet: from 12 to 8 active the four smallest leave, all of a; then each exchanges a quarter of what is left."""
     active, target = {"a": 8, "b": 4}, {"a": 5, "b": 3}
-    leaving, entering = update.counts(rules(), layers(**TWO), active, target, rate=0.25, moves=True)
+    leaving, entering = turnover.counts(rules(), layers(**TWO), active, target, rate=0.25, moves=True)
     assert leaving == {"a": 4 + 1, "b": 1}
     assert entering == {"a": 1, "b": 1}
 
 
 def test_a_floor_is_rounded_up() -> None:
     active, target = {"a": 8, "b": 4}, {"a": 4, "b": 3}
-    leaving, _ = update.counts(rules(floor=0.35), layers(**TWO), active, target, rate=0.0, moves=True)
+    leaving, _ = turnover.counts(rules(floor=0.35), layers(**TWO), active, target, rate=0.0, moves=True)
     assert leaving == {"a": 4, "b": 1}  # of the five smallest, all in a, one stays: at least 4 of its 10 (and 3 of 6)
 
 
@@ -60,7 +60,7 @@ def test_scores_that_are_whole_numbers_are_ranked_as_numbers(kind: torch.dtype) 
         return (weight > 8).to(kind)
 
     active, target = {"a": 8, "b": 4}, {"a": 5, "b": 3}
-    leaving, _ = update.counts(rules(ranked), layers(**TWO), active, target, rate=0.0, moves=True)
+    leaving, _ = turnover.counts(rules(ranked), layers(**TWO), active, target, rate=0.0, moves=True)
     assert leaving == {"a": 4, "b": 0}
 
 
@@ -68,7 +68,9 @@ def test_scores_that_are_whole_numbers_are_ranked_as_numbers(kind: torch.dtype) 
 def test_a_dense_layer_gives_weights_away_only_where_layers_share(redistribute: str, leaves: int) -> None:
     two = layers(a=[1.0, 2.0, 0.0, 0.0], b=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     active = {"a": 2, "b": 6}
-    leaving, entering = update.counts(rules("magnitude", redistribute, "layer"), two, active, active, 0.5, moves=False)
+    leaving, entering = turnover.counts(
+        rules("magnitude", redistribute, "layer"), two, active, active, 0.5, moves=False
+    )
     assert leaving == {"a": 1, "b": leaves}
     assert sum(entering.values()) == sum(leaving.values())
 
@@ -90,7 +92,7 @@ def test_a_criterion_that_fails_is_named_with_the_layer() -> None:
         return weight + torch.ones(7)
 
     with pytest.raises(RuntimeError, match="broken failed for a: The size of tensor"):
-        update.counts(rules(broken), layers(**TWO), {"a": 8, "b": 4}, {"a": 8, "b": 4}, 0.5, moves=False)
+        turnover.counts(rules(broken), layers(**TWO), {"a": 8, "b": 4}, {"a": 8, "b": 4}, 0.5, moves=False)
 
 
 def test_a_criterion_that_writes_into_what_it_is_given_is_refused() -> None:
@@ -98,7 +100,7 @@ def test_a_criterion_that_writes_into_what_it_is_given_is_refused() -> None:
         return mask.logical_not_()
 
     with pytest.raises(RuntimeError, match="writing wrote into mask of a; a criterion may only read"):
-        update.counts(rules(writing), layers(**TWO), {"a": 8, "b": 4}, {"a": 8, "b": 4}, 0.5, moves=False)
+        turnover.counts(rules(writing), layers(**TWO), {"a": 8, "b": 4}, {"a": 8, "b": 4}, 0.5, moves=False)
 
 
 # Without waiting for the device, as on a GPU
@@ -195,7 +197,7 @@ def test_scores_that_are_nan_are_named_where_no_layer_is_waited_for(
 def test_a_floor_holds_also_where_what_is_exchanged_grows_elsewhere(redistribute: str) -> None:
     active, target, found = {"a": 8, "b": 4}, {"a": 4, "b": 3}, layers(**TWO)
     chosen = rules(redistribute=redistribute, floor=0.35)
-    leaving, entering = update.counts(chosen, found, active, target, rate=0.5, moves=True)
+    leaving, entering = turnover.counts(chosen, found, active, target, rate=0.5, moves=True)
     after = {name: active[name] - leaving[name] + entering[name] for name in active}
     assert sum(after.values()) == 7
     assert after["a"] >= 4
@@ -205,7 +207,7 @@ def test_a_floor_holds_also_where_what_is_exchanged_grows_elsewhere(redistribute
 def test_a_layer_that_began_below_the_floor_is_not_lifted_to_it() -> None:
     active, target, found = {"a": 2, "b": 4}, {"a": 2, "b": 3}, layers(**TWO)
     chosen = rules(redistribute="magnitude", floor=0.35)
-    leaving, entering = update.counts(chosen, found, active, target, rate=0.5, moves=True)
+    leaving, entering = turnover.counts(chosen, found, active, target, rate=0.5, moves=True)
     after = {name: active[name] - leaving[name] + entering[name] for name in active}
     assert sum(after.values()) == 5
     assert after["a"] >= 2
