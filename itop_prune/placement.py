@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from itop_prune import distributions, patterns, ranks, saliency, topology
+from itop_prune import distributions, patterns, ranks, topology
 from itop_prune.distributions import Distribution
 from itop_prune.layer import effective, standardizes
 from itop_prune.mask import ITOP
@@ -86,8 +86,10 @@ def apply(
     generators = {name: topology.seeded(torch.device("cpu"), seed, name) for name in selected}
     ranked: dict[str, Tensor] = {}
     if method == "magnitude" or isinstance(method, Mapping):
+        from itop_prune.saliency import ratios  # its import takes a while, and few ask for it
+
         ranked = {n: _initial_scores(method, n, place, generators[n]) for n, place in selected.items()}
-        method = distributions.uniform if any(t.is_meta for t in ranked.values()) else saliency.ratios(ranked)
+        method = distributions.uniform if any(t.is_meta for t in ranked.values()) else ratios(ranked)
     if pattern is None:
         everything = {**distributions.DISTRIBUTIONS, "magnitude": None, "N:M": None}
         choose(method, everything, "method")  # a wrong name is answered with these, not with the distributions alone
