@@ -309,7 +309,7 @@ class MaskScheduler:
         active = {name: state.active[name] for name in layers}
         target = self._density.targets(active, self._plan.progress(self._step))
         leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)
-        written, remaining = {}, {}
+        remaining: dict[str, Tensor] = {}
         self._exploration.begin()
         for name, itop in masks.items():
             new = itop.mask
@@ -318,10 +318,9 @@ class MaskScheduler:
             self._exploration.note(name, itop.mask, new)
             if new is not itop.mask:
                 self._move(itop, new)
-                written[name] = itop.mask
             self._dense.forget(name)
         self._dense.forget_all()
-        check_counts(self._rules, written, remaining, active, leaving, entering)
+        check_counts(self._rules, {name: masks[name].mask for name in remaining}, remaining, active, leaving, entering)
         self.updates += 1
         self._without_gradient = set(masks)
         return True

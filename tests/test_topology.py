@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from itop_prune import ranking, topology
 from itop_prune.topology import best, prune_and_regrow, seeded, shares_of_best
 
 UPDATES = json.loads((Path(__file__).parent / "reference" / "update.json").read_text())["cases"]
@@ -293,111 +290,7 @@ def test_nothing_chosen_scores_below_anything_left(size: int, levels: int, seed:
     assert count == size or scores[chosen].min() >= scores[~chosen].max()
 
 
-# --- the fast selection against the simple one -----------------------------------------------------------------------
-
-
-def simple(mask: Tensor, prune_scores: Tensor, grow_scores: Tensor, n_prune: int, n_grow: int) -> Tensor:
-    """The algorithm as it is told: sort everything, take what is first; ties in index order."""
-    new = mask.flatten().clone()
-    active = new.nonzero().flatten()
-    new[active[prune_scores.flatten()[active].sort(stable=True).indices[:n_prune]]] = False
-    inactive = (~new).nonzero().flatten()
-    new[inactive[grow_scores.flatten()[inactive].sort(descending=True, stable=True).indices[:n_grow]]] = True
-    return new.view(mask.shape)
-
-
-def every_third(tensor: Tensor) -> Tensor:
-    return (torch.arange(tensor.numel()) % 3 == 0).view_as(tensor)
-
-
-KINDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "as drawn": lambda scores: scores,
-    "many ties": lambda scores: (4 * scores).round(),
-    "mostly zero": lambda scores: scores * (scores > 2),
-    "all equal": lambda scores: scores * 0,
-    "infinite": lambda scores: torch.where(scores > 1, torch.inf, torch.where(scores < -1, -torch.inf, scores)),
-    "largest where the sample looks": lambda scores: scores + 9 * every_third(scores),
-    "smallest where the sample looks": lambda scores: scores - 9 * every_third(scores),
-    "sorted": lambda scores: scores.flatten().sort().values.view_as(scores),
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("density", "rate"), [(0.02, 0.5), (0.1, 0.3), (0.9, 0.05), (0.1, 0.001), (0.5, 1.0)])
-def test_of_many_weights_the_same_are_chosen_as_by_sorting_all(kind: str, density: float, rate: float) -> None:
-    draw = rng(1)
-    mask = torch.rand(401, 499, generator=draw) < density  # 200,099 positions, every third looked at
-    prune_scores, grow_scores = (KINDS[kind](torch.randn(mask.shape, generator=draw)) for _ in range(2))
-    count = int(rate * int(mask.sum()))
-    expected = simple(mask, prune_scores, grow_scores, count, count)
-    assert torch.equal(prune_and_regrow(mask, prune_scores, grow_scores, count, count), expected)
-
-
-@pytest.mark.parametrize("at_once", [{"cpu"}, set()], ids=["asks the device", "does not wait"])
-@settings(deadline=None, max_examples=300)
-@given(
-    size=st.integers(20, 200),
-    levels=st.sampled_from([1, 2, 5, 1000]),
-    seed=st.integers(0, 2**31),
-    shares=st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
-)
-def test_whatever_a_sample_says_the_same_are_chosen_as_by_sorting_all(
-    at_once: set[str], size: int, levels: int, seed: int, shares: tuple[float, float, float]
-) -> None:
-    draw, (density, pruned, grown) = rng(seed), shares
-    mask = torch.rand(size, generator=draw) < density
-    prune_scores, grow_scores = (torch.randint(levels, (size,), generator=draw).float() for _ in range(2))
-    n_prune = int(pruned * int(mask.sum()))
-    n_grow = int(grown * (size - int(mask.sum()) + n_prune))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking, "SAMPLE", 6)  # so that a few numbers are a long tensor
-        patch.setattr(topology, "ANSWERS_AT_ONCE", at_once)
-        new = prune_and_regrow(mask, prune_scores, grow_scores, n_prune, n_grow)
-    assert torch.equal(new, simple(mask, prune_scores, grow_scores, n_prune, n_grow))
-
-
-@pytest.fixture(params=[{"cpu"}, set()], ids=["asks the device", "does not wait"])
-def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the CPU selects, and as other devices do."""
-    monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", request.param)
-
-
-@pytest.mark.usefixtures("both_ways")
-@pytest.mark.parametrize("place", [0, 1, 200_000])
-def test_nan_among_many_scores_raises_wherever_it_is(place: int) -> None:
-    mask, scores = torch.zeros(200_001, dtype=torch.bool), torch.randn(200_001, generator=rng(2))
-    scores[place] = torch.nan
-    with pytest.raises(ValueError, match="scores hold NaN"):
-        topology.grow(mask, scores, 100)
-
-
-@pytest.mark.usefixtures("both_ways")
-def test_infinite_scores_are_ranked_and_never_taken_from_where_nothing_may_be() -> None:
-    scores = torch.tensor([math.inf, -math.inf, 1.0, -math.inf, math.inf, math.inf])
-    mask = torch.tensor([True, False, False, False, False, True])
-    assert topology.grow(mask, scores, 3).tolist() == [True, True, True, False, True, True]
-    assert topology.prune(mask, -scores, 2).tolist() == [False] * 6
-
-
-@pytest.mark.usefixtures("both_ways")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
-def test_of_many_that_tie_those_drawn_are_spread_over_the_whole_tensor(dtype: torch.dtype) -> None:
-    scores = torch.zeros(200_001, dtype=dtype)
-    grown = topology.grow(torch.zeros(200_001, dtype=torch.bool), scores, 600, rng(3))
-    assert not scores.any()
-    assert [int(part.sum()) for part in grown.split(66_667)] == pytest.approx([200] * 3, rel=0.2)
-
-
-def test_elsewhere_than_on_the_cpu_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fake tensors have shapes and no values: whoever asks for one, or for a size that depends on one, fails."""
-    sizes = torch.empty(50, 40), torch.empty(50, 40).bool()
-    with FakeTensorMode() as fake:
-        scores, mask = (fake.from_tensor(tensor) for tensor in sizes)
-        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-            topology.select(scores, mask, 7, rng(0))
-        monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
-        for smallest in (False, True):
-            assert topology.select(scores, mask, 7, rng(0), smallest).shape == (50, 40)
+# --- seeds ------------------------------------------------------------------------------------------------------------
 
 
 def test_seeded_depends_on_every_word() -> None:

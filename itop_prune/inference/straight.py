@@ -5,6 +5,7 @@ recorded once, as torch.jit.trace does, and written out as one function, which f
 """
 
 import inspect
+import operator
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from itop_prune.inference.speed import difference
+
+Held = dict[tuple[str, str], Any]
 
 AS_THE_SHAPE = {"__get__", "__len__", "dim", "is_contiguous", "numel", "size", "stride"}
 """What says the same of every tensor of one shape, type and layout: attributes, and these methods."""
@@ -94,13 +97,13 @@ def straight_line(
     example, other = (torch.rand(shape, generator=generator, dtype=dtype, device="cpu") for _ in range(2))
     try:
         with torch.no_grad():
-            before = _held(model)
+            held = _held(model)
             with _ByNoValue(), _Recorder() as recorder:
                 result = usual(example)
-            if _held(model) != before:
+            if not _same(held, _held(model)):
                 return None  # it keeps something
             expected = usual(other)
-            code = _Code(model, example, recorder.calls, result).compiled(_refuse)
+            code = _Code(model, held, example, recorder.calls, result).compiled(_refuse)
             found = code(other)
         alike = found.dtype is expected.dtype and found.shape == expected.shape
         code.__globals__["usual"] = usual
@@ -145,25 +148,18 @@ class _ByNoValue(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Same:
-    """Something that equals itself alone: a tensor among others is compared as an object."""
-
-    def __init__(self, thing: Any) -> None:
-        self.thing = thing
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.thing is other.thing
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _held(model: nn.Module) -> dict[tuple[str, str], _Same]:
+def _held(model: nn.Module) -> Held:
     """Return what the layers hold, by what the holder is called in the code, and the key."""
-    found: dict[tuple[str, str], _Same] = {}
+    found: Held = {}
     for i, layer in enumerate(model.modules()):
         for letter, held in _holders(layer).items():
-            found |= {(f"{letter}{i}", key): _Same(value) for key, value in held.items()}
+            found |= {(f"{letter}{i}", key): thing for key, thing in held.items()}
     return found
+
+
+def _same(some: Held, others: Held) -> bool:
+    """Whether both hold the same objects."""
+    return some.keys() == others.keys() and all(map(operator.is_, some.values(), others.values()))
 
 
 def _holders(layer: nn.Module) -> dict[str, Mapping[str, Any]]:
@@ -181,10 +177,9 @@ class _Code:
     another shape, and gets a view of it where a call needs one.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, calls: list[_Call], result: Tensor) -> None:
-        self.model, self.x = model, x
+    def __init__(self, model: nn.Module, held: Held, x: Tensor, calls: list[_Call], result: Tensor) -> None:
+        self.model, self.held, self.x = model, held, x
         self.lines: list[str] = []
-        self.held = {place: same.thing for place, same in _held(model).items()}
         known = [thing for thing in self.held.values() if isinstance(thing, Tensor)]
         products = [thing for (_, key), thing in self.held.items() if key == "_product"]
         known += [product.matrix for product in products if hasattr(product, "matrix")]  # of kernels.csr
