@@ -1,6 +1,7 @@
 """How the best of many scores are found without sorting them: in a long tensor by a sample, on a GPU without a wait."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,18 +54,20 @@ def narrowed(scores: Tensor, allowed: Tensor, count: int, smallest: bool) -> tup
     return torch.zeros_like(allowed), allowed.nonzero().squeeze(1), count
 
 
-def ranked(values: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Return a mask of the `count` largest values in sizes that are known beforehand: nobody has to wait for one.
+def ranked(values: Tensor, allowed: Tensor, count: int, generators: Sequence[torch.Generator | None]) -> Tensor:
+    """Return a mask of the `count` largest values of each row, in sizes that are known beforehand: nobody has to wait.
 
-    Values are 1-d, -inf where nothing is allowed, and overwritten: room and operations are what a GPU takes time for.
-    Of half types ties are drawn in float32: they have few numbers themselves.
+    Values are 2-d, -inf where nothing is allowed, and overwritten: room and operations are what a GPU takes time for.
+    Of half types ties are drawn in float32: they have few numbers themselves. Each row has a generator of its own.
     """
-    threshold = values.topk(count, sorted=False).values.amin()  # NaN is above all, and makes this NaN
+    threshold = values.topk(count, sorted=False).values.amin(-1, keepdim=True)  # NaN is above all, and makes this NaN
     above, level = values > threshold, (values == threshold) & allowed
-    if generator is None:
-        draws = 2.0 - torch.arange(len(values), dtype=torch.float64, device=values.device) / len(values)
+    if None in generators:
+        size = values.shape[-1]
+        draws = (2.0 - torch.arange(size, dtype=torch.float64, device=values.device) / size).repeat(len(values), 1)
     else:
         draws = values.to(torch.promote_types(values.dtype, torch.float32))  # of that type it is the same memory
-        draws.uniform_(1.0, 2.0, generator=generator)
+        for row, generator in zip(draws, generators, strict=True):
+            row.uniform_(1.0, 2.0, generator=generator)
     top = draws.mul_(level).masked_fill_(above, 3.0).topk(count, sorted=False)
-    return torch.zeros_like(allowed).scatter_(0, top.indices, top.values >= 1.0)
+    return torch.zeros_like(allowed).scatter_(-1, top.indices, top.values >= 1.0)

@@ -26,7 +26,7 @@ from itop_prune.redistribution import Redistribution
 from itop_prune.schedules import Schedule, find
 from itop_prune.sharding import zero_off_mask
 from itop_prune.turnover import check_floor, counts
-from itop_prune.update import Layer, Rules, check_counts, exchange
+from itop_prune.update import Layer, Rules, alike, check_counts, exchange
 from itop_prune.values import checked_seed
 
 ORDER = (
@@ -311,14 +311,17 @@ class MaskScheduler:
         leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)
         remaining: dict[str, Tensor] = {}
         self._exploration.begin()
+        for group in alike(layers, leaving, entering):
+            first = group[0].name
+            exchanged = exchange(self._rules, group, leaving[first], entering[first])
+            for layer, (new, kept) in zip(group, exchanged, strict=True):
+                self._exploration.note(layer.name, layer.itop.mask, new)
+                self._move(layer.itop, new)
+                self._dense.forget(layer.name)
+                remaining[layer.name] = kept
         for name, itop in masks.items():
-            new = itop.mask
-            if leaving.get(name) or entering.get(name):
-                new, remaining[name] = exchange(self._rules, layers[name], leaving[name], entering[name])
-            self._exploration.note(name, itop.mask, new)
-            if new is not itop.mask:
-                self._move(itop, new)
-            self._dense.forget(name)
+            if name not in remaining:
+                self._exploration.note(name, itop.mask, itop.mask)
         self._dense.forget_all()
         check_counts(self._rules, {name: masks[name].mask for name in remaining}, remaining, active, leaving, entering)
         self.updates += 1

@@ -6,7 +6,7 @@ the host wait for a GPU.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -124,16 +124,53 @@ def select(
     """
     if count == 0:
         return torch.zeros_like(allowed)
+    if allowed.device.type not in ANSWERS_AT_ONCE:
+        return _select_rows(_in_rows([scores]), [allowed], count, [generator], smallest)[0]
     flat, open_ones = as_numbers(scores.flatten()), allowed.flatten()
-    if flat.device.type not in ANSWERS_AT_ONCE:
-        closed = ~open_ones
-        flat = (-flat).masked_fill_(closed, -math.inf) if smallest else flat.masked_fill(closed, -math.inf)
-        del scores  # where nobody else holds them, they make room
-        return ranked(flat, open_ones, count, generator).view(allowed.shape)
     chosen, places, rest = narrowed(flat, open_ones, count, smallest)
     values = flat.index_select(0, places)
     places = places[top(-values if smallest else values, rest, generator)]
     return chosen.index_fill_(0, places, True).view(allowed.shape)
+
+
+def select_each(
+    scores: Iterable[Tensor],
+    allowed: Sequence[Tensor],
+    count: int,
+    generators: Sequence[torch.Generator],
+    smallest: bool = False,
+) -> list[Tensor]:
+    """Do what `select` does for each of several layers of one size; where the host would wait, for all at once.
+
+    >>> both = [torch.tensor([False, True, True]), torch.tensor([True, True, False])]
+    >>> draws = [seeded(torch.device("cpu"), name) for name in ("a", "b")]
+    >>> select_each([torch.tensor([3.0, 2.0, 1.0])] * 2, both, 1, draws)
+    [tensor([False,  True, False]), tensor([ True, False, False])]
+    """
+    if count and allowed[0].device.type not in ANSWERS_AT_ONCE:
+        return _select_rows(_in_rows(scores), allowed, count, generators, smallest)
+    layers = zip(scores, allowed, generators, strict=True)
+    return [select(part, open_ones, count, generator, smallest) for part, open_ones, generator in layers]
+
+
+def _select_rows(
+    scores: Tensor,
+    allowed: Sequence[Tensor],
+    count: int,
+    generators: Sequence[torch.Generator | None],
+    smallest: bool,
+) -> list[Tensor]:
+    open_ones = _in_rows(allowed)
+    closed, values = ~open_ones, as_numbers(scores)
+    values = (-values).masked_fill_(closed, -math.inf) if smallest else values.masked_fill(closed, -math.inf)
+    del scores, closed  # where nobody else holds them, they make room
+    chosen = ranked(values, open_ones, count, generators)
+    return [row.view(mask.shape) for row, mask in zip(chosen, allowed, strict=True)]
+
+
+def _in_rows(tensors: Iterable[Tensor]) -> Tensor:
+    flat = [tensor.flatten() for tensor in tensors]
+    return torch.stack(flat) if len(flat) > 1 else flat[0][None]  # one is not copied
 
 
 def shares_of_best(scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What happens to a layer at an update: which weights leave and which enter. The model is not touched here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from itop_prune.menu import Asked, choose, describe, needed
 from itop_prune.redistribution import Redistribution
 from itop_prune.sharding import whole
 from itop_prune.values import check_scores, is_number
+
+TOGETHER = 1 << 20
+"""Weights of small layers that an update takes at once, where that is more than the largest layer has."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,28 @@ class Layer:
         return (sizes * self.itop.mask).abs().sum() / active_in(self.itop.mask).clamp(min=1)
 
 
-def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> tuple[Tensor, Tensor]:
-    """Return the new mask of a layer, and how many active weights pruning left in it.
+def alike(layers: Mapping[str, Layer], leaving: budget.Counts, entering: budget.Counts) -> list[list[Layer]]:
+    """Return the layers that move, and together those that `exchange` takes at once: they are of one size and counts.
+
+    To launch an operation on a GPU often takes longer than the operation, so as many go together as there is room for:
+    what the largest layer takes in any case, or `TOGETHER`. On a CPU each goes alone, and so does one with a pattern.
+    """
+    sizes = {name: layer.itop.mask.numel() for name, layer in layers.items()}
+    room = max([TOGETHER, *sizes.values()])
+    groups: dict[tuple[object, ...], list[list[Layer]]] = {}
+    for name, layer in layers.items():
+        if leaving[name] or entering[name]:
+            device = layer.itop.mask.device
+            alone = device.type in topology.ANSWERS_AT_ONCE or layer.itop.pattern is not None
+            of_kind = groups.setdefault((device, sizes[name], leaving[name], entering[name], alone and name), [])
+            if not of_kind or (len(of_kind[-1]) + 1) * sizes[name] > room:
+                of_kind.append([])
+            of_kind[-1].append(layer)
+    return [group for of_kind in groups.values() for group in of_kind]
+
+
+def exchange(rules: Rules, layers: Sequence[Layer], leaving: int, entering: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the new mask of each layer, and how many active weights pruning left in it; of layers that are `alike`.
 
     It is `topology.prune_and_regrow`, with the scores to grow computed in between, from what was kept; a pattern N:M
     fills its groups. The host does not wait: `check_counts` looks later whether the counts are right.
@@ -117,18 +140,22 @@ def exchange(rules: Rules, layer: Layer, leaving: int, entering: int) -> tuple[T
     Raises:
         ValueError: Scores are NaN, on a device that tells at once.
     """
-    mask, scoring = layer.itop.mask, rules.prune
+    masks, scoring = [layer.itop.mask for layer in layers], rules.prune
     try:  # the words name streams of random numbers: with others a seed gives another run
-        ties = layer.generator("prune", "ties")
-        kept = mask ^ topology.select(layer.scores(rules.prune, mask, "prune"), mask, leaving, ties, smallest=True)
-        scoring, ties = rules.grow, layer.generator("ties")
-        if layer.itop.pattern is None:
-            new = kept ^ topology.select(layer.scores(rules.grow, kept), ~kept, entering, ties)
+        ties = [layer.generator("prune", "ties") for layer in layers]
+        scores = (layer.scores(rules.prune, mask, "prune") for layer, mask in zip(layers, masks, strict=True))
+        kept = list(map(torch.bitwise_xor, masks, topology.select_each(scores, masks, leaving, ties, smallest=True)))
+        scoring, ties = rules.grow, [layer.generator("ties") for layer in layers]
+        scores = (layer.scores(rules.grow, mask) for layer, mask in zip(layers, kept, strict=True))
+        pattern = layers[0].itop.pattern
+        if pattern is None:
+            inactive = [~mask for mask in kept]
+            new = list(map(torch.bitwise_xor, kept, topology.select_each(scores, inactive, entering, ties)))
         else:
-            new = patterns.grow_in_groups(kept, layer.scores(rules.grow, kept), *layer.itop.pattern, ties)
-        return new, active_in(kept)
+            new = [patterns.grow_in_groups(kept[0], next(scores), *pattern, ties[0])]
+        return [(mask, active_in(left)) for mask, left in zip(new, kept, strict=True)]
     except topology.NaNScores:
-        raise ValueError(_gave_nan(scoring, layer.name)) from None
+        raise ValueError(_gave_nan(scoring, layers[0].name)) from None
 
 
 def check_counts(

@@ -117,3 +117,31 @@ def test_elsewhere_than_on_the_cpu_nothing_waits_for_the_device(monkeypatch: pyt
         monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
         for smallest in (False, True):
             assert topology.select(scores, mask, 7, rng(0), smallest).shape == (50, 40)
+
+
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+@pytest.mark.parametrize("smallest", [False, True], ids=["largest", "smallest"])
+def test_of_several_layers_together_the_same_are_chosen_as_of_each_alone(
+    monkeypatch: pytest.MonkeyPatch, levels: int, smallest: bool
+) -> None:
+    monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
+    shapes = [(20, 30), (600,), (2, 3, 10, 10)]
+    scores = [torch.randint(levels, shape, generator=rng(len(shape))).float() for shape in shapes]
+    scores[2] = scores[2].to(memory_format=torch.channels_last)
+    allowed = [torch.rand(shape, generator=rng(9)) < 0.4 for shape in shapes]
+    untouched = [part.clone() for part in (*scores, *allowed)]
+    together = topology.select_each(iter(scores), allowed, 77, [rng(seed) for seed in range(3)], smallest)
+    for seed, (part, mask, chosen) in enumerate(zip(scores, allowed, together, strict=True)):
+        assert torch.equal(chosen, topology.select(part, mask, 77, rng(seed), smallest))
+        assert chosen.sum() == 77
+        assert not (chosen & ~mask).any()
+    for part, before in zip((*scores, *allowed), untouched, strict=True):
+        assert torch.equal(part, before)
+
+
+def test_of_several_layers_together_nan_in_one_chooses_nothing_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
+    scores = torch.rand(3, 50, generator=rng(5))
+    scores[1, 7] = torch.nan
+    chosen = topology.select_each(scores, [torch.ones(50).bool()] * 3, 10, [rng(), rng(), rng()])
+    assert [int(part.sum()) for part in chosen] == [10, 0, 10]
