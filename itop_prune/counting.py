@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from itop_prune import topology
+from itop_prune.ranking import ones
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -17,7 +18,7 @@ def active_in(mask: Tensor) -> Tensor:
     >>> active_in(torch.tensor([[True, False], [True, True]]))
     tensor(3)
     """
-    return mask.count_nonzero() if mask.device.type in topology.ANSWERS_AT_ONCE else mask.sum()
+    return ones(mask) if mask.device.type in topology.ANSWERS_AT_ONCE else mask.sum()
 
 
 def count_each(masks: Mapping[str, Tensor]) -> dict[str, int]:

@@ -42,7 +42,7 @@ class Exploration:
 
     def note(self, name: str, before: Tensor, after: Tensor) -> None:
         """Take in an update of one layer: its mask before and after, equal where it did not move."""
-        self.of(name, after).logical_or_(before | after)
+        self.of(name, after).logical_or_(before).logical_or_(after)
         entered = after > before  # of bools
         self._entered[name] = active_in(entered)
         if self._counts_survival:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,8 +19,7 @@ class RanksDiffer(RuntimeError):
     """Ranks hold different numbers; the message names them and is the same on all ranks."""
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """What one look at the device and all ranks found."""
 
     finite: bool
@@ -59,14 +58,14 @@ def examine(
     gradients = sparse if dense is None else dense
     device = next(iter(masks.values())).device
 
-    def largest(tensors: Mapping[str, Tensor | None]) -> Tensor:
+    def sizes_of(tensors: Mapping[str, Tensor | None]) -> Tensor:
         parts = {n: local(tensor) for n, tensor in tensors.items() if tensor is not None and local(tensor).numel()}
-        sizes = dict(zip(parts, _largest(list(parts.values())), strict=True))
+        sizes = dict(zip(parts, _sizes(list(parts.values())), strict=True))
         nothing = torch.zeros((), device=device)
         return torch.stack([sizes.get(name, nothing).to(device, torch.float32) for name in tensors])
 
-    stepped, heard = largest(sparse), largest(gradients)
-    finite = torch.stack([stepped, largest(parameters), heard]).isfinite().all()
+    stepped, heard = sizes_of(sparse), sizes_of(gradients)
+    finite = torch.stack([stepped, sizes_of(parameters), heard]).isfinite().all()
     present = torch.tensor([gradients[name] is not None for name in masks]).to(device, non_blocking=True)
     active = torch.stack([active_in(mask).to(device) for mask in masks.values()])
     report = torch.cat([~finite.view(1), (stepped != 0).any().view(1), heard != 0, present, active])
@@ -83,11 +82,20 @@ def examine(
     )
 
 
-def _largest(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the largest size in each tensor, NaN if it holds one."""
+def _sizes(tensors: list[Tensor]) -> list[Tensor]:
+    """Return a number for each tensor that is 0 where all of it is 0, and finite where all of it is."""
     if {tensor.device.type for tensor in tensors} <= topology.ANSWERS_AT_ONCE:
-        return [torch.maximum(-tensor.amin(), tensor.amax()) for tensor in tensors]  # several times as fast as a norm
+        return list(map(_size, tensors))
     return list(torch._foreach_norm(tensors, math.inf))  # of all together, as torch does where it clips gradients
+
+
+def _size(tensor: Tensor) -> Tensor:
+    """Return the sum of squares, which a CPU is fastest at; the largest size where that could be too large or small."""
+    if tensor.dtype is torch.float32:
+        flat = tensor.flatten()
+        if 0.0 < (total := torch.dot(flat, flat)) < math.inf:
+            return total
+    return torch.maximum(-tensor.amin(), tensor.amax())
 
 
 def check_equal_masks(masks: Mapping[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from itop_prune.ranking import NAN, NaNScores, narrowed, ranked, top
+from itop_prune.ranking import NAN, NaNScores, narrowed, ones, ranked, top
 
 ANSWERS_AT_ONCE = {"cpu"}
 """Kinds of devices that can be asked for a count in passing; on others the host would wait for all that is queued."""
@@ -62,7 +62,7 @@ def prune(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator |
     >>> prune(torch.tensor([True, True, False]), torch.tensor([2.0, 1.0, 0.0]), 1)
     tensor([ True, False, False])
     """
-    active = int(mask.count_nonzero())
+    active = int(ones(mask))
     if not 0 <= count <= active:
         raise ValueError(f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}")
     return mask ^ _whole(select(scores, mask, count, generator, smallest=True), count)
@@ -74,7 +74,7 @@ def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | 
     >>> grow(torch.tensor([True, False, False]), torch.tensor([3.0, 1.0, 2.0]), 1)
     tensor([ True, False,  True])
     """
-    inactive = mask.numel() - int(mask.count_nonzero())
+    inactive = mask.numel() - int(ones(mask))
     if not 0 <= count <= inactive:
         raise ValueError(f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to that")
     return mask ^ _whole(select(scores, ~mask, count, generator), count)
@@ -82,7 +82,7 @@ def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | 
 
 def _whole(chosen: Tensor, count: int) -> Tensor:
     """Return what was selected, if it is as many as asked for."""
-    if chosen.count_nonzero() != count:
+    if ones(chosen) != count:
         raise NaNScores(NAN)
     return chosen
 

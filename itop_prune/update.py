@@ -1,8 +1,7 @@
 """What happens to a layer at an update: which weights leave and which enter. The model is not touched here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ TOGETHER = 1 << 20
 """Weights of small layers that an update takes at once, where that is more than the largest layer has."""
 
 
-@dataclass(frozen=True)
-class Rules:
+class Rules(NamedTuple):
     """Who is pruned, who grows, and where: checked arguments of `MaskScheduler`, with what the functions ask for."""
 
     prune: Asked
@@ -62,8 +60,7 @@ class Rules:
         return self.across_layers or self.redistribute is not None
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One layer at an update, and what criteria may ask about it."""
 
     name: str
@@ -80,7 +77,7 @@ class Layer:
             ValueError: It is not one number per position on the mask's device.
         """
         offered = {
-            "weight": lambda: whole(self.itop.weight).float(),
+            "weight": lambda: whole(self.itop.settled()).float(),
             "mask": lambda: mask,
             "grad": lambda: self.dense.gradient(self.name),
             "momentum": lambda: self.dense.momentum(self.name),
@@ -107,7 +104,7 @@ class Layer:
 
     def statistic(self, name: str) -> Tensor:
         """Return the mean size of the active weights or of their momentum; 0 where none is active."""
-        sizes = whole(self.itop.weight).float() if name == "magnitude" else self.dense.momentum(self.name)
+        sizes = whole(self.itop.settled()).float() if name == "magnitude" else self.dense.momentum(self.name)
         return (sizes * self.itop.mask).abs().sum() / active_in(self.itop.mask).clamp(min=1)
 
 

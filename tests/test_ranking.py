@@ -145,3 +145,21 @@ def test_of_several_layers_together_nan_in_one_chooses_nothing_there_alone(monke
     scores[1, 7] = torch.nan
     chosen = topology.select_each(scores, [torch.ones(50).bool()] * 3, 10, [rng(), rng(), rng()])
     assert [int(part.sum()) for part in chosen] == [10, 0, 10]
+
+
+@pytest.mark.parametrize(
+    "size", [0, 1, 8, ranking.SAMPLE - 8, ranking.SAMPLE, ranking.SAMPLE + 4, 8 * 1021 * 4, 300_000]
+)
+@pytest.mark.parametrize("density", [0.0, 0.002, 0.04, 0.3, 1.0])
+def test_what_is_true_is_counted_and_found(size: int, density: float) -> None:
+    mask = torch.rand(size, generator=rng(4)) < density
+    for tensor in (mask, torch.cat([torch.ones(3, dtype=torch.bool), mask])[3:], mask.repeat(2)[::2]):
+        assert ranking.ones(tensor) == tensor.count_nonzero()
+        assert ranking.ones(tensor).dtype == torch.int64
+        assert torch.equal(ranking.positions(tensor), tensor.nonzero().squeeze(1))
+
+
+def test_what_is_true_is_counted_in_any_layout() -> None:
+    mask = torch.rand(64, 32, 3, 3, generator=rng(4)) < 0.5
+    for tensor in (mask, mask.to(memory_format=torch.channels_last), mask.transpose(0, 1)):
+        assert ranking.ones(tensor) == mask.count_nonzero()

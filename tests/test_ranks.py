@@ -375,3 +375,37 @@ def test_the_mean_over_ranks_is_taken_once_whatever_else_is_asked_for(results: l
         for asks in ("grad", "grad and momentum"):
             assert torch.equal(seen[f"{asks} 0"], everywhere)
             assert torch.equal(seen[f"{asks} 1"], everywhere / len(results))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("odd", "finite", "told"),
+    [
+        (0.0, True, False),
+        (1e30, True, True),  # its square is no float32
+        (1e-30, True, True),
+        (1.0, True, True),
+        (math.inf, False, True),
+        (-math.inf, False, True),
+        (math.nan, False, True),
+    ],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_what_is_zero_and_what_is_not_finite_is_told_whatever_the_size(
+    odd: float, finite: bool, told: bool, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    parameter = nn.Parameter(torch.ones(3, 4, 2, 2, dtype=dtype).to(memory_format=memory_format))
+    gradient = torch.zeros_like(parameter)
+    gradient[2, 1, 0, 1] = odd
+    parameter.grad = gradient
+    other = nn.Parameter(torch.ones(5))
+    other.grad = torch.ones(5)
+    masks = {"a": torch.ones_like(parameter, dtype=torch.bool), "b": torch.tensor([True, False, True, True, False])}
+    state = ranks.examine({"a": parameter, "b": other}, masks, None)
+    assert (state.finite, state.silent, state.active) == (finite, [] if told else ["a"], {"a": 48, "b": 3})
+    with torch.no_grad():
+        parameter.copy_(gradient)
+    other.grad = None
+    parameter.grad = None
+    state = ranks.examine({"a": parameter, "b": other}, masks, {"a": torch.zeros(48), "b": None})
+    assert (state.finite, state.any_gradient, state.has_gradient) == (finite, False, {"a": True, "b": False})
