@@ -216,22 +216,23 @@ class MaskScheduler:
             True when an update was made.
 
         Raises:
-            RuntimeError: No masked parameter has a gradient at the first step or a due one: they were cleared before;
-                a criterion failed, or ranks have diverged.
+            RuntimeError: No masked parameter has a gradient at the first step or a due one: they were cleared before,
+                and the step is not counted; a criterion failed, or ranks have diverged.
             ValueError: A criterion or redistribution gave something else than numbers, such as NaN, or the masked
                 parameters are no longer those that the optimizer holds.
         """
-        self._step += 1
-        self._due = self._due or self._step in self.update_steps()
+        step = self._step + 1
+        due = self._due or step in self.update_steps()
         # Gradients are looked at to move masks, to hear the dense ones, and to tell of layers that have had none yet.
-        looks_at_gradients = self._due or self._dense.listens or self._without_gradient or self._step == 1
+        looks_at_gradients = due or self._dense.listens or self._without_gradient or step == 1
+        masks = self._movable() if looks_at_gradients else {}
+        with_gradient = [name for name, itop in masks.items() if itop.parameter.grad is not None]
+        if (due or step == 1) and masks and not with_gradient:
+            raise RuntimeError(f"no masked parameter has a gradient. {ORDER}")
+        self._step, self._due = step, due
         if not looks_at_gradients:
             self._prepare_next_step()
             return False
-        masks = self._movable()
-        with_gradient = [name for name, itop in masks.items() if itop.parameter.grad is not None]
-        if (self._due or self._step == 1) and masks and not with_gradient:
-            raise RuntimeError(f"no masked parameter has a gradient. {ORDER}")
         self._without_gradient.difference_update(with_gradient)
         heard = self._dense.collect(masks)
         moved = self._due and bool(masks) and self._update(masks, heard)

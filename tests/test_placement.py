@@ -127,7 +127,7 @@ def test_an_unknown_method_is_answered_with_the_menu() -> None:
     with pytest.raises(
         ValueError,
         match=r"unknown method 'unifrom'; known are uniform, uniform\+, ER, ERK, ERK\+, magnitude, N:M "
-        r"\(nearest: 'uniform'",
+        r"\(nearest: 'uniform'\); or scores by name, such as itop_prune.saliency makes$",
     ):
         itop_prune.apply(mlp(), 0.5, "unifrom")
 
