@@ -13,7 +13,8 @@ A criterion is a function whose parameter names say what it needs, each a tensor
 
 Asking for `grad` is all it takes to get it: the scheduler reads the signature and listens on the steps that need it
 (with `gradient_steps=n` it is the sum of the last n). `grad` and `momentum` carry a GradScaler's scale: after it has
-changed, `momentum` weighs old and new steps unequally. A parameter with a default is the criterion's own.
+changed, `momentum` weighs old and new steps unequally. A parameter with a default is the criterion's own. Layers come
+in no promised order, and several may be asked about before one of them moves.
 Pruning and growth have a menu each: by `magnitude` nothing would grow but what has just been pruned.
 """
 

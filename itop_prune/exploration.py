@@ -65,7 +65,9 @@ class Exploration:
 
         Layers where nothing grew, or that were not updated twice, are left out.
         """
-        return {name: left / grown for name, (left, grown) in fetched(self._survived).items() if grown}
+        counts = fetched(self._survived)
+        grown = {name: counts[name] for name in self.explored if name in counts and counts[name][1]}
+        return {name: left / all_grown for name, (left, all_grown) in grown.items()}
 
     def survival_rate(self) -> float:
         """Return the share of all layers together; NaN where there is none."""

@@ -171,14 +171,6 @@ class ITOP(prune.BasePruningMethod):
         """Set the parameter to 0 wherever the mask is False: after an update an average still has pruned weights."""
         zero_off_mask(self.parameter, self.mask)
 
-    def settled(self) -> Tensor:
-        """Set the parameter to 0 off the mask, where some optimizers move it, and return the effective weight.
-
-        That is the parameter itself then, and not a copy, unless the layer standardises it. Read it only.
-        """
-        self.zero_off_mask()
-        return self.weight if standardizes(type(self._layer)) else self.parameter.detach()
-
     def listen(self) -> None:
         """Collect the dense gradient in the backward passes to come; `.grad` stays sparse."""
         kind = ShardedListener if is_sharded(self.parameter) else Listener

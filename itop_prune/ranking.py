@@ -75,22 +75,23 @@ def positions(mask: Tensor) -> Tensor:
     """
     if not _has_words(mask) or 20 * ones(mask) > len(mask):
         return mask.nonzero().squeeze(1)
-    words = mask.view(torch.int64).nonzero().squeeze(1)
+    words = mask.view(torch.int64).nonzero().squeeze(1)  # word w holds the positions from 8 w
     found = mask.view(-1, 8).index_select(0, words).flatten().nonzero().squeeze(1)
     return 8 * words.index_select(0, found >> 3) + (found & 7)
 
 
 def _has_words(mask: Tensor) -> bool:
     """Return whether a mask can be read in words of eight positions, and is long enough for that to be faster."""
-    whole = mask.numel() >= SAMPLE and not (mask.numel() | mask.storage_offset()) % 8
-    return whole and mask.device.type == "cpu" and mask.is_contiguous()
+    in_words = mask.is_contiguous() and mask.numel() % 8 == 0 and int(mask.storage_offset()) % 8 == 0
+    return in_words and mask.numel() >= SAMPLE and mask.device.type == "cpu"
 
 
 def ranked(values: Tensor, allowed: Tensor, count: int, generators: Sequence[torch.Generator | None]) -> Tensor:
     """Return a mask of the `count` largest values of each row, in sizes that are known beforehand: nobody has to wait.
 
     Values are 2-d, -inf where nothing is allowed, and overwritten: room and operations are what a GPU takes time for.
-    Of half types ties are drawn in float32: they have few numbers themselves. Each row has a generator of its own.
+    Of half types ties are drawn in float32: they have few numbers themselves. Each row has a generator of its own, or
+    none has.
     """
     threshold = values.topk(count, sorted=False).values.amin(-1, keepdim=True)  # NaN is above all, and makes this NaN
     above, level = values > threshold, (values == threshold) & allowed

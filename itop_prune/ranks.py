@@ -90,7 +90,7 @@ def _sizes(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _size(tensor: Tensor) -> Tensor:
-    """Return the sum of squares, which a CPU is fastest at; the largest size where that could be too large or small."""
+    """Return the sum of squares, which a CPU is fastest at, or where that overflows or underflows the largest size."""
     if tensor.dtype is torch.float32:
         flat = tensor.flatten()
         if 0.0 < (total := torch.dot(flat, flat)) < math.inf:

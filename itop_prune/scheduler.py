@@ -366,7 +366,7 @@ class MaskScheduler:
 
         So one that grows starts at 0, and one that was pruned and grew again at once was never out.
         """
-        stayed = itop.mask.bitwise_and_(mask)
+        stayed = itop.mask.bitwise_and_(mask)  # for now it is the mask itself
         itop.keep(stayed)
         for tensor in statistics(self._optimizer, itop.parameter).values():
             zero_off_mask(tensor, stayed)

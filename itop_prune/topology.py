@@ -125,7 +125,7 @@ def select(
     if count == 0:
         return torch.zeros_like(allowed)
     if allowed.device.type not in ANSWERS_AT_ONCE:
-        return _select_rows(_in_rows([scores]), [allowed], count, [generator], smallest)[0]
+        return _select_rows(_in_rows([as_numbers(scores)], 1), [allowed], count, [generator], smallest)[0]
     flat, open_ones = as_numbers(scores.flatten()), allowed.flatten()
     chosen, places, rest = narrowed(flat, open_ones, count, smallest)
     values = flat.index_select(0, places)
@@ -148,7 +148,7 @@ def select_each(
     [tensor([False,  True, False]), tensor([ True, False, False])]
     """
     if count and allowed[0].device.type not in ANSWERS_AT_ONCE:
-        return _select_rows(_in_rows(scores), allowed, count, generators, smallest)
+        return _select_rows(_in_rows(map(as_numbers, scores), len(allowed)), allowed, count, generators, smallest)
     layers = zip(scores, allowed, generators, strict=True)
     return [select(part, open_ones, count, generator, smallest) for part, open_ones, generator in layers]
 
@@ -160,17 +160,27 @@ def _select_rows(
     generators: Sequence[torch.Generator | None],
     smallest: bool,
 ) -> list[Tensor]:
-    open_ones = _in_rows(allowed)
-    closed, values = ~open_ones, as_numbers(scores)
+    """Do what `select` does in each row of `scores`, one for each of `allowed`."""
+    open_ones = allowed[0].flatten()[None] if len(allowed) == 1 else torch.stack([mask.flatten() for mask in allowed])
+    closed, values = ~open_ones, scores
     values = (-values).masked_fill_(closed, -math.inf) if smallest else values.masked_fill(closed, -math.inf)
     del scores, closed  # where nobody else holds them, they make room
     chosen = ranked(values, open_ones, count, generators)
     return [row.view(mask.shape) for row, mask in zip(chosen, allowed, strict=True)]
 
 
-def _in_rows(tensors: Iterable[Tensor]) -> Tensor:
-    flat = [tensor.flatten() for tensor in tensors]
-    return torch.stack(flat) if len(flat) > 1 else flat[0][None]  # one is not copied
+def _in_rows(tensors: Iterable[Tensor], count: int) -> Tensor:
+    """Return tensors of one size as rows; each is copied before the next is asked for, and one alone is not copied."""
+    rows = torch.empty(0)
+    for row, tensor in enumerate(tensors):
+        if count == 1:
+            return tensor.flatten()[None]
+        if row == 0:
+            rows = tensor.new_empty(count, tensor.numel())
+        elif tensor.dtype != rows.dtype:
+            rows = rows.to(torch.promote_types(rows.dtype, tensor.dtype))
+        rows[row].view(tensor.shape).copy_(tensor)
+    return rows
 
 
 def shares_of_best(scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None) -> dict[str, float]:

@@ -77,7 +77,7 @@ class Layer(NamedTuple):
             ValueError: It is not one number per position on the mask's device.
         """
         offered = {
-            "weight": lambda: whole(self.itop.settled()).float(),
+            "weight": lambda: whole(self.itop.weight).float(),
             "mask": lambda: mask,
             "grad": lambda: self.dense.gradient(self.name),
             "momentum": lambda: self.dense.momentum(self.name),
@@ -104,15 +104,15 @@ class Layer(NamedTuple):
 
     def statistic(self, name: str) -> Tensor:
         """Return the mean size of the active weights or of their momentum; 0 where none is active."""
-        sizes = whole(self.itop.settled()).float() if name == "magnitude" else self.dense.momentum(self.name)
+        sizes = whole(self.itop.weight).float() if name == "magnitude" else self.dense.momentum(self.name)
         return (sizes * self.itop.mask).abs().sum() / active_in(self.itop.mask).clamp(min=1)
 
 
 def alike(layers: Mapping[str, Layer], leaving: budget.Counts, entering: budget.Counts) -> list[list[Layer]]:
-    """Return the layers that move, and together those that `exchange` takes at once: they are of one size and counts.
+    """Return the layers that move, in groups that `exchange` takes at once: of one device, size and counts.
 
-    To launch an operation on a GPU often takes longer than the operation, so as many go together as there is room for:
-    what the largest layer takes in any case, or `TOGETHER`. On a CPU each goes alone, and so does one with a pattern.
+    To launch an operation on a GPU often takes longer than the operation. So a group has as many layers as there is
+    room for: all weights of the largest layer, or `TOGETHER`. On a CPU each goes alone, and so does one with a pattern.
     """
     sizes = {name: layer.itop.mask.numel() for name, layer in layers.items()}
     room = max([TOGETHER, *sizes.values()])
@@ -121,7 +121,8 @@ def alike(layers: Mapping[str, Layer], leaving: budget.Counts, entering: budget.
         if leaving[name] or entering[name]:
             device = layer.itop.mask.device
             alone = device.type in topology.ANSWERS_AT_ONCE or layer.itop.pattern is not None
-            of_kind = groups.setdefault((device, sizes[name], leaving[name], entering[name], alone and name), [])
+            kind = (device, sizes[name], leaving[name], entering[name], name if alone else None)
+            of_kind = groups.setdefault(kind, [])
             if not of_kind or (len(of_kind[-1]) + 1) * sizes[name] > room:
                 of_kind.append([])
             of_kind[-1].append(layer)
@@ -129,10 +130,17 @@ def alike(layers: Mapping[str, Layer], leaving: budget.Counts, entering: budget.
 
 
 def exchange(rules: Rules, layers: Sequence[Layer], leaving: int, entering: int) -> list[tuple[Tensor, Tensor]]:
-    """Return the new mask of each layer, and how many active weights pruning left in it; of layers that are `alike`.
+    """Return the new mask of each layer, and how many active weights pruning left in it.
 
     It is `topology.prune_and_regrow`, with the scores to grow computed in between, from what was kept; a pattern N:M
-    fills its groups. The host does not wait: `check_counts` looks later whether the counts are right.
+    fills its groups. All scores to prune come before the first to grow. The host does not wait: `check_counts` looks
+    later whether the counts are right.
+
+    Args:
+        rules: Of the run.
+        layers: Some that are `alike`.
+        leaving: How many leave each of them.
+        entering: How many enter it.
 
     Raises:
         ValueError: Scores are NaN, on a device that tells at once.

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from timm.layers import StdConv2d
 from torch import nn
 from torch.nn.utils import prune
 from toys import batch, convnet, mlp, train
@@ -296,23 +295,3 @@ def test_a_given_mask_that_has_no_values_leaves_the_layer_as_it_was() -> None:
         ITOP.apply(layer, "weight", torch.ones(4, 6, device="meta"))
     assert itop_prune.find_masks(layer) == {}
     assert isinstance(layer.weight, nn.Parameter)
-
-
-def test_a_settled_weight_is_the_parameter_and_nothing_off_the_mask() -> None:
-    layer = nn.Linear(4, 3)
-    itop = itop_prune.ITOP.apply(layer, "weight", torch.eye(3, 4) > 0)
-    with torch.no_grad():
-        itop.parameter.fill_(2.0)  # as some optimizers leave it
-    settled = itop.settled()
-    assert settled.data_ptr() == itop.parameter.data_ptr()
-    assert not settled.requires_grad
-    assert torch.equal(settled, 2.0 * torch.eye(3, 4))
-
-
-def test_of_a_layer_that_standardises_its_weight_the_settled_one_is_centred() -> None:
-    layer = StdConv2d(2, 3, 2)
-    itop = itop_prune.ITOP.apply(
-        layer, "weight", torch.rand(3, 2, 2, 2, generator=torch.Generator().manual_seed(0)) < 0.6
-    )
-    assert torch.equal(itop.settled(), itop.weight)
-    assert itop.settled().sum((1, 2, 3)).abs().max() < 1e-6

@@ -163,3 +163,26 @@ def test_what_is_true_is_counted_in_any_layout() -> None:
     mask = torch.rand(64, 32, 3, 3, generator=rng(4)) < 0.5
     for tensor in (mask, mask.to(memory_format=torch.channels_last), mask.transpose(0, 1)):
         assert ranking.ones(tensor) == mask.count_nonzero()
+
+
+def test_scores_of_several_layers_may_come_in_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
+    scores, buffer = torch.rand(3, 4, 25, generator=rng(6)), torch.empty(4, 25)
+    allowed = [torch.ones(4, 25).bool()] * 3
+    together = topology.select_each((buffer.copy_(part) for part in scores), allowed, 10, [rng(), rng(), rng()])
+    assert [chosen.nonzero().tolist() for chosen in together] == [
+        topology.select(part, mask, 10).nonzero().tolist() for part, mask in zip(scores, allowed, strict=True)
+    ]
+
+
+def test_scores_of_several_layers_may_be_of_several_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", set())
+    large = 2**53 - torch.arange(8)
+    scores = [torch.arange(8.0), large, 1.0 + torch.arange(8, dtype=torch.float64) * 1e-12, torch.arange(8) % 2 == 0]
+    together = topology.select_each(scores, [torch.ones(8).bool()] * 4, 4, [rng() for _ in scores])
+    assert [chosen.int().tolist() for chosen in together] == [
+        [0, 0, 0, 0, 1, 1, 1, 1],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [0, 0, 0, 0, 1, 1, 1, 1],
+        [1, 0, 1, 0, 1, 0, 1, 0],
+    ]
