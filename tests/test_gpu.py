@@ -96,6 +96,22 @@ def test_a_gpu_chooses_what_a_cpu_does() -> None:
         assert torch.equal(*masks)
 
 
+@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize("size", [7, 1_000, 300_000])
+def test_of_several_layers_together_a_gpu_chooses_what_it_does_of_each_alone(size: int, smallest: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randint(size // 3 + 1, (size,), generator=generator).float().to(GPU) for _ in range(3)]
+    allowed = [(torch.rand(size, generator=generator) < 0.6).to(GPU) for _ in range(3)]
+    count = min(int(mask.sum()) for mask in allowed) // 2 + 1
+    together = topology.select_each(
+        scores, allowed, count, [topology.seeded(GPU, layer) for layer in range(3)], smallest
+    )
+    for layer, chosen in enumerate(together):
+        alone = topology.select(scores[layer], allowed[layer], count, topology.seeded(GPU, layer), smallest)
+        assert torch.equal(chosen, alone)
+        assert chosen.sum() == count
+
+
 def waits(layers: int, **options: Any) -> int:
     """How often the host waits for the GPU in an update of so many layers."""
     model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(layers))).to(GPU)
