@@ -1,7 +1,7 @@
 """The algorithm: which weights leave a mask and which enter it. Pure tensors in, a new bool mask out.
 
-`prune_and_regrow` is all of it. `MaskScheduler` does the same by `select`, which checks no counts, and so never makes
-the host wait for a GPU.
+`prune_and_regrow` is all of it. `MaskScheduler` does the same by `select_each`, which checks no counts, and so never
+makes the host wait for a GPU.
 """
 
 import hashlib
