@@ -128,8 +128,8 @@ def test_a_kernel_that_is_dense_in_use_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_masks_that_do_not_move_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stay(_: object, layer: Any, leaving: int, entering: int) -> tuple[Tensor, Tensor]:
-        return layer.itop.mask.clone(), layer.itop.mask.sum() - leaving
+    def stay(_: object, layers: list[Any], leaving: int, entering: int) -> list[tuple[Tensor, Tensor]]:
+        return [(layer.itop.mask.clone(), layer.itop.mask.sum() - leaving) for layer in layers]
 
     monkeypatch.setattr(scheduler, "exchange", stay)
     assert "no mask moved" in check(Small, monkeypatch).wrong
