@@ -66,8 +66,8 @@ class Exploration:
         Layers where nothing grew, or that were not updated twice, are left out.
         """
         counts = fetched(self._survived)
-        grown = {name: counts[name] for name in self.explored if name in counts and counts[name][1]}
-        return {name: left / all_grown for name, (left, all_grown) in grown.items()}
+        in_order = ((name, counts[name]) for name in self.explored if name in counts)
+        return {name: left / grown for name, (left, grown) in in_order if grown}
 
     def survival_rate(self) -> float:
         """Return the share of all layers together; NaN where there is none."""

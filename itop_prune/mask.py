@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from itop_prune import ranks
-from itop_prune.counting import count_each
+from itop_prune.counting import active_in, count_each
 from itop_prune.layer import attach, detach, effective, pattern_of, standardizes
 from itop_prune.listening import Listener, ShardedListener
 from itop_prune.patterns import Pattern, holds
@@ -115,7 +115,7 @@ class ITOP(prune.BasePruningMethod):
     @property
     def active(self) -> int:
         """How many weights are active; of a mask made on the meta device how many would be."""
-        return int(self.mask.count_nonzero()) if self._planned is None else self._planned
+        return int(active_in(self.mask)) if self._planned is None else self._planned
 
     @property
     def _planned(self) -> int | None:

@@ -31,11 +31,11 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return f"{', '.join(names[:most])}{' and others' if names[most:] else ''}"
 
 
-def choose(wanted: object, menu: Mapping[str, T], what: str) -> T:
+def choose(wanted: object, menu: Mapping[str, T], what: str, otherwise: str = "") -> T:
     """Return `menu[wanted]`, or `wanted` itself where it is a function.
 
     Raises:
-        ValueError: `wanted` is neither a name on the menu nor callable.
+        ValueError: `wanted` is neither a name on the menu nor callable; the message ends with `otherwise`.
 
     >>> choose("two", {"one": 1, "two": 2}, "number")
     2
@@ -44,7 +44,7 @@ def choose(wanted: object, menu: Mapping[str, T], what: str) -> T:
         return wanted  # type: ignore[return-value]  # a function of one's own in place of one from the menu
     if isinstance(wanted, str) and wanted in menu:
         return menu[wanted]
-    raise ValueError(f"unknown {what} {wanted!r}; known are {', '.join(menu)}{nearest(wanted, menu)}")
+    raise ValueError(f"unknown {what} {wanted!r}; known are {', '.join(menu)}{nearest(wanted, menu)}{otherwise}")
 
 
 def needed(function: Callable[..., object], offered: Mapping[str, object], what: str) -> tuple[str, ...]:

@@ -92,10 +92,8 @@ def apply(
         method = distributions.uniform if any(t.is_meta for t in ranked.values()) else ratios(ranked)
     if pattern is None:
         everything = {**distributions.DISTRIBUTIONS, "magnitude": None, "N:M": None}
-        try:  # a wrong name is answered with these, not with the distributions alone
-            choose(method, everything, "method")
-        except ValueError as error:
-            raise ValueError(f"{error}; or scores by name, such as itop_prune.saliency makes") from None
+        # A wrong name is answered with these, not with the distributions alone.
+        choose(method, everything, "method", otherwise="; or scores by name, such as itop_prune.saliency makes")
         fixed = {} if densities is None else _by_name(densities, selected)
         counts = distributions.active_counts(shapes, 1.0 - sparsity, method, fixed)
     else:

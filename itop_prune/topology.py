@@ -125,7 +125,7 @@ def select(
     if count == 0:
         return torch.zeros_like(allowed)
     if allowed.device.type not in ANSWERS_AT_ONCE:
-        return _select_rows(_in_rows([as_numbers(scores)], 1), [allowed], count, [generator], smallest)[0]
+        return select_each([scores], [allowed], count, [generator], smallest)[0]
     flat, open_ones = as_numbers(scores.flatten()), allowed.flatten()
     chosen, places, rest = narrowed(flat, open_ones, count, smallest)
     values = flat.index_select(0, places)
@@ -137,7 +137,7 @@ def select_each(
     scores: Iterable[Tensor],
     allowed: Sequence[Tensor],
     count: int,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator | None],
     smallest: bool = False,
 ) -> list[Tensor]:
     """Do what `select` does for each of several layers of one size; where the host would wait, for all at once.
@@ -220,8 +220,8 @@ def _shares_of_best(scores: Mapping[str, Tensor], count: int) -> dict[str, float
         names = [name for name, tensor in scores.items() if tensor.isnan().any()]
         raise ValueError(f"scores of {', '.join(names)} hold NaN, which has no rank; scores must be numbers")
     parts = flat.split([tensor.numel() for tensor in scores.values()])
-    above = {name: int((part > threshold).count_nonzero()) for name, part in zip(scores, parts, strict=True)}
-    tied = {name: int((part == threshold).count_nonzero()) for name, part in zip(scores, parts, strict=True)}
+    above = {name: int(ones(part > threshold)) for name, part in zip(scores, parts, strict=True)}
+    tied = {name: int(ones(part == threshold)) for name, part in zip(scores, parts, strict=True)}
     share = (count - sum(above.values())) / sum(tied.values())
     return {name: above[name] + share * tied[name] for name in scores}
 

@@ -181,6 +181,7 @@ def test_layers_taken_together_move_as_each_alone_does(
     one_by_one = moved(**options)
     assert set(taken) == {1}
     for other in (alone, one_by_one):
+        assert list(other[2].survival_rates()) == list(together[2].survival_rates())
         for ours, theirs in zip(together, other, strict=True):
             for one, another in zip(flat(ours.state_dict()), flat(theirs.state_dict()), strict=True):
                 assert torch.equal(one, another) if isinstance(one, Tensor) else one == another
