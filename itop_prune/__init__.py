@@ -20,21 +20,15 @@ functions, read as they are needed. Of the others `placement` draws the first ma
 `ranks` keeps processes alike, and most check arguments. `files` and `inference`, for after the training, are folders.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from itop_prune import criteria, distributions, patterns, redistribution, schedules, topology
+from itop_prune import criteria, distributions, patterns, redistribution, saliency, schedules, topology
+from itop_prune.cost import FLOPs, flops
+from itop_prune.files.compact import save
+from itop_prune.files.storage import dense_state_dict, load
+from itop_prune.inference.deployment import deploy
 from itop_prune.mask import ITOP, find_masks, remove
 from itop_prune.placement import apply
+from itop_prune.report import Summary, summarize
 from itop_prune.scheduler import MaskScheduler
-
-if TYPE_CHECKING:
-    from itop_prune import saliency
-    from itop_prune.cost import FLOPs, flops
-    from itop_prune.files.compact import save
-    from itop_prune.files.storage import dense_state_dict, load
-    from itop_prune.inference.deployment import deploy
-    from itop_prune.report import Summary, summarize
 
 __version__ = "0.1.0"
 
@@ -60,24 +54,3 @@ __all__ = [
     "summarize",
     "topology",
 ]
-
-LATER = {
-    **dict.fromkeys(("FLOPs", "flops"), "cost"),
-    **dict.fromkeys(("Summary", "summarize"), "report"),
-    **dict.fromkeys(("dense_state_dict", "load"), "files.storage"),
-    "deploy": "inference.deployment",
-    "saliency": "saliency",
-    "save": "files.compact",
-}
-"""What no training step needs, by its module; imported when it is asked for: that is a third of the import's time."""
-
-
-def __getattr__(name: str) -> Any:
-    if name not in LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(f"{__name__}.{LATER[name]}")
-    return module if name == LATER[name] else getattr(module, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *LATER})

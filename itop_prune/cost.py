@@ -135,7 +135,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
         super().__init__()
-        from torch.utils.flop_counter import flop_registry
+        from torch.utils.flop_counter import flop_registry  # it imports triton where that is installed
 
         self._formulas: Mapping[Any, Callable[..., int]] = flop_registry
         self.flops: Counter[str] = Counter()

@@ -13,6 +13,7 @@ from itop_prune.layer import effective, standardizes
 from itop_prune.mask import ITOP
 from itop_prune.menu import choose, nearest
 from itop_prune.patterns import Pattern
+from itop_prune.saliency import ratios
 from itop_prune.selection import Place, indivisible, kernel_shape, matching, select
 from itop_prune.values import checked_seed, is_number
 
@@ -86,8 +87,6 @@ def apply(
     generators = {name: topology.seeded(torch.device("cpu"), seed, name) for name in selected}
     ranked: dict[str, Tensor] = {}
     if method == "magnitude" or isinstance(method, Mapping):
-        from itop_prune.saliency import ratios  # its import takes a while, and few ask for it
-
         ranked = {n: _initial_scores(method, n, place, generators[n]) for n, place in selected.items()}
         method = distributions.uniform if any(t.is_meta for t in ranked.values()) else ratios(ranked)
     if pattern is None:

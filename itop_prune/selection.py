@@ -1,7 +1,5 @@
 """What can be masked: the weights of a model by name, patterns that select among them, and what stands in the way."""
 
-import functools
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -195,22 +193,12 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
 
 
 def _held_again(layer: nn.Module, tensor: str) -> str:
-    """Return where a layer has its parameter besides its name: an attribute that holds it, or code that asks for it."""
+    """Return which attribute of a layer holds its parameter besides its name, or ""."""
     parameter = layer._parameters[tensor]
     for attribute, value in vars(layer).items():
         lists_it = attribute == "_flat_weights" and isinstance(layer, nn.RNNBase)  # which the masked layer replaces
         if attribute not in OF_EVERY_MODULE and not lists_it and _contains(value, parameter):
             return f"from its {attribute}"
-    return _asks_for(type(layer), tensor)  # type: ignore[arg-type]  # a class can be hashed
-
-
-@functools.cache
-def _asks_for(layer: type, tensor: str) -> str:
-    for kind in layer.__mro__:
-        for name, function in () if kind.__module__.startswith("torch.") else vars(kind).items():
-            code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
-            if code and "_parameters" in code.co_names and tensor in code.co_consts:
-                return f"as _parameters[{tensor!r}] in its {name}"
     return ""
 
 

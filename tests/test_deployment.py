@@ -557,8 +557,8 @@ def test_a_model_elsewhere_than_on_the_cpu_is_refused() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        (("csc",), r"unknown choice 'csc'; known are dense, csr, embedding_bag, semi_structured \(nearest: 'csr'\)"),
-        ("csr", "choices is 'csr'; allowed are some of dense, csr, embedding_bag, semi_structured, as a tuple"),
+        (("csc",), r"unknown choice 'csc'; known are dense, csr, embedding_bag \(nearest: 'csr'\)"),
+        ("csr", "choices is 'csr'; allowed are some of dense, csr, embedding_bag, as a tuple"),
         ((), r"choices is \(\); allowed"),
     ],
 )
@@ -567,33 +567,6 @@ def test_choices_that_are_none_are_refused(choices: tuple[str, ...], message: st
     itop_prune.apply(model, 0.5)
     with pytest.raises(ValueError, match=message):
         deploy(model, torch.zeros(1, 20), choices=choices)
-
-
-def in_halves(weight: Tensor) -> Tensor:
-    """What torch's semi-structured form of a weight computes as: two values of every four, and where they were."""
-    groups = weight.unflatten(1, (-1, 4))
-    places = groups.abs().topk(2, dim=2).indices
-    return torch.zeros_like(groups).scatter(2, places, groups.gather(2, places)).flatten(1)
-
-
-def two_of_four(scores: str = "random") -> nn.Module:
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8, bias=False)).requires_grad_(False)
-    itop_prune.apply(model, 0.5, "2:4", scores=scores)
-    return model
-
-
-@pytest.mark.parametrize("scores", ["random", "magnitude"])
-def test_linear_layers_of_the_pattern_2_4_take_the_semi_structured_kernel(
-    scores: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    converted: list[Tensor] = []
-    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda w: converted.append(w) or in_halves(w))
-    model, x = two_of_four(scores), torch.randn(5, 64)
-    deployed = deploy(model, x, choices=("semi_structured",))
-    assert [choice.kernel for choice in deployed.report.choices] == ["semi_structured"] * 2
-    assert {tuple(weight.shape) for weight in converted} == {(32, 64), (8, 32)}
-    assert all(weight.is_contiguous() for weight in converted)
-    assert torch.equal(output(deployed, x), output(model, x))
 
 
 @pytest.mark.parametrize("choices", [("dense", "embedding_bag"), ("embedding_bag",)])
@@ -618,37 +591,6 @@ def test_a_kernel_that_is_hopeless_is_not_measured_closer_unless_it_must_be_take
     (choice,) = deploy(model, torch.randn(3, 20), choices=choices).report.choices
     assert choice.kernel == choices[0]
     assert len(called) == 4 if "dense" in choices else len(called) > 7  # one for its output, one before two rounds
-
-
-def test_other_masks_and_layers_do_not_take_the_semi_structured_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", in_halves)
-    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Flatten(), nn.Linear(32, 8))
-    itop_prune.apply(model, 0.5, "2:4")
-    deployed = deploy(model, torch.randn(1, 4, 2, 2), choices=("semi_structured",))
-    assert [choice.kernel for choice in deployed.report.choices] == ["dense", "semi_structured"]
-    model = mlp()
-    itop_prune.apply(model, 0.5, "uniform")
-    deployed = deploy(model, torch.randn(1, 20), choices=("semi_structured",))
-    assert {choice.kernel for choice in deployed.report.choices} == {"dense"}
-
-
-def test_without_a_gpu_torch_has_no_semi_structured_kernel_and_layers_stay_dense() -> None:
-    deployed = deploy(two_of_four(), torch.randn(1, 64), choices=("semi_structured",))
-    assert {choice.kernel for choice in deployed.report.choices} == {"dense"}
-
-
-def test_half_types_may_differ_by_twice_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nearly(scale: float) -> Callable[[Tensor], Tensor]:
-        return lambda weight: in_halves(weight) * (1 + scale)
-
-    x = torch.randn(5, 64).bfloat16()
-    for scale, kernel in ((0.012, "semi_structured"), (0.1, "dense")):
-        monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", nearly(scale))
-        monkeypatch.setattr(deployment, "obstacle", lambda layer, tensor: "")  # as on a GPU
-        model = nn.Sequential(nn.Linear(64, 32, bias=False)).requires_grad_(False).bfloat16()
-        itop_prune.apply(model, 0.5, "2:4")
-        (choice,) = deploy(model, x, choices=("semi_structured",)).report.choices
-        assert choice.kernel == kernel
 
 
 @pytest.mark.parametrize(

@@ -232,19 +232,6 @@ def test_scores_before_training_choose_on_a_gpu(score: str) -> None:
     assert all(itop.mask.is_cuda for itop in masks.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_layers_of_the_pattern_2_4_take_torchs_kernel(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 128, bias=False)).to(GPU, dtype)
-    itop_prune.apply(model, 0.5, "2:4")
-    x = torch.randn(64, 256, device=GPU, dtype=dtype)
-    deployed = itop_prune.deploy(model, x, choices=("semi_structured",))
-    assert [choice.kernel for choice in deployed.report.choices] == ["semi_structured"] * 2  # type: ignore[union-attr, arg-type]
-    with torch.no_grad():
-        wide = torch.randn(100, 300, device=GPU, dtype=dtype)
-        for y in (x, x[:1], x[:7], x[:1].expand(100, -1), wide[:, 4:260], wide.t().contiguous().t()[:, :256]):
-            assert difference(deployed(y), model(y)) < 2e-2
-
-
 @pytest.mark.parametrize("choices", [("csr",), ("embedding_bag",), ("dense", "csr", "embedding_bag")], ids=str)
 def test_other_kernels_give_the_outputs_of_the_dense_model_on_a_gpu(choices: tuple[str, ...]) -> None:
     with torch.no_grad():

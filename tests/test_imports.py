@@ -39,20 +39,6 @@ def test_importing_the_package_does_not_import_the_recipes() -> None:
     assert "itop_prune.recipe" not in found.stdout.split()
 
 
-@pytest.mark.parametrize("name", itop_prune.LATER)
-def test_what_no_training_step_needs_is_imported_when_it_is_asked_for(name: str) -> None:
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import itop_prune; before = set(sys.modules)"
-    program += f"; itop_prune.{name}; print(*set(sys.modules) - before)"
-    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
-    assert f"itop_prune.{itop_prune.LATER[name]}" in found.stdout.split()
-    assert name in dir(itop_prune)
-
-
-def test_a_name_that_the_package_has_not_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'deployed'"):
-        itop_prune.deployed  # noqa: B018
-
-
 def test_the_package_imports_without_what_the_runner_needs() -> None:
     absent = ["accelerate", "timm", "rich", "yaml", "torchvision", "safetensors", "matplotlib"]
     statement = f"sys.modules.update(dict.fromkeys({absent}))"  # None in sys.modules: the import fails

@@ -43,7 +43,7 @@ BENCHMARKS = {
     "import": imports,
     "files": files,
 }
-ON_A_GPU = {"waits": waits, "halves": bench_deploy.halves}
+ON_A_GPU = {"waits": waits}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import models  # noqa: F401  (registers the MLP and LeNet-300-100 with timm)
 import timm
 import torch
-from measure import Measured, Settings, clock
+from measure import Settings
 from torch import Tensor, nn
 
 import itop_prune
@@ -31,7 +31,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 }
 """Name in the table: of timm, keyword arguments, shape of the example."""
 TARGETS = {
-    0.98: {"MLP 3072-1024-512-10": 5.0, "LeNet-300-100": 2.0, "ViT-small, 224 px": 3.0, "ResNet-50, 224 px": 1.5},
+    0.98: {"MLP 3072-1024-512-10": 5.0, "ViT-small, 224 px": 3.0, "ResNet-50, 224 px": 1.5},
     0.95: {"MLP 3072-1024-512-10": 2.5, "ViT-small, 224 px": 2.0},
     0.90: {"ViT-small, 224 px": 1.3},
 }
@@ -102,7 +102,7 @@ def measure(name: str, model: nn.Module, x: Tensor, sparsity: float, settings: S
     """Deploy a masked model and time it beside its dense copy."""
     cost = itop_prune.flops(model, x)
     masks = itop_prune.find_masks(model)
-    deployed = itop_prune.deploy(model, x, straight=True)
+    deployed = itop_prune.deploy(model, x)
     dense = copy.deepcopy(model).eval()
     itop_prune.remove(dense)
     with torch.inference_mode():
@@ -174,32 +174,6 @@ def compile_or_none(model: nn.Module, x: Tensor) -> Any:
         print(f"no compiled model to compare with: {type(error).__name__}")
         return None
     return compiled
-
-
-HALVES: dict[str, int] = {"vit_base_patch16_224": 256, "vit_large_patch16_224": 256, "vit_huge_patch14_224": 256}
-"""Models whose linear layers take the pattern 2:4, and the size of their batch."""
-
-
-def halves(settings: Settings) -> Iterator[Measured]:
-    """A forward on a GPU of models in fp16 whose linear layers hold the pattern 2:4, deployed, against dense ones."""
-    for name, batch in list(HALVES.items())[: 1 if settings.quick else None]:
-        with settings.device:
-            model = timm.create_model(name).half()
-            x = torch.randn(batch, 3, 224, 224, dtype=torch.float16)
-        itop_prune.apply(model, 0.5, "2:4", exclude="patch_embed.*")
-        deployed: Any = itop_prune.deploy(model, x, choices=("dense", "semi_structured"))
-        itop_prune.remove(model.eval())
-        kernels = [choice.kernel for choice in deployed.report.choices]
-
-        def seconds(model: nn.Module) -> float:
-            with torch.inference_mode():
-                began = clock(settings.device)
-                model(x)  # noqa: B023
-                return clock(settings.device) - began
-
-        halved = f"2:4 in {kernels.count('semi_structured')} of {len(kernels)} layers"
-        measured = Measured(f"forward, {name}, fp16, batch {batch}, {halved}", NO_SLOWER, faster=True)
-        yield measured.take(settings.rounds(15), lambda: seconds(deployed), lambda: seconds(model))  # noqa: B023
 
 
 def table(found: Sequence[Line]) -> str:

@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from itop_prune.cost import run
 from itop_prune.inference.kernels import KERNELS
-from itop_prune.inference.semi_structured import semi_structured
 from itop_prune.inference.sparse_layers import SparseLinear, obstacle, replace, sparse
 from itop_prune.inference.speed import Choice, Report, copied, difference, in_turns, tensors_in
-from itop_prune.inference.straight import StraightLine
 from itop_prune.mask import find_masks, remove
 from itop_prune.menu import nearest
 from itop_prune.selection import unwrap
 
-CHOICES = ("dense", *KERNELS, "semi_structured")
+CHOICES = ("dense", *KERNELS)
 TOLERANCE = 1e-5
 """How far outputs may be from the dense ones, as a share of their norm; of half types twice their precision."""
 CLEARLY = 1.05
@@ -34,9 +32,7 @@ IN_A_ROW = 8
 """How many calls of a layer a GPU is given at a time, as in a model, where it computes while the host goes on."""
 
 
-def deploy(
-    model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CHOICES, straight: bool = False
-) -> nn.Module:
+def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CHOICES) -> nn.Module:
     """Return a copy of a masked model for inference, in which each layer computes in the fastest way measured.
 
     A linear layer or a convolution stays dense unless a kernel for sparse weights is clearly faster on the inputs that
@@ -44,22 +40,18 @@ def deploy(
     dense too: grouped, transposed and weight-standardised convolutions, recurrent layers, layers whose weight is read
     by what holds them, classes of their own, other types than float32 on a CPU.
 
-    The kernels are "csr" and "embedding_bag", for masks of any kind, and "semi_structured", for linear layers of the
-    pattern 2:4 in a half type on a GPU.
+    The kernels are "csr" and "embedding_bag", for masks of any kind.
 
     Args:
         model: Masked by `itop_prune.apply` or `load`, on the CPU or a GPU; in a wrapper or not. It is left as it was.
         example_inputs: What its forward takes, a tensor or a tuple of arguments, of the sizes that are to be fast.
         choices: What each layer may choose from. Without "dense" every layer that can takes another kernel, whether
             that is faster or not.
-        straight: Whether inputs like the example shall go through straight-line code, without a call between layers,
-            where the forward allows that: for small models, which spend most of their time there. Its calls of torch
-            are recorded, as by torch.jit.trace; `itop_prune.inference.straight.StraightLine` says what it can't see.
 
     Returns:
         The copy, without masks, in evaluation mode; no parameter asks for a gradient. `print(copy.report)` shows what
         was chosen. Other batch sizes, image sizes and numbers of threads give the same outputs; how fast was not
-        measured. With semi-structured layers it can be copied where torch can copy their tensors (not in 2.11).
+        measured.
         `torch.export.export` and `torch.onnx.export` take it, on the CPU; both write the active weights of sparse
         layers alone. The first computes with them alone, the second makes dense layers of them, which onnxruntime does
         once, when it loads the file.
@@ -86,15 +78,14 @@ def deploy(
         rows = _choose(deployed, places, arguments, choices)
         for row, (layer, _) in zip(rows, places.values(), strict=True):
             if row.kernel != "dense":
-                replace(layer, _made(layer, row.kernel))
+                replace(layer, sparse(layer, row.kernel))
         _keep_transposed(deployed, arguments)
-        straight = straight and _straighten(deployed, arguments)
         apart = difference(found := deployed(*copied(arguments)), expected)
         arguments = copied(arguments)  # a forward may write into them
         models = {"dense": lambda: dense(*arguments), "deployed": lambda: deployed(*arguments)}
         seconds = in_turns(models, at_least=11, within=1.0, of=median, wait=_wait_for(deployed))
     fallback = ""
-    if not straight and all(row.kernel == "dense" for row in rows):
+    if all(row.kernel == "dense" for row in rows):
         seconds["deployed"] = seconds["dense"]  # the same model twice
     elif math.isnan(apart):
         fallback = "all of it dense: no numbers in the outputs, or NaN, to compare"
@@ -103,10 +94,10 @@ def deploy(
     elif "dense" in choices and seconds["deployed"] > seconds["dense"]:
         fallback = f"all of it dense: it would take {1e3 * seconds['deployed']:.3f} ms"
     if fallback:
-        deployed, apart, straight, seconds["deployed"] = dense, 0.0, False, seconds["dense"]
+        deployed, apart, seconds["deployed"] = dense, 0.0, seconds["dense"]
         rows = [dataclasses.replace(row, kernel="dense", seconds=row.dense_seconds) for row in rows]
     shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(arguments))
-    whole = (seconds["dense"], seconds["deployed"], apart, fallback, straight)
+    whole = (seconds["dense"], seconds["deployed"], apart, fallback)
     deployed.report = Report(tuple(rows), shapes, torch.get_num_threads(), *whole)  # type: ignore[assignment]
     return deployed
 
@@ -170,7 +161,7 @@ def _seconds(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, choices:
     functions = {"dense": functools.partial(layer.forward, *inputs)}
     for kernel in (kernel for kernel in CHOICES if kernel in choices and kernel != "dense"):
         with contextlib.suppress(RuntimeError):  # this torch was built without it, or has none for this layer
-            function = functools.partial(_made(layer, kernel).forward, *inputs)
+            function = functools.partial(sparse(layer, kernel).forward, *inputs)
             if difference(function(), output) <= _tolerance(output):
                 functions[kernel] = function
     timed = functools.partial(in_turns, of=min, wait=_wait_for(layer), in_a_row=IN_A_ROW if output.is_cuda else 1)
@@ -178,19 +169,6 @@ def _seconds(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, choices:
         first = timed(functions, at_least=2, within=0.0)
         functions = {name: call for name, call in functions.items() if first[name] <= HOPELESS * first["dense"]}
     return timed(functions, at_least=7, within=0.05)
-
-
-def _made(layer: nn.Module, kernel: str) -> Any:
-    """Return a layer that computes with a kernel.
-
-    Raises:
-        RuntimeError: There is none for this layer.
-    """
-    if kernel != "semi_structured":
-        return sparse(layer, kernel)
-    if not isinstance(layer, nn.Linear):
-        raise RuntimeError(f"{type(layer).__name__} is no linear layer, which this kernel is for")
-    return semi_structured(layer)
 
 
 def _tolerance(outputs: Any) -> float:
@@ -203,23 +181,6 @@ def _wait_for(model: nn.Module) -> Callable[[], object]:
     """Return what waits until the device of a model has done all that it was asked for."""
     device = next(itertools.chain(model.parameters(), model.buffers())).device
     return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-
-
-def _straighten(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
-    """Give a model a forward in straight-line code for one input, and return whether that is possible."""
-    x = arguments[0] if len(arguments) == 1 else None
-    if (
-        type(x) is not Tensor
-        or x.is_cuda
-        or not x.is_floating_point()
-        or not x.is_contiguous()
-        or "forward" in vars(model)
-    ):
-        return False
-    line = StraightLine(model, x.shape, x.dtype)
-    if possible := line.make():
-        model.forward = line
-    return possible
 
 
 def _keep_transposed(model: nn.Module, arguments: tuple[Any, ...]) -> None:

@@ -43,7 +43,6 @@ def csr(active: Active) -> Product:
         except NotImplementedError as error:  # what autocast casts to; to ask for it beforehand costs small layers time
             raise RuntimeError(f"torch has no such product ({error}); leave out autocast") from error
 
-    product.matrix = matrix  # type: ignore[attr-defined]  # for straight-line code, which calls torch itself
     return product
 
 

@@ -44,8 +44,6 @@ class Report:
     """Between their outputs, as a share of the dense one's norm."""
     fallback: str = ""
     """Why all of the model stayed dense, against what the layers alone said."""
-    straight: bool = False
-    """Whether inputs of these shapes go through straight-line code."""
 
     @property
     def speedup(self) -> float:
@@ -66,8 +64,7 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
         text = ["  ".join([a.ljust(widths[0]), *map(str.rjust, rest, widths[1:]), why]) for a, *rest, why in lines]
         where = f"inputs of {', '.join(map(str, self.shapes))}, threads: {self.threads}"
-        how = ", in straight-line code" if self.straight else ""
-        tail = f"measured with {where}{how}; others give the same outputs. Difference of outputs: {self.difference:.1e}"
+        tail = f"measured with {where}; others give the same outputs. Difference of outputs: {self.difference:.1e}"
         return "\n".join([*map(str.rstrip, text), tail])
 
 
