@@ -39,4 +39,10 @@ def fetched(tensors: Mapping[Key, Tensor]) -> dict[Key, Any]:
     if not tensors:
         return {}
     device = next(iter(tensors.values())).device
-    return dict(zip(tensors, torch.stack([tensor.to(device) for tensor in tensors.values()]).tolist(), strict=True))
+    return dict(
+        zip(
+            tensors,
+            torch.stack([tensor.to(device) for tensor in tensors.values()]).tolist(),
+            strict=True,
+        )
+    )

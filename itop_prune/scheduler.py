@@ -1,6 +1,7 @@
 """When masks move: `MaskScheduler` counts optimizer steps, prunes and regrows when it is time, and measures R_s.
 
-`step` says when, `_update` what happens then, `_move` what it does to weights and optimizer statistics.
+`step` says when, `_update` what happens then, `_move` what it does to weights and optimizer
+statistics.
 """
 
 from collections.abc import Mapping
@@ -10,89 +11,102 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from itop_prune import ranks
-from itop_prune.criteria import Criterion
-from itop_prune.density import Density
-from itop_prune.distributions import Distribution
-from itop_prune.exploration import Exploration
-from itop_prune.gradients import DenseGradients
-from itop_prune.mask import ITOP, active_weights
-from itop_prune.menu import describe
-from itop_prune.notices import Notices, deaf, odd_layers
-from itop_prune.optimizer import check_holds, check_statistics, has_any_gradient, statistics
-from itop_prune.patterns import check_held
-from itop_prune.plan import Plan
-from itop_prune.redistribution import Redistribution
-from itop_prune.schedules import Schedule, find
-from itop_prune.sharding import zero_off_mask
-from itop_prune.turnover import check_floor, counts
-from itop_prune.update import Layer, Rules, alike, check_counts, exchange
-from itop_prune.values import checked_seed
-
-ORDER = (
-    "The order is loss.backward(), optimizer.step(), step() of the MaskScheduler, and only then optimizer.zero_grad()"
+from itop_prune import distributed as ranks
+from itop_prune.layers.handle import ITOP, active_weights
+from itop_prune.layers.sharding import zero_off_mask
+from itop_prune.methods.criteria import Criterion
+from itop_prune.methods.distributions import Distribution
+from itop_prune.methods.lookup import describe
+from itop_prune.methods.patterns import check_held
+from itop_prune.methods.redistribution import Redistribution
+from itop_prune.methods.schedules import Schedule, find
+from itop_prune.methods.validation import checked_seed
+from itop_prune.update.density import Density
+from itop_prune.update.diagnostics import Notices, deaf, odd_layers
+from itop_prune.update.exploration import Exploration
+from itop_prune.update.gradients import DenseGradients
+from itop_prune.update.new_masks import Layer, Rules, alike, check_counts, exchange
+from itop_prune.update.optimizer_state import (
+    check_holds,
+    check_statistics,
+    has_any_gradient,
+    statistics,
 )
+from itop_prune.update.timetable import Plan
+from itop_prune.update.turnover import check_floor, counts
 
-SAVED = ("step", "updates", "skipped", "due", "without_gradient", "first_counts", "dense", "explored")
+ORDER = "The order is loss.backward(), optimizer.step(), step() of the MaskScheduler, and only then optimizer.zero_grad()"
+
+SAVED = (
+    "step",
+    "updates",
+    "skipped",
+    "due",
+    "without_gradient",
+    "first_counts",
+    "dense",
+    "explored",
+)
 """What a state dict must have to be loaded."""
 
 
 class MaskScheduler:
     """Moves masks while training: call `step()` once after every optimizer step, before gradients are cleared.
 
-    Every `every` steps, in each layer, the `ceil(rate * active)` weights that `prune` scores lowest leave the mask and
-    as many enter it that `grow` scores highest; while the density falls, more leave than enter. Weights that enter
-    start at 0, and so does every optimizer statistic of theirs. A weight just pruned may grow again at once (as in the
-    ITOP authors' code and RigL's) and was never out then. The count is rounded up (RigL's code rounds it down), and an
-    update at the very step of `stop` is made. A layer without a gradient at an update stays as it is.
+    Every `every` steps, in each layer, the `ceil(rate * active)` weights that `prune` scores lowest
+    leave the mask and as many enter it that `grow` scores highest; while the density falls, more
+    leave than enter. Weights that enter start at 0, and so does every optimizer statistic of
+    theirs. A weight just pruned may grow again at once (as in the ITOP authors' code and RigL's)
+    and was never out then. The count is rounded up (RigL's code rounds it down), and an update at
+    the very step of `stop` is made. A layer without a gradient at an update stays as it is.
 
-    The rate falls as `min_rate + (rate - min_rate) * schedule(min(1, step / (stop * total_steps)))`, step counted from
-    1. With `final_sparsity` the density goes from what it is to that, as `density` says, exact at the last update.
+    The rate falls as `min_rate + (rate - min_rate) * schedule(min(1, step / (stop *
+    total_steps)))`, step counted from 1. With `final_sparsity` the density goes from what it is to
+    that, as `density` says, exact at the last update.
 
-    A mask with a pattern N:M keeps it exactly: the same weights leave, and in each group of M as many enter as it lost,
-    those that `grow` scores highest in it.
+    A mask with a pattern N:M keeps it exactly: the same weights leave, and in each group of M as
+    many enter as it lost, those that `grow` scores highest in it.
 
-    Args:
-        masks: What `itop_prune.apply` returned, or a part of it: only what is passed moves.
-        optimizer: It must hold the masked parameters; wrapped by Accelerate or not. It is never changed, only its
-            statistics of weights that left or entered a mask are set to 0.
-        total_steps: Optimizer steps of the whole training, at least 1.
-        every: Steps between updates, at least 1 (the paper: 1500 for random growth and 4000 for growth by gradient on
-            CIFAR-10). Large enough for new weights to be trained, small enough for many updates.
-        stop: The last update, as a share of `total_steps`, in (0, 1].
-        rate: Share of the active weights exchanged at an update, at the beginning; in (0, 1], or 0 with
-            `final_sparsity`.
-        min_rate: The same at the end; in [0, rate].
-        schedule: Of the rate: a key of `itop_prune.schedules.SCHEDULES` or a function of progress in [0, 1].
-        prune: A key of `itop_prune.criteria.PRUNE`, or a function of some of `itop_prune.criteria.OFFERED`.
-        grow: A key of its `GROW`, or a function likewise. One that asks for `grad` gets the dense gradient of the step.
-        redistribute: Which layers get what grows: "none", each what it has pruned; a key of
-            `itop_prune.redistribution.REDISTRIBUTIONS`, or a function of some of its `OFFERED`.
-        scope: "layer", each prunes its own share; or "global", the lowest scores of all layers together leave, and
-            where there is no redistribution each grows what it lost. On the way to a final sparsity they are the lowest
-            that the density lets go; then each layer exchanges its share of what it has left (GraNet: Liu et al., 2021,
-            arXiv 2106.10404). The scores of all active weights are held at once: 12 bytes for each.
-        floor: With the scope "global", the least density of a layer, in [0, 1). One weight stays in any case; a layer
-            that is down to it seldom comes back.
-        density: How the density goes to the last one: "cubic", "alternating" or another schedule.
-        final_sparsity: Share of zeros after the last update, in [0, 1), over all masks passed; None: as it is.
-        final_method: How the last active weights are shared out with the scope "layer": a key of
-            `itop_prune.distributions.DISTRIBUTIONS` or a function `(shapes, density) -> densities`.
-        gradient_steps: Over how many steps `grad` is summed up, those before an update; 1 to `every`.
-        survival: Whether to count which of the weights that grew survive the update after; a byte per weight.
-        seed: Of random criteria and ties.
-        check_ranks: Whether a checksum of masks and weights is compared over the ranks at every update, and a run that
-            has diverged is stopped. Masks are compared once, here, in any case.
+    Args: masks: What `itop_prune.apply` returned, or a part of it: only what is passed moves.
+        optimizer: It must hold the masked parameters; wrapped by Accelerate or not. It is never
+        changed, only its statistics of weights that left or entered a mask are set to 0.
+        total_steps: Optimizer steps of the whole training, at least 1. every: Steps between
+        updates, at least 1 (the paper: 1500 for random growth and 4000 for growth by gradient on
+        CIFAR-10). Large enough for new weights to be trained, small enough for many updates. stop:
+        The last update, as a share of `total_steps`, in (0, 1]. rate: Share of the active weights
+        exchanged at an update, at the beginning; in (0, 1], or 0 with `final_sparsity`. min_rate:
+        The same at the end; in [0, rate]. schedule: Of the rate: a key of
+        `itop_prune.schedules.SCHEDULES` or a function of progress in [0, 1]. prune: A key of
+        `itop_prune.criteria.PRUNE`, or a function of some of `itop_prune.criteria.OFFERED`. grow: A
+        key of its `GROW`, or a function likewise. One that asks for `grad` gets the dense gradient
+        of the step. redistribute: Which layers get what grows: "none", each what it has pruned; a
+        key of `itop_prune.redistribution.REDISTRIBUTIONS`, or a function of some of its `OFFERED`.
+        scope: "layer", each prunes its own share; or "global", the lowest scores of all layers
+        together leave, and where there is no redistribution each grows what it lost. On the way to
+        a final sparsity they are the lowest that the density lets go; then each layer exchanges its
+        share of what it has left (GraNet: Liu et al., 2021, arXiv 2106.10404). The scores of all
+        active weights are held at once: 12 bytes for each. floor: With the scope "global", the
+        least density of a layer, in [0, 1). One weight stays in any case; a layer that is down to
+        it seldom comes back. density: How the density goes to the last one: "cubic", "alternating"
+        or another schedule. final_sparsity: Share of zeros after the last update, in [0, 1), over
+        all masks passed; None: as it is. final_method: How the last active weights are shared out
+        with the scope "layer": a key of `itop_prune.distributions.DISTRIBUTIONS` or a function
+        `(shapes, density) -> densities`. gradient_steps: Over how many steps `grad` is summed up,
+        those before an update; 1 to `every`. survival: Whether to count which of the weights that
+        grew survive the update after; a byte per weight. seed: Of random criteria and ties.
+        check_ranks: Whether a checksum of masks and weights is compared over the ranks at every
+        update, and a run that has diverged is stopped. Masks are compared once, here, in any case.
 
-    Raises:
-        ValueError: A value is out of range, a name unknown, the optimizer does not hold a masked parameter, or it
-            keeps its statistics where they can't be reached; or a mask with a pattern does not hold it, or would have
-            to change its count.
-        RuntimeError: Ranks hold different masks; in `step()`, with `check_ranks`, different masks or weights.
+    Raises: ValueError: A value is out of range, a name unknown, the optimizer does not hold a
+        masked parameter, or it keeps its statistics where they can't be reached; or a mask with a
+        pattern does not hold it, or would have to change its count. RuntimeError: Ranks hold
+        different masks; in `step()`, with `check_ranks`, different masks or weights.
 
-    Under torch.distributed all ranks must train the same model: the dense gradient is averaged over them.
+    Under torch.distributed all ranks must train the same model: the dense gradient is averaged over
+    them.
 
-    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv 2102.02887.
+    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv
+    2102.02887.
     """
 
     updates: int
@@ -125,7 +139,9 @@ class MaskScheduler:
         check_ranks: bool = False,
     ) -> None:
         curve = find(schedule, "schedule")
-        self._plan = Plan(total_steps, every, stop, rate, min_rate, curve, may_rest=final_sparsity is not None)
+        self._plan = Plan(
+            total_steps, every, stop, rate, min_rate, curve, may_rest=final_sparsity is not None
+        )
         if not isinstance(masks, Mapping) or not masks:
             raise ValueError(
                 f"masks is {type(masks).__name__}; allowed is what itop_prune.apply returned, or a part of it"
@@ -135,7 +151,9 @@ class MaskScheduler:
         self._masks, self._optimizer = dict(masks), optimizer
         self._seed, self._check_ranks = checked_seed(seed), check_ranks
         self._rules = Rules.of(prune, grow, redistribute, scope, floor)
-        self._density = Density(self._masks, density, final_sparsity, final_method, self._rules.shares_layers)
+        self._density = Density(
+            self._masks, density, final_sparsity, final_method, self._rules.shares_layers
+        )
         patterned = {name: itop.pattern for name, itop in masks.items() if itop.pattern is not None}
         if patterned and (self._rules.redistribute or self._density.moves):
             name, (n, m) = next(iter(patterned.items()))
@@ -159,7 +177,9 @@ class MaskScheduler:
         self.updates = self.skipped = 0
         self._dense = DenseGradients(self._masks, self._rules.needs, gradient_steps, every)
         self._exploration = Exploration(self._masks, survival)
-        self._without_gradient = set(self._movable())  # names of those that had none since the last update
+        self._without_gradient = set(
+            self._movable()
+        )  # names of those that had none since the last update
         self._notices = Notices()
         self._prepare_next_step()
 
@@ -189,8 +209,9 @@ class MaskScheduler:
     def entered(self) -> dict[str, int]:
         """Return, by layer, how many weights entered its mask at the last update: active now, and not before it.
 
-        Over how many are active that is the share of the mask that changed: of a layer that keeps its density at most
-        what was exchanged, `ceil(rate * active)`; less where pruned weights grew again. Empty before the first update.
+        Over how many are active that is the share of the mask that changed: of a layer that keeps
+        its density at most what was exchanged, `ceil(rate * active)`; less where pruned weights
+        grew again. Empty before the first update.
         """
         return self._exploration.entered()
 
@@ -208,18 +229,18 @@ class MaskScheduler:
     def step(self) -> bool:
         """Count one optimizer step, and prune and regrow when it is time.
 
-        Call it after every optimizer step that happened, before gradients are cleared: not in the middle of an
-        accumulation, not where a gradient scaler skipped the step. After the last update it only counts, unless an
-        update is still due. When a criterion fails or gives NaN some masks may have moved: go back to a checkpoint.
+        Call it after every optimizer step that happened, before gradients are cleared: not in the
+        middle of an accumulation, not where a gradient scaler skipped the step. After the last
+        update it only counts, unless an update is still due. When a criterion fails or gives NaN
+        some masks may have moved: go back to a checkpoint.
 
         Returns:
             True when an update was made.
 
-        Raises:
-            RuntimeError: No masked parameter has a gradient at the first step or a due one: they were cleared before,
-                and the step is not counted; a criterion failed, or ranks have diverged.
-            ValueError: A criterion or redistribution gave something else than numbers, such as NaN, or the masked
-                parameters are no longer those that the optimizer holds.
+        Raises: RuntimeError: No masked parameter has a gradient at the first step or a due one:
+            they were cleared before, and the step is not counted; a criterion failed, or ranks have
+            diverged. ValueError: A criterion or redistribution gave something else than numbers,
+            such as NaN, or the masked parameters are no longer those that the optimizer holds.
         """
         step = self._step + 1
         due = self._due or step in self.update_steps()
@@ -261,7 +282,9 @@ class MaskScheduler:
             ValueError: It is no such state, or one of other masks; nothing is changed then.
         """
         if missing := [key for key in SAVED if key not in state]:
-            raise ValueError(f"the state lacks {', '.join(missing)}; give what a MaskScheduler's state_dict() returned")
+            raise ValueError(
+                f"the state lacks {', '.join(missing)}; give what a MaskScheduler's state_dict() returned"
+            )
         self._exploration.load_state_dict(state)
         self._step, self._due = state["step"], state["due"]
         self.updates, self.skipped = state["updates"], state["skipped"]
@@ -299,17 +322,27 @@ class MaskScheduler:
     @torch.no_grad()
     def _update(self, masks: Mapping[str, ITOP], heard: Mapping[str, Tensor | None]) -> bool:
         state = self._look(masks, heard)
-        if state is None:  # a number is not finite, on some rank, or nothing was heard: it stays due
+        if (
+            state is None
+        ):  # a number is not finite, on some rank, or nothing was heard: it stays due
             return False
         layers = {
-            name: Layer(name, itop, self._exploration.of(name, itop.mask), self._dense, (self._seed, self.updates))
+            name: Layer(
+                name,
+                itop,
+                self._exploration.of(name, itop.mask),
+                self._dense,
+                (self._seed, self.updates),
+            )
             for name, itop in masks.items()
             if state.has_gradient[name]
         }
         self._density.begin(self._masks)
         active = {name: state.active[name] for name in layers}
         target = self._density.targets(active, self._plan.progress(self._step))
-        leaving, entering = counts(self._rules, layers, active, target, self.rate, self._density.moves)
+        leaving, entering = counts(
+            self._rules, layers, active, target, self.rate, self._density.moves
+        )
         remaining: dict[str, Tensor] = {}
         self._exploration.begin()
         for group in alike(layers, leaving, entering):
@@ -324,12 +357,21 @@ class MaskScheduler:
             if name not in remaining:
                 self._exploration.note(name, itop.mask, itop.mask)
         self._dense.forget_all()
-        check_counts(self._rules, {name: masks[name].mask for name in remaining}, remaining, active, leaving, entering)
+        check_counts(
+            self._rules,
+            {name: masks[name].mask for name in remaining},
+            remaining,
+            active,
+            leaving,
+            entering,
+        )
         self.updates += 1
         self._without_gradient = set(masks)
         return True
 
-    def _look(self, masks: Mapping[str, ITOP], heard: Mapping[str, Tensor | None]) -> ranks.State | None:
+    def _look(
+        self, masks: Mapping[str, ITOP], heard: Mapping[str, Tensor | None]
+    ) -> ranks.State | None:
         """Return what all ranks hold, once it is checked; None where the update must wait."""
         check_holds(self._optimizer, masks)
         tensors = {name: itop.mask for name, itop in masks.items()}
@@ -338,10 +380,15 @@ class MaskScheduler:
         if not state.finite:
             self.skipped += 1
             where = f"at step {self._step}"
-            self._notices.add("not finite", f"a gradient or masked weight is not finite {where}: the update waits")
+            self._notices.add(
+                "not finite", f"a gradient or masked weight is not finite {where}: the update waits"
+            )
             return None
         if not state.any_gradient and not has_any_gradient(self._optimizer):
-            self._notices.add("zero", f"every gradient is 0 at step {self._step}: were they cleared before? {ORDER}")
+            self._notices.add(
+                "zero",
+                f"every gradient is 0 at step {self._step}: were they cleared before? {ORDER}",
+            )
         heard_none = not any(state.has_gradient.values())
         # Once is no sign: who is built between backward and step has not listened yet.
         if self._notices.in_a_row("deaf", heard_none and self._dense.listens) > 1:
@@ -351,12 +398,17 @@ class MaskScheduler:
         if self._check_ranks:
             held = {f"mask of {name}": mask for name, mask in tensors.items()}
             held |= parameters
-            ranks.check_equal(held, f"the run has diverged by step {self._step}: go back to a checkpoint before it")
+            ranks.check_equal(
+                held,
+                f"the run has diverged by step {self._step}: go back to a checkpoint before it",
+            )
         if self.updates == 0:
             check_statistics(self._optimizer, masks)
         ends = self._density.moves and self._plan.next_update(self._step) is None
         missed = self._notices.missed(state.has_gradient)
-        odd = odd_layers(state, masks, self._without_gradient, missed, self._dense.wanted, self._step, ends)
+        odd = odd_layers(
+            state, masks, self._without_gradient, missed, self._dense.wanted, self._step, ends
+        )
         for key, message in odd:
             self._notices.add(key, message)
         return state

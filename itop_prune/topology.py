@@ -1,7 +1,7 @@
 """The algorithm: which weights leave a mask and which enter it. Pure tensors in, a new bool mask out.
 
-`prune_and_regrow` is all of it. `MaskScheduler` does the same by `select_each`, which checks no counts, and so never
-makes the host wait for a GPU.
+`prune_and_regrow` is all of it. `MaskScheduler` does the same by `select_each`, which checks no
+counts, and so never makes the host wait for a GPU.
 """
 
 import hashlib
@@ -27,8 +27,9 @@ def prune_and_regrow(
 ) -> Tensor:
     """Return a new mask: the `n_prune` worst active positions leave, then the `n_grow` best inactive ones enter.
 
-    A position that has just been pruned is inactive and may grow again at once, as in the authors' code; so the share
-    of active positions that are inactive afterwards is at most `n_prune` over the active ones.
+    A position that has just been pruned is inactive and may grow again at once, as in the authors'
+    code; so the share of active positions that are inactive afterwards is at most `n_prune` over
+    the active ones.
 
     Args:
         mask: Bool, True = active. It is read, never written.
@@ -38,13 +39,14 @@ def prune_and_regrow(
         n_grow: How many to grow, 0 to the number of inactive positions after pruning.
         generator: Draws among ties, on the mask's device; None takes tied positions in index order.
 
-    Returns:
-        A bool tensor of the mask's shape with exactly `mask.sum() - n_prune + n_grow` active positions.
+    Returns: A bool tensor of the mask's shape with exactly `mask.sum() - n_prune + n_grow` active
+        positions.
 
     Raises:
         ValueError: A number is out of range, or scores are NaN.
 
-    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv 2102.02887.
+    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv
+    2102.02887.
 
     >>> mask = torch.tensor([True, True, True, False, False, False])
     >>> weight = torch.tensor([0.5, -0.1, 0.3, 0.0, 0.0, 0.0])
@@ -56,7 +58,9 @@ def prune_and_regrow(
     return grow(kept, grow_scores, n_grow, generator)
 
 
-def prune(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+def prune(
+    mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None
+) -> Tensor:
     """Return the mask without its `count` active positions of the smallest scores; see `prune_and_regrow`.
 
     >>> prune(torch.tensor([True, True, False]), torch.tensor([2.0, 1.0, 0.0]), 1)
@@ -64,11 +68,15 @@ def prune(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator |
     """
     active = int(ones(mask))
     if not 0 <= count <= active:
-        raise ValueError(f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}")
+        raise ValueError(
+            f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}"
+        )
     return mask ^ _whole(select(scores, mask, count, generator, smallest=True), count)
 
 
-def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+def grow(
+    mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None
+) -> Tensor:
     """Return the mask with its `count` inactive positions of the largest scores; see `prune_and_regrow`.
 
     >>> grow(torch.tensor([True, False, False]), torch.tensor([3.0, 1.0, 2.0]), 1)
@@ -76,7 +84,9 @@ def grow(mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | 
     """
     inactive = mask.numel() - int(ones(mask))
     if not 0 <= count <= inactive:
-        raise ValueError(f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to that")
+        raise ValueError(
+            f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to that"
+        )
     return mask ^ _whole(select(scores, ~mask, count, generator), count)
 
 
@@ -90,13 +100,12 @@ def _whole(chosen: Tensor, count: int) -> Tensor:
 def best(scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
     """Return a bool mask of exactly `count` positions: those with the largest scores.
 
-    Positions are chosen by index and never by a threshold, so that ties cannot change the count. Positions that tie for
-    the last places are drawn at random.
+    Positions are chosen by index and never by a threshold, so that ties cannot change the count.
+    Positions that tie for the last places are drawn at random.
 
-    Args:
-        scores: One number per position, of any shape and memory format; NaN is an error.
-        count: How many positions to choose, 0 to `scores.numel()`.
-        generator: Draws among ties, on the device of `scores`; None takes tied positions in index order.
+    Args: scores: One number per position, of any shape and memory format; NaN is an error. count:
+        How many positions to choose, 0 to `scores.numel()`. generator: Draws among ties, on the
+        device of `scores`; None takes tied positions in index order.
 
     Raises:
         ValueError: `count` is out of range, or scores are NaN.
@@ -105,19 +114,26 @@ def best(scores: Tensor, count: int, generator: torch.Generator | None = None) -
     tensor([ True, False,  True, False])
     """
     if not 0 <= count <= scores.numel():
-        raise ValueError(f"asked for {count} of {scores.numel()} positions; allowed are 0 to {scores.numel()}")
+        raise ValueError(
+            f"asked for {count} of {scores.numel()} positions; allowed are 0 to {scores.numel()}"
+        )
     flat = scores.flatten()
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     return chosen.index_fill_(0, top(flat, count, generator), True).view(scores.shape)
 
 
 def select(
-    scores: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None = None, smallest: bool = False
+    scores: Tensor,
+    allowed: Tensor,
+    count: int,
+    generator: torch.Generator | None = None,
+    smallest: bool = False,
 ) -> Tensor:
     """Return a bool mask of the `count` allowed positions of the largest scores, or of the smallest.
 
-    It is what `prune` and `grow` do, without their checks: at least `count` positions must be allowed. So the host need
-    not wait for the device. Where scores are NaN a CPU raises, and on another device none is chosen.
+    It is what `prune` and `grow` do, without their checks: at least `count` positions must be
+    allowed. So the host need not wait for the device. Where scores are NaN a CPU raises, and on
+    another device none is chosen.
 
     >>> select(torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([False, True, True, True]), 1)
     tensor([False,  True, False, False])
@@ -148,9 +164,13 @@ def select_each(
     [tensor([False,  True, False]), tensor([ True, False, False])]
     """
     if count and allowed[0].device.type not in ANSWERS_AT_ONCE:
-        return _select_rows(_in_rows(map(as_numbers, scores), len(allowed)), allowed, count, generators, smallest)
+        return _select_rows(
+            _in_rows(map(as_numbers, scores), len(allowed)), allowed, count, generators, smallest
+        )
     layers = zip(scores, allowed, generators, strict=True)
-    return [select(part, open_ones, count, generator, smallest) for part, open_ones, generator in layers]
+    return [
+        select(part, open_ones, count, generator, smallest) for part, open_ones, generator in layers
+    ]
 
 
 def _select_rows(
@@ -161,9 +181,17 @@ def _select_rows(
     smallest: bool,
 ) -> list[Tensor]:
     """Do what `select` does in each row of `scores`, one for each of `allowed`."""
-    open_ones = allowed[0].flatten()[None] if len(allowed) == 1 else torch.stack([mask.flatten() for mask in allowed])
+    open_ones = (
+        allowed[0].flatten()[None]
+        if len(allowed) == 1
+        else torch.stack([mask.flatten() for mask in allowed])
+    )
     closed, values = ~open_ones, scores
-    values = (-values).masked_fill_(closed, -math.inf) if smallest else values.masked_fill(closed, -math.inf)
+    values = (
+        (-values).masked_fill_(closed, -math.inf)
+        if smallest
+        else values.masked_fill(closed, -math.inf)
+    )
     del scores, closed  # where nobody else holds them, they make room
     chosen = ranked(values, open_ones, count, generators)
     return [row.view(mask.shape) for row, mask in zip(chosen, allowed, strict=True)]
@@ -183,17 +211,17 @@ def _in_rows(tensors: Iterable[Tensor], count: int) -> Tensor:
     return rows
 
 
-def shares_of_best(scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None) -> dict[str, float]:
+def shares_of_best(
+    scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None
+) -> dict[str, float]:
     """Return how many of the `count` largest scores of all layers together lie in each layer.
 
-    Args:
-        scores: One number per position, by layer; of any shapes, on any devices.
-        count: How many positions to choose, 0 to all.
-        most: Upper bounds by layer; what a full layer may not have goes to the next best of the others.
+    Args: scores: One number per position, by layer; of any shapes, on any devices. count: How many
+        positions to choose, 0 to all. most: Upper bounds by layer; what a full layer may not have
+        goes to the next best of the others.
 
-    Returns:
-        Numbers that sum to `count`. They are whole, unless positions tie for the last places: then each layer has its
-        share of those.
+    Returns: Numbers that sum to `count`. They are whole, unless positions tie for the last places:
+        then each layer has its share of those.
 
     Raises:
         ValueError: Scores are NaN.
@@ -218,7 +246,9 @@ def _shares_of_best(scores: Mapping[str, Tensor], count: int) -> dict[str, float
     threshold = flat.topk(count, sorted=False).values.amin()
     if threshold.isnan():
         names = [name for name, tensor in scores.items() if tensor.isnan().any()]
-        raise ValueError(f"scores of {', '.join(names)} hold NaN, which has no rank; scores must be numbers")
+        raise ValueError(
+            f"scores of {', '.join(names)} hold NaN, which has no rank; scores must be numbers"
+        )
     parts = flat.split([tensor.numel() for tensor in scores.values()])
     above = {name: int(ones(part > threshold)) for name, part in zip(scores, parts, strict=True)}
     tied = {name: int(ones(part == threshold)) for name, part in zip(scores, parts, strict=True)}

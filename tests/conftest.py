@@ -1,6 +1,7 @@
 """One thread: the models of the tests are small, and threads that wait for each other cost more than they bring.
 
-And no GPU: the tests do the same everywhere, and ranks need not share one. `test_gpu.py` gets it with ITOP_GPU=1.
+And no GPU: the tests do the same everywhere, and ranks need not share one. `test_gpu.py` gets it
+with ITOP_GPU=1.
 """
 
 import os
@@ -19,4 +20,6 @@ torch.set_num_threads(1)
 def _no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs in this process end without a report, which takes longer than they do, but where reports are tested."""
     if "train" in sys.modules and not request.node.get_closest_marker("reports"):
-        monkeypatch.setattr(sys.modules["train"], "attempt", lambda folder: f"no report of {folder}: this is a test")
+        monkeypatch.setattr(
+            sys.modules["train"], "attempt", lambda folder: f"no report of {folder}: this is a test"
+        )

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import train
+from itop_prune_tools.training import loop as train
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -62,7 +62,9 @@ def other_tools() -> list[list[str]]:
 
 @pytest.mark.parametrize("command", other_tools(), ids=" ".join)
 def test_the_flags_of_the_other_tools_are_in_their_help(command):
-    done = subprocess.run([sys.executable, command[1], "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, command[1], "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert [flag for flag in command[2:] if flag.startswith("--") and flag not in done.stdout] == []
 

@@ -13,13 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itop_prune.cost import run
+from itop_prune.analysis.flops import run
 from itop_prune.inference.kernels import KERNELS
+from itop_prune.inference.measurement import (
+    Choice,
+    Report,
+    copied,
+    difference,
+    in_turns,
+    tensors_in,
+)
 from itop_prune.inference.sparse_layers import SparseLinear, obstacle, replace, sparse
-from itop_prune.inference.speed import Choice, Report, copied, difference, in_turns, tensors_in
-from itop_prune.mask import find_masks, remove
-from itop_prune.menu import nearest
-from itop_prune.selection import unwrap
+from itop_prune.layers.handle import find_masks, remove
+from itop_prune.layers.maskable import unwrap
+from itop_prune.methods.lookup import nearest
 
 CHOICES = ("dense", *KERNELS)
 TOLERANCE = 1e-5
@@ -35,29 +42,28 @@ IN_A_ROW = 8
 def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CHOICES) -> nn.Module:
     """Return a copy of a masked model for inference, in which each layer computes in the fastest way measured.
 
-    A linear layer or a convolution stays dense unless a kernel for sparse weights is clearly faster on the inputs that
-    the layer has here, and the whole model stays dense unless it is faster in the end. What no kernel here can do stays
-    dense too: grouped, transposed and weight-standardised convolutions, recurrent layers, layers whose weight is read
-    by what holds them, classes of their own, other types than float32 on a CPU.
+    A linear layer or a convolution stays dense unless a kernel for sparse weights is clearly faster
+    on the inputs that the layer has here, and the whole model stays dense unless it is faster in
+    the end. What no kernel here can do stays dense too: grouped, transposed and weight-standardised
+    convolutions, recurrent layers, layers whose weight is read by what holds them, classes of their
+    own, other types than float32 on a CPU.
 
     The kernels are "csr" and "embedding_bag", for masks of any kind.
 
-    Args:
-        model: Masked by `itop_prune.apply` or `load`, on the CPU or a GPU; in a wrapper or not. It is left as it was.
-        example_inputs: What its forward takes, a tensor or a tuple of arguments, of the sizes that are to be fast.
-        choices: What each layer may choose from. Without "dense" every layer that can takes another kernel, whether
-            that is faster or not.
+    Args: model: Masked by `itop_prune.apply` or `load`, on the CPU or a GPU; in a wrapper or not.
+        It is left as it was. example_inputs: What its forward takes, a tensor or a tuple of
+        arguments, of the sizes that are to be fast. choices: What each layer may choose from.
+        Without "dense" every layer that can takes another kernel, whether that is faster or not.
 
-    Returns:
-        The copy, without masks, in evaluation mode; no parameter asks for a gradient. `print(copy.report)` shows what
-        was chosen. Other batch sizes, image sizes and numbers of threads give the same outputs; how fast was not
-        measured.
-        `torch.export.export` and `torch.onnx.export` take it, on the CPU; both write the active weights of sparse
-        layers alone. The first computes with them alone, the second makes dense layers of them, which onnxruntime does
-        once, when it loads the file.
+    Returns: The copy, without masks, in evaluation mode; no parameter asks for a gradient.
+        `print(copy.report)` shows what was chosen. Other batch sizes, image sizes and numbers of
+        threads give the same outputs; how fast was not measured. `torch.export.export` and
+        `torch.onnx.export` take it, on the CPU; both write the active weights of sparse layers
+        alone. The first computes with them alone, the second makes dense layers of them, which
+        onnxruntime does once, when it loads the file.
 
-    Raises:
-        ValueError: The model has no masks, is not on one device or can't be run with these inputs; a choice is unknown.
+    Raises: ValueError: The model has no masks, is not on one device or can't be run with these
+        inputs; a choice is unknown.
 
     >>> import itop_prune
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -104,9 +110,13 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
 
 def _check(model: nn.Module, choices: Sequence[str]) -> None:
     if isinstance(choices, str) or not choices:
-        raise ValueError(f"choices is {choices!r}; allowed are some of {', '.join(CHOICES)}, as a tuple")
+        raise ValueError(
+            f"choices is {choices!r}; allowed are some of {', '.join(CHOICES)}, as a tuple"
+        )
     if unknown := [choice for choice in choices if choice not in CHOICES]:
-        raise ValueError(f"unknown choice {unknown[0]!r}; known are {', '.join(CHOICES)}{nearest(unknown[0], CHOICES)}")
+        raise ValueError(
+            f"unknown choice {unknown[0]!r}; known are {', '.join(CHOICES)}{nearest(unknown[0], CHOICES)}"
+        )
     masks = find_masks(model)
     if not masks:
         raise ValueError(
@@ -123,17 +133,26 @@ def _check(model: nn.Module, choices: Sequence[str]) -> None:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1 or {device.type for device in devices} - {"cpu", "cuda"}:
         where = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"the model is on {where}; allowed is one device, the CPU or a GPU: call model.to(...) first")
+        raise ValueError(
+            f"the model is on {where}; allowed is one device, the CPU or a GPU: call model.to(...) first"
+        )
 
 
 def _choose(
-    model: nn.Module, places: Mapping[str, tuple[nn.Module, str]], arguments: tuple[Any, ...], choices: Sequence[str]
+    model: nn.Module,
+    places: Mapping[str, tuple[nn.Module, str]],
+    arguments: tuple[Any, ...],
+    choices: Sequence[str],
 ) -> list[Choice]:
     """Run the model once, every kernel of each layer on the inputs that the layer has in it, and choose."""
     calls: dict[nn.Module, list[dict[str, float]]] = {}
 
-    def measure(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-        calls.setdefault(layer, []).append(_seconds(layer, (*inputs, *named.values()), output, choices))
+    def measure(
+        layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
+    ) -> None:
+        calls.setdefault(layer, []).append(
+            _seconds(layer, (*inputs, *named.values()), output, choices)
+        )
 
     reasons = {name: obstacle(*place) for name, place in places.items()}
     layers = [layer for name, (layer, _) in places.items() if not reasons[name]]
@@ -144,7 +163,11 @@ def _choose(
     rows = []
     for name, (layer, tensor) in places.items():
         found = calls.get(layer, [])
-        seconds = {k: sum(call[k] for call in found) for k in CHOICES if found and all(k in call for call in found)}
+        seconds = {
+            k: sum(call[k] for call in found)
+            for k in CHOICES
+            if found and all(k in call for call in found)
+        }
         dense = seconds.pop("dense", 0.0)
         kernel = min(seconds, key=seconds.__getitem__, default="dense")
         if "dense" in choices and seconds and dense < CLEARLY * seconds[kernel]:
@@ -152,22 +175,36 @@ def _choose(
         why = reasons[name] or ("" if found else "not called: what holds it reads its weight")
         weight = layer.get_parameter(tensor)
         density = int(weight.count_nonzero()) / weight.numel()
-        rows.append(Choice(name, tuple(weight.shape), density, kernel, dense, seconds.get(kernel, dense), why))
+        rows.append(
+            Choice(
+                name, tuple(weight.shape), density, kernel, dense, seconds.get(kernel, dense), why
+            )
+        )
     return rows
 
 
-def _seconds(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, choices: Sequence[str]) -> dict[str, float]:
+def _seconds(
+    layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, choices: Sequence[str]
+) -> dict[str, float]:
     """Return the shortest seconds of one call of a layer, dense and with each kernel that gives the same output."""
     functions = {"dense": functools.partial(layer.forward, *inputs)}
     for kernel in (kernel for kernel in CHOICES if kernel in choices and kernel != "dense"):
-        with contextlib.suppress(RuntimeError):  # this torch was built without it, or has none for this layer
+        with contextlib.suppress(
+            RuntimeError
+        ):  # this torch was built without it, or has none for this layer
             function = functools.partial(sparse(layer, kernel).forward, *inputs)
             if difference(function(), output) <= _tolerance(output):
                 functions[kernel] = function
-    timed = functools.partial(in_turns, of=min, wait=_wait_for(layer), in_a_row=IN_A_ROW if output.is_cuda else 1)
+    timed = functools.partial(
+        in_turns, of=min, wait=_wait_for(layer), in_a_row=IN_A_ROW if output.is_cuda else 1
+    )
     if "dense" in choices:
         first = timed(functions, at_least=2, within=0.0)
-        functions = {name: call for name, call in functions.items() if first[name] <= HOPELESS * first["dense"]}
+        functions = {
+            name: call
+            for name, call in functions.items()
+            if first[name] <= HOPELESS * first["dense"]
+        }
     return timed(functions, at_least=7, within=0.05)
 
 
@@ -180,7 +217,9 @@ def _tolerance(outputs: Any) -> float:
 def _wait_for(model: nn.Module) -> Callable[[], object]:
     """Return what waits until the device of a model has done all that it was asked for."""
     device = next(itertools.chain(model.parameters(), model.buffers())).device
-    return functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    return (
+        functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    )
 
 
 def _keep_transposed(model: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -213,7 +252,9 @@ def _keep_transposed(model: nn.Module, arguments: tuple[Any, ...]) -> None:
         try:
             model(*copied(arguments))
             kept &= arrived
-        except RuntimeError:  # it views what lies otherwise than a dense layer leaves it, most likely the last one's
+        except (
+            RuntimeError
+        ):  # it views what lies otherwise than a dense layer leaves it, most likely the last one's
             kept = kept - {called[-1]} if called[-1] in kept else set()
     for hook in hooks:
         hook.remove()

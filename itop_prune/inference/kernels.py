@@ -30,7 +30,9 @@ def csr(active: Active) -> Product:
     """The product of torch.sparse, which is MKL's where torch has it; a single column is taken as a vector."""
     with warnings.catch_warnings():  # torch says so at the first CSR tensor of a process
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)
-        warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)
+        warnings.filterwarnings(
+            "ignore", "Sparse invariant checks are implicitly disabled", UserWarning
+        )
         matrix = torch.sparse_csr_tensor(*active, check_invariants=False)
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -40,8 +42,12 @@ def csr(active: Active) -> Product:
             return product(x[:, 0], bias)[:, None]
         try:
             return _add(torch.mm(matrix, x), bias)
-        except NotImplementedError as error:  # what autocast casts to; to ask for it beforehand costs small layers time
-            raise RuntimeError(f"torch has no such product ({error}); leave out autocast") from error
+        except (
+            NotImplementedError
+        ) as error:  # what autocast casts to; to ask for it beforehand costs small layers time
+            raise RuntimeError(
+                f"torch has no such product ({error}); leave out autocast"
+            ) from error
 
     return product
 
@@ -53,8 +59,12 @@ def embedding_bag(active: Active) -> Product:
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.ndim == 1:
             return product(x[:, None], bias)[:, 0]
-        if len(x) != active.shape[1]:  # more embeddings than there are inputs would do no harm, to nobody's notice
-            raise RuntimeError(f"x has {len(x)} rows; allowed are {active.shape[1]}, the inputs of the layer")
+        if (
+            len(x) != active.shape[1]
+        ):  # more embeddings than there are inputs would do no harm, to nobody's notice
+            raise RuntimeError(
+                f"x has {len(x)} rows; allowed are {active.shape[1]}, the inputs of the layer"
+            )
         return _add(bag(active.inputs, x, active.starts, per_sample_weights=active.values), bias)
 
     return product

@@ -1,11 +1,13 @@
 """Layers for inference on a CPU that compute with their active weights alone.
 
-Each is a sparse matrix times a dense one, [outputs, inputs] @ [inputs, columns]. A linear layer has a column for each
-row of its input; a convolution has one for each place that its kernel takes on an image, with the pixels under it: for
-a kernel of 1 by 1 that is the image as it lies there, a larger one has it unfolded.
+Each is a sparse matrix times a dense one, [outputs, inputs] @ [inputs, columns]. A linear layer has
+a column for each row of its input; a convolution has one for each place that its kernel takes on an
+image, with the pixels under it: for a kernel of 1 by 1 that is the image as it lies there, a larger
+one has it unfolded.
 
-torch.export finds sums of embeddings in their place, whatever their kernel, for any batch: a CSR tensor it does not
-take. ONNX has no product for sparse weights; there each is a dense layer whose weight is made of the active ones.
+torch.export finds sums of embeddings in their place, whatever their kernel, for any batch: a CSR
+tensor it does not take. ONNX has no product for sparse weights; there each is a dense layer whose
+weight is made of the active ones.
 """
 
 import copy
@@ -34,7 +36,11 @@ def sparse(layer: nn.Module, kernel: str) -> Any:
     """Return a layer that computes what a plain one does with one of `KERNELS`; it shares bias and hooks with it."""
     new = copy.copy(layer)
     new.__class__ = SPARSE[type(layer)]
-    new.__dict__ |= {"_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers), "kernel": kernel}
+    new.__dict__ |= {
+        "_parameters": dict(layer._parameters),
+        "_buffers": dict(layer._buffers),
+        "kernel": kernel,
+    }
     weight = new.__dict__["_parameters"].pop("weight").detach().flatten(1)
     outputs, inputs = weight.nonzero(as_tuple=True)
     counts = torch.bincount(outputs, minlength=len(weight))
@@ -72,7 +78,9 @@ class SparseLayer(nn.Module):
         inputs, count = math.prod(self.weight_shape[1:]), len(self.weight_values)
         ends = self.weight_starts[1:].long()
         ended = ends.new_zeros(count + 1).scatter_add(0, ends, torch.ones_like(ends))
-        positions = ended[:count].cumsum(0) * inputs + self.weight_inputs  # as many outputs ended before as its own is
+        positions = (
+            ended[:count].cumsum(0) * inputs + self.weight_inputs
+        )  # as many outputs ended before as its own is
         flat = self.weight_values.new_zeros(self.weight_shape[0] * inputs)
         return flat.scatter(0, positions, self.weight_values).view(self.weight_shape)
 
@@ -83,7 +91,9 @@ class SparseLayer(nn.Module):
     def product(self, kernel: str) -> Product:
         """Return a product over the present buffers."""
         shape = (self.weight_shape[0], math.prod(self.weight_shape[1:]))
-        return KERNELS[kernel](Active(self.weight_starts, self.weight_inputs, self.weight_values, shape))
+        return KERNELS[kernel](
+            Active(self.weight_starts, self.weight_inputs, self.weight_values, shape)
+        )
 
     def check(self, x: Tensor) -> None:
         """Refuse an input that asks for a gradient or is of another type than the weight.
@@ -131,8 +141,8 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
     keeps_transposed: Collection[torch.Size] = ()
     """Inputs of which shapes have an output that stays as the product gives it, column after column.
 
-    That is good for a next layer that takes it so. Of other shapes it is laid out as by a dense layer, since what lies
-    between might view it in a way that was not tried."""
+    That is good for a next layer that takes it so. Of other shapes it is laid out as by a dense
+    layer, since what lies between might view it in a way that was not tried."""
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -147,18 +157,28 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
             return self.exported(input)
         shape = (*input.shape[:-1], self.out_features)
         if input.numel() == self.in_features:
-            return self._product(input.reshape(-1), self._parameters["bias"]).view(shape)  # self.bias takes a while
+            return self._product(input.reshape(-1), self._parameters["bias"]).view(
+                shape
+            )  # self.bias takes a while
         columns = input.reshape(-1, self.in_features).t()
         columns = columns if columns.is_contiguous() else _added(columns, 0)
-        if self.keeps_transposed and input.shape in self.keeps_transposed and not torch.compiler.is_compiling():
+        if (
+            self.keeps_transposed
+            and input.shape in self.keeps_transposed
+            and not torch.compiler.is_compiling()
+        ):
             return self._product(columns, self.bias).t().view(shape)
-        return _added(self._product(columns, None).t(), 0 if self.bias is None else self.bias).view(shape)
+        return _added(self._product(columns, None).t(), 0 if self.bias is None else self.bias).view(
+            shape
+        )
 
     def exported(self, input: Tensor) -> Tensor:
         """Return the same by what an exporter takes, for any number of rows."""
         if torch.onnx.is_in_onnx_export():
             return super().forward(input)
-        y = self.product("embedding_bag")(input.reshape(-1, self.in_features).t().contiguous(), self.bias)
+        y = self.product("embedding_bag")(
+            input.reshape(-1, self.in_features).t().contiguous(), self.bias
+        )
         return y.t().contiguous().view(*input.shape[:-1], self.out_features)
 
 
@@ -188,7 +208,9 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
         if any(self._reversed_padding_repeated_twice):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             windows = F.pad(input, self._reversed_padding_repeated_twice, mode)
-        for axis, size, stride, step in zip((2, 3), self.kernel_size, self.stride, self.dilation, strict=True):
+        for axis, size, stride, step in zip(
+            (2, 3), self.kernel_size, self.stride, self.dilation, strict=True
+        ):
             windows = windows.unfold(axis, (size - 1) * step + 1, stride)[..., ::step]
         batch, _, height, width, _, _ = windows.shape
         if exporting:  # all images in one product: a loop over them would fix their number
@@ -203,9 +225,14 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
             for image, out in zip(columns, y, strict=True):
                 out.copy_(self._product(image.reshape(-1, height * width).contiguous(), self.bias))
         y = y.view(batch, self.out_channels, height, width)
-        channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+        channels_last = (
+            input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+        )
         return y.contiguous(memory_format=torch.channels_last) if channels_last else y
 
 
-SPARSE: dict[type[nn.Module], type[SparseLayer]] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+SPARSE: dict[type[nn.Module], type[SparseLayer]] = {
+    nn.Linear: SparseLinear,
+    nn.Conv2d: SparseConv2d,
+}
 """What takes the place of a layer of exactly this class."""

@@ -1,0 +1,1 @@
+"""Numbers about a sparse model: a table of its layers, and its FLOPs."""

@@ -1,0 +1,175 @@
+"""FLOPs of a forward and of training, at any masks: each operation is attributed to the masked weight that it reads.
+
+The operations are watched where torch executes them, over torch's own formulas. So a layer whose
+weight its parent reads counts, and one that is called twice counts twice.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from itop_prune.layers.handle import active_weights, find_masks
+from itop_prune.layers.maskable import refuse_deployed, unwrap
+
+
+@dataclass(frozen=True)
+class FLOPs:
+    """The cost of one forward, multiply-adds counted as 2, with sparse kernels that skip every zero."""
+
+    by_weight: Mapping[str, int]
+    """Of operations that read a masked weight, by its name, were it dense."""
+    others: int
+    """Of all other operations: attention between tokens, layers without a mask."""
+    densities: Mapping[str, float]
+    """Of the masks when it was counted."""
+
+    @property
+    def dense_forward(self) -> int:
+        """Without masks."""
+        return sum(self.by_weight.values()) + self.others
+
+    @property
+    def sparse_forward(self) -> float:
+        """With the masks as they were."""
+        return self.forward(self.densities)
+
+    def forward(self, densities: Mapping[str, float]) -> float:
+        """Return the cost at other densities: masks that moved since."""
+        return sum(flops * densities[name] for name, flops in self.by_weight.items()) + self.others
+
+    def training_step(
+        self, every: int | None = None, densities: Mapping[str, float] | None = None
+    ) -> float:
+        """Return the cost of a forward and a backward, the latter twice a forward.
+
+        Args: every: Growth by gradient: one of so many steps computes the dense gradient of the
+            weights, a forward of the dense model more than a sparse step has for it. 1: each of
+            them, as for momentum. None: no step. densities: At which; None: as they were.
+
+        Reference: RigL, Evci et al., 2020, arXiv 1911.11134, which counts the update as a step of
+        its own: (3 f_S every + 2 f_S + f_D) / (every + 1). Here it uses the backward of a step that
+        is made anyway.
+
+        >>> cost = FLOPs({"fc.weight": 100}, 0, {"fc.weight": 0.1})
+        >>> cost.training_step(), cost.training_step(every=10)
+        (30.0, 39.0)
+        """
+        sparse = self.forward(self.densities if densities is None else densities)
+        extra = 0.0 if every is None else (self.dense_forward - sparse) / every
+        return 3.0 * sparse + extra
+
+
+def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
+    """Count the FLOPs of one forward of a model, at its present masks.
+
+    Args: model: Masked or not, on any device, the meta device too; in a wrapper or not. It is run
+        once in evaluation mode and left as it was. example_inputs: What its forward takes: a
+        tensor, or a tuple of arguments. The cost is that of the whole batch.
+
+    Raises:
+        ValueError: The model can't be run with these inputs, or was made by `deploy`.
+
+    >>> import itop_prune
+    >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Flatten(), nn.Linear(8, 5))
+    >>> masks = itop_prune.apply(model, sparsity=0.5, method="uniform")
+    >>> cost = flops(model, torch.zeros(1, 1, 4, 4))  # 4 places * 18 weights and 40 weights, each multiplied and added
+    >>> cost.dense_forward, cost.sparse_forward
+    (224, 112.0)
+    """
+    refuse_deployed(model)
+    model, masks = unwrap(model), find_masks(model)
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    modes = [(module, module.training) for module in model.modules()]
+    counter = _Watch({itop.parameter: name for name, itop in masks.items()})
+    try:
+        with contextlib.ExitStack() as settings:
+            settings.enter_context(torch.no_grad())
+            settings.enter_context(
+                torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+            )
+            settings.enter_context(_no_fused_layers())
+            settings.enter_context(counter)
+            run(model.eval(), arguments)
+    finally:
+        for module, training in modes:
+            module.training = training
+    densities = {
+        name: active / masks[name].mask.numel() for name, active in active_weights(masks).items()
+    }
+    return FLOPs({name: counter.flops[name] for name in masks}, counter.flops[""], densities)
+
+
+def run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
+    """Return what a model makes of an example.
+
+    Raises:
+        ValueError: It can't be run with it.
+    """
+    try:
+        return model(*arguments)
+    except Exception as error:  # whatever a model raises at inputs that are not its own
+        raise ValueError(
+            f"{type(model).__name__} can't be run with inputs of shape "
+            f"{[tuple(leaf.shape) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]}: {error}; give what "
+            "its forward takes, a tensor or a tuple of arguments"
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_fused_layers() -> Iterator[None]:
+    """Keep torch from running an RNN or attention as one operation whose cost nobody knows."""
+    mkldnn, attention = (
+        torch.backends.mkldnn.set_flags(False)[0],
+        torch.backends.mha.get_fastpath_enabled(),
+    )
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(mkldnn)
+        torch.backends.mha.set_fastpath_enabled(attention)
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the FLOPs of every operation, by the weight whose values it reads; "" for none."""
+
+    def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
+        super().__init__()
+        from torch.utils.flop_counter import (
+            flop_registry,  # it imports triton where that is installed
+        )
+
+        self._formulas: Mapping[Any, Callable[..., int]] = flop_registry
+        self.flops: Counter[str] = Counter()
+        self._names = WeakIdKeyDictionary(names)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is None:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        read = next(
+            (
+                self._names[t]
+                for t in tree_leaves((args, kwargs))
+                if isinstance(t, Tensor) and t in self._names
+            ),
+            "",
+        )
+        if formula is not None:
+            self.flops[read] += formula(*args, **kwargs, out_val=out)
+        elif read:  # a product with the mask, a transpose, a cast, a slice: still that weight
+            self._names.update({t: read for t in tree_leaves(out) if isinstance(t, Tensor)})
+        return out

@@ -1,0 +1,1 @@
+"""What a masked layer is: which layers can have a mask, how it is attached, and the dense gradient."""

@@ -1,0 +1,116 @@
+"""Schedules: progress in [0, 1] -> factor in [0, 1]. They say how a number falls from its first value to its last.
+
+The rate is `min_rate + (rate - min_rate) * factor`, progress counted in steps up to `stop`. The
+density is `last + (first - last) * factor`, progress counted up to the last update, where it is the
+last one whatever the factor.
+"""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+
+from itop_prune.methods.lookup import choose, describe
+
+Schedule = Callable[[float], float]
+
+
+def factor(schedule: Schedule, progress: float) -> float:
+    """Return what a schedule says, checked.
+
+    Raises:
+        ValueError: It is not a number in [0, 1].
+
+    >>> factor(linear, 0.25)
+    0.75
+    """
+    value = schedule(progress)
+    if not isinstance(value, Real) or not -1e-9 <= float(value) <= 1.0 + 1e-9:
+        name = describe(schedule)
+        raise ValueError(
+            f"the schedule {name} gave {value!r} at progress {progress:g}; it must give a number in [0, 1]"
+        )
+    return min(1.0, max(0.0, float(value)))
+
+
+def constant(progress: float) -> float:
+    """Return 1: it never falls (SET: Mocanu et al., 2018, arXiv 1707.04780).
+
+    >>> constant(0.5)
+    1.0
+    """
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    """Return 1 - progress: it falls evenly (one of RigL's schedules: Evci et al., 2020, arXiv 1911.11134, appendix).
+
+    >>> linear(0.25)
+    0.75
+    """
+    return 1.0 - progress
+
+
+def cosine(progress: float) -> float:
+    """Return (1 + cos(pi * progress)) / 2: slow, fast, slow (Dettmers & Zettlemoyer, 2019, arXiv 1907.04840).
+
+    >>> [round(cosine(p), 3) for p in (0.0, 0.25, 0.5, 1.0)]
+    [1.0, 0.854, 0.5, 0.0]
+    """
+    return (1.0 + math.cos(math.pi * progress)) / 2.0
+
+
+def exponential(progress: float, last: float = 0.01) -> float:
+    """Return last ** progress: the same share is lost in equal times, down to `last`. Ours.
+
+    >>> [round(exponential(p), 3) for p in (0.0, 0.5, 1.0)]
+    [1.0, 0.1, 0.01]
+    """
+    return last**progress
+
+
+def cubic(progress: float) -> float:
+    """Return (1 - progress) ** 3: fast while much is left, then slower (GMP: Zhu & Gupta, 2017, arXiv 1710.01878).
+
+    >>> cubic(0.5)
+    0.125
+    """
+    return (1.0 - progress) ** 3
+
+
+def alternating(progress: float, cycles: int = 4) -> float:
+    """Return 1 and 0 in turns, each as long, 0 last (AC/DC: Peste et al., 2021, arXiv 2106.12379).
+
+    The paper's first dense and last sparse phase are longer than the others; here all are the same.
+    For another number: `functools.partial(alternating, cycles=8)`.
+
+    >>> [alternating(p, cycles=2) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    [1.0, 0.0, 1.0, 0.0, 0.0]
+    """
+    phase = min(2 * cycles - 1, math.floor(2 * cycles * progress + 1e-9))
+    return float(phase % 2 == 0)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "exponential": exponential,
+    "cubic": cubic,
+    "alternating": alternating,
+}
+
+
+def find(schedule: str | Schedule, what: str) -> Schedule:
+    """Return the schedule behind a name or a function, tried at the beginning, the middle and the end.
+
+    Args:
+        schedule: A key of `SCHEDULES`, or a function of progress in [0, 1].
+        what: What it is for, in a message.
+
+    Raises:
+        ValueError: The name is unknown, or the function leaves [0, 1].
+    """
+    found = choose(schedule, SCHEDULES, what)
+    for progress in (0.0, 0.5, 1.0):
+        factor(found, progress)
+    return found

@@ -1,0 +1,126 @@
+"""Runs in processes of their own, alone and on ranks, and what they leave behind."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from itop_prune_tools.training.checkpoint import Checkpoints, damage
+from PIL import Image
+from safetensors.torch import load_file
+from torch import distributed
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+SETTINGS = (
+    "checkpoint={every: 1, keep: 3}",
+    "regrow={every: 7, grow: gradient}",
+    "ema={decay: 0.9}",
+)
+PATIENCE = 180.0
+
+gloo = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()),
+    reason="this torch has no gloo",
+)
+
+
+def without_last_checkpoint(whole: Path, folder: Path) -> Path:
+    """Copy a run as if it had been killed before its last checkpoint; return the copy."""
+    shutil.copytree(whole, folder)
+    shutil.rmtree(Checkpoints(folder / "checkpoints", 3).all()[-1])
+    return folder
+
+
+def start(command: Sequence[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, cwd=ROOT, text=True, **pipes
+    )
+
+
+def on_ranks(
+    *arguments: str,
+    launcher: Sequence[str] = ("--standalone", "--nproc_per_node", "2"),
+    runner: str = "tools/train.py",
+) -> subprocess.Popen[str]:
+    """The runner under torchrun; SIGTERM to what comes back is SIGTERM to all ranks."""
+    return start(
+        ["-m", "torch.distributed.run", *launcher, runner, QUICKSTART, *SETTINGS, *arguments]
+    )
+
+
+def changed_runner(path: Path, change: str) -> str:
+    """A script that is the runner with something changed: lines that may use `train` and `rank`."""
+    before = "import os, sys\nfrom itop_prune_tools.training import loop as train\n"
+    path.write_text(
+        f"{before}rank = int(os.environ.get('RANK', 0))\n{change}\nsys.exit(train.main())\n"
+    )
+    return str(path)
+
+
+def photos(folder: Path, count: int = 48) -> Path:
+    """A folder of random images of two classes."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        place = folder / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(
+            place / f"{number}.png"
+        )
+    return folder
+
+
+def of_photos(folder: Path, batch_size: int = 4) -> tuple[str, ...]:
+    """A small convolutional net with batch statistics on such a folder, read and augmented by two workers."""
+    return (
+        f"data={{name: folder, train: ., test: ., batch_size: {batch_size}, image_size: 8, workers: 2}}",
+        f"data.root={folder}",
+        "model={model_name: test_resnet, num_classes: 2}",
+        "augment={scale: [0.5, 1.0], hflip: 0.5}",
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    return output
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], lines: int = 0) -> None:
+    """Wait until a run has written a file, of so many lines."""
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists() or len(path.read_text().splitlines()) < lines:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in ("seconds", "images_per_second")}
+        for line in lines
+    ]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    assert metrics(one) == metrics(other)
+    assert (one / "layers.jsonl").read_text() == (other / "layers.jsonl").read_text()
+    weights, others = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert [name for name in weights if not torch.equal(weights[name], others[name])] == []
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    found = Checkpoints(folder / "checkpoints", 3).all()
+    assert [damage(checkpoint) for checkpoint in found if damage(checkpoint)] == []
+    return found

@@ -1,0 +1,658 @@
+"""Weights in and out: dense exports, every form of a saved sparse model, and sources that do not fit."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.toys import batch, convnet, mlp, train
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import itop_prune
+
+State = dict[str, Tensor]
+
+
+def trained(seed: int = 0, sparsity: float = 0.6) -> nn.Module:
+    model = mlp(seed)
+    itop_prune.apply(model, sparsity, seed=seed)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=range(3))
+    return model
+
+
+def outputs(model: nn.Module) -> Tensor:
+    return model(batch(7, 20)[0])
+
+
+def save_pt(state: State, folder: Path) -> Path:
+    torch.save(state, folder / "model.pt")
+    return folder / "model.pt"
+
+
+def save_wrapped(state: State, folder: Path) -> Path:
+    torch.save({"epoch": 3, "state_dict": state}, folder / "checkpoint.pth.tar")
+    return folder / "checkpoint.pth.tar"
+
+
+def save_safetensors(state: State, folder: Path) -> Path:
+    save_file(state, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+def save_folder(state: State, folder: Path) -> Path:
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def save_folder_of_pickles(state: State, folder: Path) -> Path:
+    torch.save(state, folder / "pytorch_model.bin")
+    return folder
+
+
+def save_shards(state: State, folder: Path) -> Path:
+    names = list(state)
+    parts = {
+        "model-00001-of-00002.safetensors": names[:4],
+        "model-00002-of-00002.safetensors": names[4:],
+    }
+    for file, part in parts.items():
+        save_file({name: state[name] for name in part}, folder / file)
+    index = {
+        "metadata": {},
+        "weight_map": {name: file for file, part in parts.items() for name in part},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+FORMS: list[Callable[[State, Path], object]] = [
+    save_pt,
+    save_wrapped,
+    save_safetensors,
+    save_folder,
+    save_folder_of_pickles,
+    save_shards,
+]
+
+
+def untouched(model: nn.Module, before: State) -> bool:
+    """Whether a model that was dense is as it was."""
+    state = model.state_dict()
+    return list(state) == list(before) and all(
+        torch.equal(state[name], before[name]) for name in before
+    )
+
+
+def test_a_dense_state_dict_loads_strictly_into_the_plain_model_with_the_same_outputs() -> None:
+    model, plain = trained(), mlp(seed=5)
+    plain.load_state_dict(itop_prune.dense_state_dict(model), strict=True)
+    assert torch.equal(outputs(plain), outputs(model))
+
+
+def test_a_dense_state_dict_of_a_convolutional_net_has_buffers_too() -> None:
+    model, plain = convnet(), convnet(seed=5)
+    itop_prune.apply(model, 0.7)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=range(2), shape=(3, 8, 8))
+    plain.load_state_dict(itop_prune.dense_state_dict(model), strict=True)
+    x, _ = batch(7, 3, 8, 8)
+    assert torch.equal(plain.eval()(x), model.eval()(x))
+
+
+def test_a_dense_state_dict_keeps_the_order_of_the_plain_model() -> None:
+    assert [n for n in itop_prune.dense_state_dict(trained()) if "weight" in n] == [
+        "0.weight",
+        "2.weight",
+        "4.weight",
+    ]
+
+
+def test_a_dense_state_dict_is_zero_off_the_mask_whatever_the_parameter_holds() -> None:
+    layer = nn.Linear(6, 4)
+    itop = itop_prune.apply(layer, 0.5)["weight"]
+    with torch.no_grad():
+        itop.parameter[~itop.mask] = float("nan")
+    assert not itop_prune.dense_state_dict(layer)["weight"][~itop.mask].any()
+
+
+def test_a_dense_state_dict_of_masked_weights_is_a_copy() -> None:
+    model = trained()
+    before = outputs(model)
+    itop_prune.dense_state_dict(model)["0.weight"].fill_(1.0)
+    assert torch.equal(outputs(model), before)
+
+
+def test_a_dense_state_dict_of_a_dense_model_is_its_state_dict() -> None:
+    model = mlp()
+    assert untouched(model, itop_prune.dense_state_dict(model))
+
+
+def test_a_dense_state_dict_of_a_model_pruned_by_torch() -> None:
+    model, plain = mlp(), mlp(seed=5)
+    prune.random_unstructured(model[2], "weight", 0.5)
+    plain.load_state_dict(itop_prune.dense_state_dict(model))
+    assert torch.equal(outputs(plain), outputs(model))
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile]
+)
+def test_a_dense_state_dict_of_a_wrapped_model_has_plain_names(wrap: Callable) -> None:
+    assert set(itop_prune.dense_state_dict(wrap(trained()))) == set(mlp().state_dict())
+
+
+def test_a_parameter_that_merely_ends_in_orig_is_exported_as_it_is() -> None:
+    model = nn.Module()
+    model.scale_orig = nn.Parameter(torch.ones(3))
+    assert list(itop_prune.dense_state_dict(model)) == ["scale_orig"]
+
+
+def test_load_from_a_state_dict() -> None:
+    model, source = mlp(seed=5), trained()
+    itop_prune.load(model, source.state_dict())
+    assert torch.equal(outputs(model), outputs(source))
+
+
+@pytest.mark.parametrize("save", FORMS, ids=lambda save: save.__name__)
+def test_load_from_disk(save: Callable[[State, Path], Path], tmp_path: Path) -> None:
+    model, source = mlp(seed=5), trained()
+    itop_prune.load(model, save(source.state_dict(), tmp_path))
+    assert torch.equal(outputs(model), outputs(source))
+
+
+def test_load_takes_a_path_as_text(tmp_path: Path) -> None:
+    model, source = mlp(seed=5), trained()
+    itop_prune.load(model, str(save_pt(source.state_dict(), tmp_path)))
+    assert torch.equal(outputs(model), outputs(source))
+
+
+def test_load_returns_the_masks_of_the_source() -> None:
+    model, source = mlp(seed=5), trained()
+    masks, expected = itop_prune.load(model, source.state_dict()), itop_prune.find_masks(source)
+    assert list(masks) == list(expected)
+    assert all(torch.equal(masks[name].mask, itop.mask) for name, itop in expected.items())
+
+
+def test_the_masks_that_load_returns_are_those_that_the_model_has_also_of_a_layer_under_two_names() -> (
+    None
+):
+    def shared() -> nn.ModuleDict:
+        layer = nn.Linear(8, 8)
+        return nn.ModuleDict(
+            {"x": nn.Sequential(layer, nn.ReLU()), "y": layer, "z": nn.Linear(8, 4)}
+        )
+
+    source, model = shared(), shared()
+    itop_prune.apply(source, 0.5)
+    for _ in range(2):  # into a dense model, then into one that has masks
+        masks = itop_prune.load(model, source.state_dict())
+        found = itop_prune.find_masks(model)
+        assert list(masks) == list(found) == ["x.0.weight", "z.weight"]
+        assert all(masks[name] is itop for name, itop in found.items())
+
+
+def test_load_into_a_model_that_is_masked_replaces_its_masks_in_place() -> None:
+    model, source = trained(seed=1), trained()
+    masks = itop_prune.find_masks(model)
+    buffers = {name: itop.mask for name, itop in masks.items()}
+    itop_prune.load(model, source.state_dict())
+    assert all(itop.mask is buffers[name] for name, itop in masks.items())
+    assert torch.equal(outputs(model), outputs(source))
+
+
+def test_load_keeps_the_parameter_objects() -> None:
+    model = mlp(seed=5)
+    before = [id(parameter) for parameter in model.parameters()]
+    itop_prune.load(model, trained().state_dict())
+    assert [id(parameter) for parameter in model.parameters()] == before
+
+
+def test_a_loaded_model_trains_sparse() -> None:
+    model = mlp(seed=5)
+    masks = itop_prune.load(model, trained().state_dict())
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), steps=range(3))
+    assert not any(itop.parameter[~itop.mask].any() for itop in masks.values())
+
+
+def test_the_source_is_not_changed() -> None:
+    state = trained().state_dict()
+    before = copy.deepcopy(state)
+    itop_prune.load(mlp(seed=5), state)
+    assert list(state) == list(before)
+    assert all(torch.equal(state[name], before[name]) for name in before)
+
+
+def test_a_loaded_model_shares_nothing_with_the_source() -> None:
+    model, source = mlp(seed=5), trained()
+    masks = itop_prune.load(model, source.state_dict())
+    before = outputs(source)
+    with torch.no_grad():
+        for itop in masks.values():
+            itop.mask.fill_(True)
+            itop.parameter.fill_(1.0)
+    assert torch.equal(outputs(source), before)
+
+
+def test_weights_off_the_mask_of_a_source_that_is_not_clean_become_zero() -> None:
+    layer, state = (
+        nn.Linear(6, 4),
+        {"weight_orig": torch.ones(4, 6), "weight_mask": torch.eye(4, 6), "bias": torch.ones(4)},
+    )
+    itop_prune.load(layer, state)
+    assert torch.equal(layer.weight_orig, torch.eye(4, 6))
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."]
+)
+def test_prefixes_of_wrappers_are_taken_off(prefix: str) -> None:
+    model, source = mlp(seed=5), trained()
+    itop_prune.load(model, {prefix + name: tensor for name, tensor in source.state_dict().items()})
+    assert torch.equal(outputs(model), outputs(source))
+
+
+def test_a_source_without_prefix_loads_into_a_wrapped_model() -> None:
+    model, source = nn.DataParallel(mlp(seed=5)), trained()
+    masks = itop_prune.load(model, source.state_dict())
+    assert list(masks) == ["0.weight", "2.weight", "4.weight"]
+    assert torch.equal(outputs(model.module), outputs(source))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_whose_own_layer_is_called_module_loads(bias: bool) -> None:
+    model, source = (nn.ModuleDict({"module": nn.Linear(6, 4, bias=bias)}) for _ in range(2))
+    itop_prune.apply(source, 0.5)
+    itop_prune.load(model, source.state_dict())
+    assert torch.equal(model["module"].weight, source["module"].weight)
+
+
+def test_a_model_whose_own_layer_is_called_module_loads_from_a_wrapped_one() -> None:
+    model, source = (nn.ModuleDict({"module": nn.Linear(6, 4)}) for _ in range(2))
+    itop_prune.apply(source, 0.5)
+    itop_prune.load(
+        model, {"module." + name: tensor for name, tensor in source.state_dict().items()}
+    )
+    assert torch.equal(model["module"].weight, source["module"].weight)
+
+
+def test_float_masks_of_torch_pruning_load() -> None:
+    model, source = mlp(seed=5), mlp()
+    for layer in (source[0], source[4]):
+        prune.random_unstructured(layer, "weight", 0.5)
+    masks = itop_prune.load(model, source.state_dict())
+    assert list(masks) == ["0.weight", "4.weight"]
+    assert all(itop.mask.dtype is torch.bool for itop in masks.values())
+    assert torch.equal(outputs(model), outputs(source))
+
+
+def test_layers_pruned_again_by_torch_load() -> None:
+    model, source = mlp(seed=5), mlp()
+    for amount in (0.3, 0.3):
+        prune.l1_unstructured(source[0], "weight", amount)
+    itop_prune.load(model, source.state_dict())
+    assert torch.equal(outputs(model), outputs(source))
+
+
+def test_a_bias_that_torch_pruned_is_refused_and_nothing_changes() -> None:
+    """Torch prunes biases too; this package masks weights only, and has to say so before it touches the model."""
+    model, source = mlp(seed=5), mlp()
+    prune.random_unstructured(source[0], "weight", 0.5)
+    prune.random_unstructured(source[2], "bias", 0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"2\.bias"):
+        itop_prune.load(model, source.state_dict())
+    assert untouched(model, before)
+
+
+def test_another_shape_is_refused_with_both_shapes() -> None:
+    model = nn.Sequential(*mlp()[:4], nn.Linear(12, 7))
+    with pytest.raises(
+        ValueError, match=r"4\.weight: the model has \(7, 12\), the source \(4, 12\)"
+    ):
+        itop_prune.load(model, trained().state_dict())
+
+
+def test_a_layer_missing_in_the_source_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"5\.weight: the model has \(3, 4\), the source none"):
+        itop_prune.load(nn.Sequential(*mlp(), nn.Linear(4, 3)), trained().state_dict())
+
+
+def test_a_layer_missing_in_the_model_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"4\.weight: the model has none, the source \(4, 12\)"):
+        itop_prune.load(mlp()[:4], trained().state_dict())
+
+
+def test_many_differences_are_shortened() -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(8)))
+    with pytest.raises(
+        ValueError, match=r"strict=False loads the rest\n(  .*\n){10}  and \d+ more$"
+    ):
+        itop_prune.load(model, trained().state_dict())
+
+
+def bad_shape(state: State) -> State:
+    return {**state, "4.weight_orig": torch.zeros(5, 12), "4.weight_mask": torch.zeros(5, 12)}
+
+
+def bad_parameter_alone(state: State) -> State:
+    return {**state, "4.weight_orig": torch.zeros(5, 12)}
+
+
+def bad_mask_alone(state: State) -> State:
+    return {**state, "4.weight_mask": torch.zeros(5, 12)}
+
+
+def missing_bias(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if name != "4.bias"}
+
+
+def missing_mask(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if name != "4.weight_mask"}
+
+
+def extra_layer(state: State) -> State:
+    return {**state, "6.weight": torch.zeros(2, 2)}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [bad_shape, bad_parameter_alone, bad_mask_alone, missing_bias, missing_mask, extra_layer],
+)
+def test_a_source_that_does_not_fit_leaves_the_model_as_it_was(
+    damage: Callable[[State], State],
+) -> None:
+    model = mlp(seed=5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError):
+        itop_prune.load(model, damage(trained().state_dict()))
+    assert untouched(model, before)
+    assert itop_prune.find_masks(model) == {}
+
+
+def test_not_strict_a_new_head_stays_dense_and_keeps_its_values() -> None:
+    model = nn.Sequential(*mlp(seed=5)[:4], nn.Linear(12, 7))
+    before = model[4].weight.detach().clone()
+    masks = itop_prune.load(model, trained().state_dict(), strict=False)
+    assert list(masks) == ["0.weight", "2.weight"]
+    assert torch.equal(model[4].weight, before)
+
+
+def test_not_strict_the_rest_is_loaded() -> None:
+    model, source = nn.Sequential(*mlp(seed=5)[:4], nn.Linear(12, 7)), trained()
+    itop_prune.load(model, source.state_dict(), strict=False)
+    x, _ = batch(7, 20)
+    assert torch.equal(model[:4](x), source[:4](x))
+
+
+def test_not_strict_a_source_of_which_nothing_fits_is_refused_with_the_nearest_name() -> None:
+    model = nn.ModuleDict({"fc0": nn.Linear(3, 3)})
+    source = nn.ModuleDict({"fc1": nn.Linear(3, 3)})
+    itop_prune.apply(source, 0.5)
+    with pytest.raises(
+        ValueError, match=r"no masked weight of the source fits the model: .*nearest: 'fc"
+    ):
+        itop_prune.load(model, source.state_dict(), strict=False)
+
+
+def test_a_dense_source_is_refused_with_what_to_do() -> None:
+    with pytest.raises(
+        ValueError, match=r"no masks; .*model\.load_state_dict, then call itop_prune\.apply"
+    ):
+        itop_prune.load(mlp(), mlp().state_dict())
+
+
+def test_a_layer_masked_in_the_model_and_dense_in_the_source_is_refused() -> None:
+    model, source = mlp(seed=5), mlp()
+    itop_prune.apply(model, 0.5)
+    itop_prune.apply(source, 0.5, exclude="2")
+    with pytest.raises(
+        ValueError,
+        match=r"masked in the model and dense in the source: 2\.weight; load into a dense",
+    ):
+        itop_prune.load(model, source.state_dict())
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors", "folder"])
+def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+        itop_prune.load(mlp(), tmp_path / name)
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"has neither model\.safetensors nor pytorch_model\.bin"
+    ):
+        itop_prune.load(mlp(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"epoch": 3}, torch.zeros(3)], ids=["list", "numbers", "tensor"]
+)
+def test_a_file_that_is_no_state_dict_is_refused(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(
+        ValueError, match=r"model\.pt holds no state dict.*save model\.state_dict\(\)"
+    ):
+        itop_prune.load(mlp(), tmp_path / "model.pt")
+
+
+class Malicious:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
+
+
+def test_a_malicious_pickle_is_not_executed(tmp_path: Path) -> None:
+    torch.save({"weight": Malicious(tmp_path / "executed")}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt holds more than tensors and plain values"):
+        itop_prune.load(mlp(), tmp_path / "model.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_malicious_pickle_would_have_been_executed_otherwise(tmp_path: Path) -> None:
+    """The counterpart of the test above, which could not fail if the pickle were harmless."""
+    torch.save({"weight": Malicious(tmp_path / "executed")}, tmp_path / "model.pt")
+    torch.load(tmp_path / "model.pt", weights_only=False)
+    assert (tmp_path / "executed").exists()
+
+
+def test_an_empty_source_has_no_masks() -> None:
+    with pytest.raises(ValueError, match="no masks"):
+        itop_prune.load(mlp(), {})
+
+
+def test_a_layer_under_two_names_loads() -> None:
+    def twice() -> nn.Module:
+        layer = nn.Linear(8, 8)
+        return nn.ModuleDict({"a": layer, "b": nn.Sequential(layer, nn.Linear(8, 2))})
+
+    saved = twice()
+    itop_prune.apply(saved, 0.5)
+    model = twice()
+    masks = itop_prune.load(model, saved.state_dict())
+    assert list(masks) == ["a.weight", "b.1.weight"]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), saved.state_dict().values(), strict=True)
+    )
+
+
+class Versioned(nn.Linear):
+    """A layer that reads its version when it is loaded, as batch norm and torchvision's MNASNet do."""
+
+    _version = 3
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, *args: object
+    ) -> None:
+        if local_metadata.get("version") != 3:
+            raise RuntimeError(f"version is {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_versions_of_layers_go_with_the_weights() -> None:
+    model, plain, dense = (nn.Sequential(nn.Linear(4, 6), Versioned(6, 4)) for _ in range(3))
+    itop_prune.apply(model, 0.5)
+    plain.load_state_dict(itop_prune.dense_state_dict(model))
+    for source in (
+        model.state_dict(),
+        dict(model.state_dict()),
+    ):  # a file of tensors alone has no versions
+        itop_prune.load(dense, source)
+    assert torch.equal(dense[1].weight, plain[1].weight)
+
+
+def test_versions_are_found_inside_a_compiled_layer() -> None:
+    model, plain = (nn.Sequential(nn.Linear(4, 6), Versioned(6, 4)) for _ in range(2))
+    itop_prune.apply(model, 0.5)
+    model[1] = torch.compile(model[1], backend="eager")
+    plain.load_state_dict(itop_prune.dense_state_dict(model))
+    assert torch.equal(plain[1].weight, model[1].weight)
+
+
+def test_a_model_on_the_meta_device_is_not_loaded_into() -> None:
+    saved = mlp()
+    itop_prune.apply(saved, 0.5)
+    with pytest.raises(ValueError, match=r"meta device; call model\.to_empty"):
+        itop_prune.load(mlp().to("meta"), saved.state_dict())
+
+
+def test_a_model_of_which_a_part_can_not_be_masked_is_left_as_it_was() -> None:
+    saved, model = mlp(), mlp()
+    itop_prune.apply(saved, 0.5)
+    model[2].kept = [model[2].weight]
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"2.weight: Linear reads it from its kept"):
+        itop_prune.load(model, saved.state_dict())
+    assert list(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("where", ["source", "model"])
+def test_versions_are_found_behind_prefixes(where: str) -> None:
+    model, dense = (nn.Sequential(nn.Linear(4, 6), Versioned(6, 4)) for _ in range(2))
+    itop_prune.apply(model, 0.5)
+    state = nn.DataParallel(model).state_dict() if where == "source" else model.state_dict()
+    if where == "model":
+        dense[1] = torch.compile(dense[1], backend="eager")
+    itop_prune.load(dense, state)
+    assert torch.equal(dense[1].weight, model[1].weight)
+
+
+def tied(kind: str) -> nn.Module:
+    if kind == "two layers":
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model[1].weight = model[0].weight
+        return model
+    model = nn.ModuleDict({"0": nn.Embedding(10, 4), "1": nn.Linear(4, 10)})
+    model["1"].weight = model["0"].weight
+    return model
+
+
+@pytest.mark.parametrize("kind", ["two layers", "embedding"])
+def test_tied_weights_are_refused_as_by_apply_and_nothing_changes(kind: str) -> None:
+    model = tied(kind)
+    source = copy.deepcopy(model)
+    source["1" if kind == "embedding" else 1].weight = nn.Parameter(
+        source.get_submodule("0").weight.detach().clone()
+    )
+    itop_prune.apply(source, 0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        ValueError, match=r"can't mask\n(.*\n)?  1\.weight: it is tied to 0\.weight.*untie them"
+    ):
+        itop_prune.load(model, source.state_dict())
+    assert untouched(model, before)
+    assert itop_prune.find_masks(model) == {}
+
+
+class Counting(nn.Linear):
+    """A layer with something else than tensors in its state."""
+
+    seen = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+@pytest.mark.parametrize("form", ["mapping", "file"])
+def test_the_extra_state_of_a_layer_goes_with_the_weights(form: str, tmp_path: Path) -> None:
+    model, source = (nn.Sequential(nn.Linear(4, 6), Counting(6, 4)) for _ in range(2))
+    itop_prune.apply(source, 0.5)
+    source[1].seen = 7
+    itop_prune.load(
+        model, source.state_dict() if form == "mapping" else save_pt(source.state_dict(), tmp_path)
+    )
+    assert model[1].seen == 7
+    assert torch.equal(model[1].weight, source[1].weight)
+
+
+def test_an_extra_state_that_is_missing_is_a_difference() -> None:
+    model, source = (nn.Sequential(nn.Linear(4, 6), kind(6, 4)) for kind in (Counting, nn.Linear))
+    itop_prune.apply(source, 0.5)
+    with pytest.raises(ValueError, match=r"1\._extra_state: the model has \(\), the source none"):
+        itop_prune.load(model, source.state_dict())
+    assert itop_prune.find_masks(model) == {}
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_a_checkpoint_in_memory_is_unwrapped_as_one_in_a_file(key: str) -> None:
+    model, source = mlp(seed=5), trained()
+    itop_prune.load(model, {key: source.state_dict(), "epoch": 3})
+    assert torch.equal(outputs(model), outputs(source))
+
+
+def test_a_mapping_of_something_else_is_no_state_dict() -> None:
+    with pytest.raises(
+        ValueError, match="the source holds no state dict, a dict of tensors by name"
+    ):
+        itop_prune.load(mlp(), {"weights": trained().state_dict(), "epoch": 3})
+
+
+def test_the_state_dict_of_an_averaged_model_loads() -> None:
+    source = torch.optim.swa_utils.AveragedModel(trained())
+    model = mlp(seed=5)
+    itop_prune.load(model, source.state_dict())
+    assert torch.equal(outputs(model), outputs(source.module))
+
+
+def test_a_parameter_called_module_is_no_wrapper() -> None:
+    with pytest.raises(ValueError, match="no masks"):
+        itop_prune.load(mlp(), {"module": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: b"",
+        lambda content: b"hello world",
+        lambda c: bytes(99),
+    ],
+    ids=["half", "empty", "text", "zeros"],
+)
+def test_a_damaged_torch_file_is_refused_by_its_name(
+    damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    path, model = save_pt(trained().state_dict(), tmp_path), mlp(seed=5)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"model\.pt (is|holds .*or is) damaged"):
+        itop_prune.load(model, path)
+    assert itop_prune.find_masks(model) == {}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_a_damaged_index_of_shards_is_refused_by_its_name(content: str, tmp_path: Path) -> None:
+    save_shards(trained().state_dict(), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors\.index\.json is damaged: it has no weight_map"
+    ):
+        itop_prune.load(mlp(), tmp_path)

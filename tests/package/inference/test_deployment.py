@@ -1,0 +1,697 @@
+"""A deployed model: the outputs of the masked one whatever is chosen, dense where that is faster; a copy."""
+
+import copy
+import dataclasses
+import functools
+import pickle
+import time
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from helpers.toys import convnet, mlp
+from torch import Tensor, nn
+
+import itop_prune
+from itop_prune.inference import deployment
+from itop_prune.inference.deployment import CHOICES, deploy
+from itop_prune.inference.kernels import KERNELS, Active, Product, embedding_bag
+from itop_prune.inference.sparse_layers import SparseConv2d, SparseLinear
+
+# timm scripts functions and uses parts of torch that torch deprecates; nothing of ours warns.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:timm.*", "ignore::DeprecationWarning:torch.*"
+)
+
+TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+FAMILIES: dict[str, tuple[dict[str, object], int, int]] = {
+    "resnet18": ({"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 40)}, 64, 14),
+    "vit_tiny_patch16_224": ({"img_size": 32, **TINY}, 32, 10),
+    "beit_base_patch16_224": ({"img_size": 32, **TINY}, 32, 8),
+    "eva02_tiny_patch14_224": ({"img_size": 28, **TINY}, 28, 8),
+    "swinv2_tiny_window8_256": (
+        {"img_size": 64, "window_size": 4, "depths": (2, 1), "embed_dim": 24, "num_heads": (2, 4)},
+        64,
+        18,
+    ),
+    "convnext_atto": ({"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}, 32, 13),
+    "mobilenetv3_small_050": ({}, 32, 42),
+    "tf_efficientnet_b0": ({}, 32, 65),
+    "coat_tiny": (
+        {"img_size": 32, "embed_dims": (64,) * 4, "serial_depths": (1,) * 4, "parallel_depth": 1},
+        32,
+        29,
+    ),
+    "xcit_nano_12_p16_224": ({"depth": 1}, 32, 22),
+    "edgenext_xx_small": ({"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)}, 64, 22),
+    "nf_resnet26": ({"depths": (1, 1, 1, 1), "channels": (32, 48, 64, 96), "stem_chs": 16}, 64, 1),
+    "levit_128s": ({"img_size": 64}, 64, 52),
+}
+"""Keyword arguments, pixels, and how many layers another kernel can compute."""
+
+
+def images(size: int, count: int = 1) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@functools.cache
+def family(name: str) -> nn.Module:
+    """A small masked model; no parameter is 0, for a scale or a head of 0 would hide what lies before it."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=4, **FAMILIES[name][0])
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any() or parameter.ndim < 2:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator) + 0.3)
+    itop_prune.apply(model, 0.7, "uniform")
+    return model
+
+
+def output(model: nn.Module, *arguments: Tensor) -> Tensor:
+    was_training = model.training
+    with torch.no_grad():
+        found = model.eval()(*arguments)
+    model.train(was_training)
+    return found
+
+
+def apart(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time nothing twice: which is faster does not matter where a choice is forced."""
+
+    def once(functions: dict[str, Callable[[], object]], **_: object) -> dict[str, float]:
+        return {name: function() is None or 1.0 for name, function in functions.items()}
+
+    monkeypatch.setattr(deployment, "in_turns", once)
+
+
+# --- equality --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_choice_gives_the_outputs_of_the_masked_model(name: str, kernel: str) -> None:
+    model, (_, size, count) = family(name), FAMILIES[name]
+    deployed = deploy(model, images(size), choices=(kernel,))
+    report = deployed.report
+    assert report.fallback == ""
+    assert [row.name for row in report.choices] == list(itop_prune.find_masks(model))
+    assert [row.kernel for row in report.choices if not row.why] == [kernel] * count
+    assert {row.kernel for row in report.choices if row.why} <= {"dense"}
+    assert report.difference <= 1e-5
+    for number in (1, 3):  # measured with one image, right with any number
+        assert (
+            apart(output(deployed, images(size, number)), output(model, images(size, number)))
+            <= 1e-5
+        )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
+def test_what_is_chosen_by_time_gives_the_outputs_of_the_masked_model(name: str) -> None:
+    model, x = family(name), images(FAMILIES[name][1], 2)
+    deployed = deploy(model, x)
+    assert apart(output(deployed, x), output(model, x)) <= 1e-5
+
+
+@pytest.mark.usefixtures("hurried")
+def test_convolutions_keep_channels_last() -> None:
+    model = copy.deepcopy(family("resnet18")).to(memory_format=torch.channels_last)
+    x = images(64, 2).to(memory_format=torch.channels_last)
+    deployed = deploy(model, x, choices=("embedding_bag",))
+    with torch.no_grad():
+        features, expected = deployed.forward_features(x), model.eval().forward_features(x)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    assert apart(features, expected) <= 1e-5
+
+
+class Reader(nn.Module):
+    """Reads the weight of one layer itself, calls another twice, passes one by keyword, holds one under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.twice, self.named, self.both = (nn.Linear(6, 6) for _ in range(4))
+        self.again = self.both
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        x = nn.functional.linear(x, self.read.weight, self.read.bias)
+        x = self.twice(torch.relu(self.twice(x))) + nn.functional.linear(x, self.twice.weight)
+        return self.again(self.named(input=x)) + self.both(x) + shift
+
+
+def reader() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    model = Reader()
+    itop_prune.apply(model, 0.5)
+    return model, (torch.randn(2, 5, 6), torch.randn(6))
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_layers_are_used_as_a_model_likes(kernel: str) -> None:
+    model, arguments = reader()
+    deployed = deploy(model, arguments, choices=(kernel,))
+    chosen = {row.name: (row.kernel, row.why) for row in deployed.report.choices}
+    assert chosen.pop("read.weight") == ("dense", "not called: what holds it reads its weight")
+    assert chosen == dict.fromkeys(["twice.weight", "named.weight", "both.weight"], (kernel, ""))
+    assert deployed.again is deployed.both
+    assert type(deployed.read) is nn.Linear
+    assert apart(output(deployed, *arguments), output(model, *arguments)) <= 1e-5
+
+
+class Attention(nn.Module):
+    """Two linear layers, with what they give viewed as heads between, or only something for each element."""
+
+    def __init__(self, heads: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.heads = nn.Linear(8, 8), nn.Linear(8, 8), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.heads:
+            x = x.view(len(x) * 8 * x.shape[1]).view(x.shape)
+        return self.second(torch.relu(x))
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("heads", [True, False])
+def test_a_layer_stays_transposed_where_the_next_one_takes_it_so_and_nothing_between_minds(
+    heads: bool, kernel: str
+) -> None:
+    torch.manual_seed(0)
+    model = Attention(heads)
+    itop_prune.apply(model, 0.5)
+    deployed = deploy(model, torch.randn(1, 5, 8), choices=(kernel,))
+    assert [bool(layer.keeps_transposed) for layer in (deployed.first, deployed.second)] == [
+        not heads,
+        False,
+    ]
+    for x in (torch.randn(1, 5, 8), torch.randn(3, 7, 8), torch.randn(1, 1, 8)):
+        assert apart(output(deployed, x), output(model, x)) <= 1e-5
+        assert output(deployed, x).is_contiguous()
+
+
+class Flattening(nn.Module):
+    """Between two linear layers a view that a transposed output has for some sizes only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        batch, tokens, width = x.shape
+        return self.second(torch.relu(x).view(batch, tokens * width).view(batch * tokens, width))
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_other_sizes_are_computed_also_where_only_those_of_the_example_can_be_viewed(
+    kernel: str,
+) -> None:
+    torch.manual_seed(0)
+    model = Flattening()
+    itop_prune.apply(model, 0.5)
+    example = torch.randn(4, 1, 8)
+    deployed = deploy(model, example, choices=(kernel,))
+    assert deployed.first.keeps_transposed == {example.shape}
+    for x in (example, torch.randn(4, 3, 8), torch.randn(1, 5, 8)):
+        assert apart(output(deployed, x), output(model, x)) <= 1e-5
+
+
+@dataclasses.dataclass
+class Scores:
+    scores: Tensor
+    hidden: list[Tensor]
+
+
+class Telling(nn.Module):
+    """What models do besides computing: write into their input, rule classes out, tell in a class of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Scores:
+        hidden = self.first(x.mul_(2.0))
+        scores = self.second(torch.relu(hidden))
+        scores[:, 1] = -torch.inf
+        return Scores(scores, [hidden])
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_model_that_writes_into_its_input_and_rules_classes_out_is_deployed(kernel: str) -> None:
+    torch.manual_seed(0)
+    model = Telling()
+    itop_prune.apply(model, 0.5)
+    example = torch.randn(3, 8)
+    before = example.clone()
+    deployed = deploy(model, example, choices=(kernel,))
+    assert torch.equal(example, before)
+    assert [row.kernel for row in deployed.report.choices] == [kernel] * 2
+    assert deployed.report.fallback == ""
+    assert deployed.report.difference <= 1e-5
+    found, expected = deployed(example.clone()), model(example.clone())
+    torch.testing.assert_close(found.scores, expected.scores.detach())
+
+
+@pytest.mark.usefixtures("hurried")
+def test_outputs_that_can_not_be_compared_leave_the_model_dense_and_it_says_so() -> None:
+    class Words(nn.Sequential):
+        def forward(self, x: Tensor) -> str:
+            return str(super().forward(x).argmax())
+
+    model = Words(nn.Linear(8, 4))
+    itop_prune.apply(model, 0.5)
+    report = deploy(model, torch.randn(1, 8), choices=("csr",)).report
+    assert report.fallback == "all of it dense: no numbers in the outputs, or NaN, to compare"
+
+
+def test_a_model_with_a_report_of_its_own_is_refused() -> None:
+    model = nn.ModuleDict({"report": nn.Linear(8, 4)})
+    itop_prune.apply(model, 0.5)
+    with pytest.raises(
+        ValueError, match=r"ModuleDict has a `report` of its own, .* give it another name"
+    ):
+        deploy(model, torch.randn(1, 8))
+
+
+@pytest.mark.usefixtures("hurried")
+def test_autocast_is_refused_where_torch_has_no_product_with_what_to_do() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(16, 4))
+    itop_prune.apply(model, 0.5)
+    x, row = torch.randn(2, 3, 2, 2), torch.randn(2, 16)
+    for kernel in KERNELS:
+        deployed = deploy(model, x, choices=(kernel,))
+        for part, given in ((deployed, x), (deployed[2], row)):
+            expected = output(part, given)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                if kernel == "csr":
+                    with pytest.raises(
+                        RuntimeError, match=r"torch has no such product \(.*\); leave out autocast"
+                    ):
+                        part(given)
+                else:
+                    assert torch.equal(part(given), expected)  # which autocast leaves in float32
+
+
+@pytest.mark.usefixtures("hurried")
+def test_the_second_layer_of_a_block_takes_the_first_one_s_output_as_it_is() -> None:
+    deployed = deploy(family("vit_tiny_patch16_224"), images(32), choices=("csr",))
+    kept = [
+        name
+        for name, layer in deployed.named_modules()
+        if getattr(layer, "keeps_transposed", False)
+    ]
+    assert kept == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
+
+
+@pytest.mark.usefixtures("hurried")
+def test_weight_standardised_convolutions_and_conv2d_of_others_stay_dense() -> None:
+    for name, kind in {
+        "nf_resnet26": "ScaledStdConv2d",
+        "tf_efficientnet_b0": "Conv2dSame",
+    }.items():
+        deployed = deploy(family(name), images(FAMILIES[name][1]), choices=("csr",))
+        assert f"timm's {kind} computes in a way of its own" in {
+            row.why for row in deployed.report.choices
+        }
+
+
+# --- what is left and what comes back -------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("hurried")
+def test_the_original_is_as_it_was() -> None:
+    model = mlp().train()
+    masks = itop_prune.apply(model, 0.5)
+    model(torch.randn(3, 20)).sum().backward()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    deployed = deploy(model, torch.randn(1, 20), choices=("csr",))
+    assert model.training
+    assert all(
+        parameter.requires_grad and parameter.grad is not None for parameter in model.parameters()
+    )
+    assert itop_prune.find_masks(model) == masks
+    with torch.no_grad():
+        for tensor in deployed.state_dict().values():
+            tensor.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("hurried")
+def test_the_copy_is_for_inference() -> None:
+    model = convnet().train()
+    itop_prune.apply(model, 0.5)
+    model(torch.randn(3, 3, 8, 8)).sum().backward()
+    deployed = deploy(model, torch.randn(1, 3, 8, 8), choices=("csr",))
+    assert not deployed.training
+    assert not any(
+        parameter.requires_grad or parameter.grad is not None for parameter in deployed.parameters()
+    )
+    assert [type(deployed[place]) for place in (0, 3, 7)] == [
+        SparseConv2d,
+        SparseConv2d,
+        SparseLinear,
+    ]
+    assert itop_prune.find_masks(deployed) == {}
+    assert not deployed(torch.randn(2, 3, 8, 8)).requires_grad
+    with torch.inference_mode():
+        deployed(torch.randn(2, 3, 8, 8))
+    with pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
+        deployed(torch.randn(2, 3, 8, 8, requires_grad=True))
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_copies_and_pickles_compute_and_report_the_same(kernel: str) -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    x = torch.randn(3, 20)
+    deployed = deploy(model, x, choices=(kernel,))
+    expected = deployed(x)
+    for other in (copy.deepcopy(deployed), pickle.loads(pickle.dumps(deployed))):
+        assert torch.equal(other(x), expected)
+        assert str(other.report) == str(deployed.report)
+    other.load_state_dict(deployed.state_dict())
+    assert torch.equal(other(x), expected)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_model_in_a_wrapper_comes_back_without_it() -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    x = torch.randn(1, 20)
+    for wrapped in (
+        torch.compile(model, backend="eager"),
+        torch.optim.swa_utils.AveragedModel(model),
+    ):
+        deployed = deploy(wrapped, x, choices=("csr",))
+        assert type(deployed) is nn.Sequential
+        assert apart(output(deployed, x), output(model, x)) <= 1e-5
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_outputs_are_those_of_any_number_of_threads(kernel: str) -> None:
+    model = family("vit_tiny_patch16_224")
+    deployed = deploy(model, images(32), choices=(kernel,))
+    expected, threads = output(model, images(32)), torch.get_num_threads()
+    torch.set_num_threads(2)
+    found = output(deployed, images(32))
+    torch.set_num_threads(threads)
+    assert apart(found, expected) <= 1e-5
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_deployed_model_can_be_compiled_and_sums_of_embeddings_in_one_graph(kernel: str) -> None:
+    model, graphs = convnet(), []
+    itop_prune.apply(model, 0.5)
+    x = torch.randn(1, 3, 8, 8)
+    deployed = deploy(model, x, choices=(kernel,))
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(deployed, backend=backend)
+    assert apart(output(compiled, x), output(model, x)) <= 1e-5
+    assert kernel != "embedding_bag" or len(graphs) == 1
+
+
+# --- choosing -------------------------------------------------------------------------------------------------------
+
+
+def timed(
+    monkeypatch: pytest.MonkeyPatch, layers: dict[str, float], whole: dict[str, float]
+) -> None:
+    """Let layers and the whole model take what a table says."""
+
+    def told(functions: dict[str, Callable[[], object]], **_: object) -> dict[str, float]:
+        table = whole if "deployed" in functions else layers
+        return {name: table[name] for name in functions}
+
+    monkeypatch.setattr(deployment, "in_turns", told)
+
+
+FASTER = {"dense": 2.0, "deployed": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "choices", "chosen"),
+    [
+        ({"dense": 3.0, "csr": 2.0, "embedding_bag": 1.0}, CHOICES, "embedding_bag"),
+        ({"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0}, CHOICES, "csr"),
+        (
+            {"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0},
+            ("dense", "embedding_bag"),
+            "embedding_bag",
+        ),
+        ({"dense": 1.0, "csr": 2.0, "embedding_bag": 3.0}, CHOICES, "dense"),
+        (
+            {"dense": 1.04, "csr": 1.0, "embedding_bag": 3.0},
+            CHOICES,
+            "dense",
+        ),  # faster, and not clearly
+        ({"dense": 1.06, "csr": 1.0, "embedding_bag": 3.0}, CHOICES, "csr"),
+        (
+            {"dense": 1.0, "csr": 2.0, "embedding_bag": 3.0},
+            ("embedding_bag", "csr"),
+            "csr",
+        ),  # forced
+        ({"dense": 1.0, "csr": 2.0, "embedding_bag": 3.0}, ["embedding_bag"], "embedding_bag"),
+        ({"dense": 1.0, "csr": 0.1, "embedding_bag": 0.1}, ("dense",), "dense"),
+    ],
+)
+def test_a_layer_takes_the_fastest_of_its_choices_and_dense_unless_another_is_clearly_faster(
+    seconds: dict[str, float],
+    choices: tuple[str, ...],
+    chosen: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    timed(monkeypatch, seconds, FASTER)
+    report = deploy(model, torch.randn(1, 20), choices=choices).report
+    assert [(row.kernel, row.dense_seconds, row.seconds) for row in report.choices] == 3 * [
+        (chosen, seconds["dense"], seconds[chosen])
+    ]
+    assert [row.shape for row in report.choices] == [(16, 20), (12, 16), (4, 12)]
+    whole = (
+        (2.0, 2.0, 1.0) if chosen == "dense" else (2.0, 1.0, 2.0)
+    )  # the same model twice is as fast, whatever was timed
+    assert (report.dense_seconds, report.seconds, report.speedup) == whole
+    assert report.fallback == ""
+    assert (report.shapes, report.threads) == (((1, 20),), torch.get_num_threads())
+
+
+def test_a_layer_that_is_called_twice_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, arguments = reader()
+    timed(monkeypatch, {"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0}, FASTER)
+    rows = {
+        row.name: (row.dense_seconds, row.seconds)
+        for row in deploy(model, arguments).report.choices
+    }
+    twice, once = (6.0, 2.0), (3.0, 1.0)
+    assert rows == {
+        "read.weight": (0, 0),
+        "twice.weight": twice,
+        "named.weight": once,
+        "both.weight": twice,
+    }
+
+
+@pytest.mark.parametrize(
+    ("choices", "falls_back"), [(CHOICES, True), (("csr", "embedding_bag"), False)]
+)
+def test_a_model_that_is_slower_in_the_end_stays_dense_unless_its_choices_are_forced(
+    choices: tuple[str, ...], falls_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = mlp(), torch.randn(1, 20)
+    itop_prune.apply(model, 0.5)
+    layers = {"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0}
+    timed(monkeypatch, layers, {"dense": 2.0, "deployed": 2.1})
+    deployed = deploy(model, x, choices=choices)
+    kinds = {type(layer) for layer in (deployed[0], deployed[2], deployed[4])}
+    assert kinds == ({nn.Linear} if falls_back else {SparseLinear})
+    assert {row.kernel for row in deployed.report.choices} == ({"dense"} if falls_back else {"csr"})
+    assert deployed.report.fallback == (
+        "all of it dense: it would take 2100.000 ms" if falls_back else ""
+    )
+    assert deployed.report.speedup == (1.0 if falls_back else 2.0 / 2.1)
+    assert apart(output(deployed, x), output(model, x)) <= 1e-5
+    assert deployed.report.fallback in str(deployed.report)
+
+
+@pytest.mark.parametrize(("wrong", "kernels"), [(1e-4, {"csr"}), (1e-7, {"embedding_bag"})])
+def test_a_kernel_that_is_wrong_here_is_not_chosen(
+    wrong: float, kernels: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = KERNELS["embedding_bag"]
+    monkeypatch.setitem(
+        KERNELS,
+        "embedding_bag",
+        lambda active: right(active._replace(values=active.values * (1 + wrong))),
+    )
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    timed(monkeypatch, {"dense": 3.0, "csr": 2.0, "embedding_bag": 1.0}, FASTER)
+    assert {row.kernel for row in deploy(model, torch.randn(1, 20)).report.choices} == kernels
+
+
+def test_a_kernel_that_torch_was_built_without_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent(active: object) -> Callable[..., Tensor]:
+        def product(*_: object) -> Tensor:
+            raise RuntimeError("Calling addmv on a sparse CPU tensor requires MKL")
+
+        return product
+
+    monkeypatch.setitem(KERNELS, "csr", absent)
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    timed(monkeypatch, {"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0}, FASTER)
+    assert {row.kernel for row in deploy(model, torch.randn(1, 20)).report.choices} == {
+        "embedding_bag"
+    }
+    assert {
+        row.kernel for row in deploy(model, torch.randn(1, 20), choices=("csr",)).report.choices
+    } == {"dense"}
+
+
+class Restless(nn.Sequential):
+    """A model whose outputs change from one call to the next."""
+
+    calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(input) + self.calls
+
+
+def test_a_model_whose_outputs_would_differ_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Restless(*mlp())
+    itop_prune.apply(model, 0.5)
+    timed(monkeypatch, {"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0}, FASTER)
+    report = deploy(model, torch.randn(1, 20)).report
+    assert {row.kernel for row in report.choices} == {"dense"}
+    assert report.fallback.startswith("all of it dense: the outputs would differ by")
+    assert report.difference == 0.0
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (
+            torch.zeros(1, 21),
+            r"Sequential can't be run with inputs of shape \[\(1, 21\)\].*what its forward takes",
+        ),
+        ((torch.zeros(1, 20), torch.zeros(3)), r"shape \[\(1, 20\), \(3,\)\].*a tensor or a tuple"),
+        ("text", r"shape \[\]"),
+    ],
+)
+def test_an_example_that_does_not_fit_is_refused(x: object, message: str) -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    with pytest.raises(ValueError, match=message):
+        deploy(model, x)
+
+
+def test_a_model_without_masks_is_refused() -> None:
+    model = mlp()
+    with pytest.raises(ValueError, match=r"Sequential has no masks.*before itop_prune\.remove"):
+        deploy(model, torch.zeros(1, 20))
+    itop_prune.apply(model, 0.5)
+    itop_prune.remove(model)
+    with pytest.raises(ValueError, match="has no masks"):
+        deploy(model, torch.zeros(1, 20))
+
+
+def test_a_model_elsewhere_than_on_the_cpu_is_refused() -> None:
+    with torch.device("meta"):
+        model = mlp()
+        itop_prune.apply(model, 0.5)
+    with pytest.raises(RuntimeError, match="made on the meta device"):
+        deploy(model, torch.zeros(1, 20))
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    with pytest.raises(ValueError, match=r"is on meta; allowed is one device, the CPU or a GPU"):
+        deploy(model.to("meta"), torch.zeros(1, 20))
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (("csc",), r"unknown choice 'csc'; known are dense, csr, embedding_bag \(nearest: 'csr'\)"),
+        ("csr", "choices is 'csr'; allowed are some of dense, csr, embedding_bag, as a tuple"),
+        ((), r"choices is \(\); allowed"),
+    ],
+)
+def test_choices_that_are_none_are_refused(choices: tuple[str, ...], message: str) -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    with pytest.raises(ValueError, match=message):
+        deploy(model, torch.zeros(1, 20), choices=choices)
+
+
+@pytest.mark.parametrize("choices", [("dense", "embedding_bag"), ("embedding_bag",)])
+def test_a_kernel_that_is_hopeless_is_not_measured_closer_unless_it_must_be_taken(
+    choices: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[int] = []
+
+    def slow(active: Active) -> Product:
+        product = embedding_bag(active)
+
+        def slowly(x: Tensor, bias: Tensor | None) -> Tensor:
+            called.append(1)
+            time.sleep(0.01)
+            return product(x, bias)
+
+        return slowly
+
+    monkeypatch.setitem(KERNELS, "embedding_bag", slow)
+    model = nn.Sequential(nn.Linear(20, 16))
+    itop_prune.apply(model, 0.5)
+    (choice,) = deploy(model, torch.randn(3, 20), choices=choices).report.choices
+    assert choice.kernel == choices[0]
+    assert (
+        len(called) == 4 if "dense" in choices else len(called) > 7
+    )  # one for its output, one before two rounds
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        itop_prune.summarize,
+        itop_prune.dense_state_dict,
+        lambda model: itop_prune.flops(model, torch.zeros(1, 20)),
+    ],
+    ids=["summarize", "dense_state_dict", "flops"],
+)
+def test_who_asks_a_deployed_model_about_its_masks_is_sent_to_the_one_that_has_them(
+    call: Callable,
+) -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    for choices in (("csr",), ("embedding_bag",)):
+        deployed = deploy(model, torch.zeros(1, 20), choices=choices)
+        with pytest.raises(
+            ValueError, match=r"this Sequential is for inference alone: .* ask the one that was"
+        ):
+            call(deployed)
+        call(model)
+    call(deploy(model, torch.zeros(1, 20), choices=("dense",)))  # a plain model

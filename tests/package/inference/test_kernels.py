@@ -1,0 +1,79 @@
+"""Sparse products: every kernel gives what the dense matrix gives, and none warns."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from itop_prune.inference.kernels import KERNELS, Active
+
+ROOT = Path(__file__).parents[3]
+
+
+def matrix(density: float = 0.2) -> tuple[Tensor, Active]:
+    """A matrix of 30 by 20 whose first and last rows are empty, and its active weights."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(30, 20, generator=generator) * (
+        torch.rand(30, 20, generator=generator) < density
+    )
+    dense[0] = dense[-1] = 0
+    rows, columns = dense.nonzero(as_tuple=True)
+    starts = F.pad(torch.bincount(rows, minlength=30).cumsum(0), (1, 0)).int()
+    return dense, Active(starts, columns.int(), dense[rows, columns], (30, 20))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("columns", [None, 1, 7, 100])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_product_is_that_of_the_dense_matrix(
+    kernel: str, density: float, columns: int | None, with_bias: bool
+) -> None:
+    dense, active = matrix(density)
+    x = torch.randn(20) if columns is None else torch.randn(20, columns)
+    bias = torch.randn(30) if with_bias else None
+    expected = dense @ x
+    if bias is not None:
+        expected += bias if columns is None else bias[:, None]
+    torch.testing.assert_close(KERNELS[kernel](active)(x, bias), expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_bias_is_not_written_into(kernel: str) -> None:
+    _, active = matrix()
+    bias, product = torch.randn(30), KERNELS[kernel](active)
+    before = bias.clone()
+    for x in (torch.randn(20), torch.randn(20, 3)):
+        product(x, bias)
+        assert torch.equal(bias, before)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("rows", [19, 21])
+def test_other_inputs_than_the_matrix_takes_are_refused(kernel: str, rows: int) -> None:
+    product = KERNELS[kernel](matrix()[1])
+    with pytest.raises(RuntimeError):
+        product(torch.randn(rows, 5), None)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_values_are_those_of_the_tensors_given(kernel: str) -> None:
+    dense, active = matrix()
+    product = KERNELS[kernel](active)
+    active.values.mul_(2.0)
+    x = torch.randn(20, 4)
+    torch.testing.assert_close(product(x, None), 2.0 * dense @ x)
+
+
+def test_the_first_csr_tensor_of_a_process_says_nothing() -> None:
+    program = "import itop_prune, test_kernels as t; t.KERNELS['csr'](t.matrix()[1])(t.torch.ones(20, 3), None)"
+    paths = [str(ROOT), str(ROOT / "tests")]
+    code = f"import sys; sys.path[:0] = {paths}; {program}"
+    found = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stderr) == (0, "")

@@ -1,0 +1,206 @@
+"""fp32, tf32, bf16, fp16 with a scaler: exact sparsity in each, scores in float32; skipped steps do not count."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers.toys import batch, convnet
+from itop_prune_tools.training import loop as train
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import itop_prune
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # older torch says that there is a newer way
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        yield
+        torch.set_float32_matmul_precision(before)
+
+
+def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    return torch.autocast("cpu", dtype=dtype)
+
+
+# By name: what the forward runs in, the type of the weights, whether a scaler is needed.
+PRECISIONS: dict[
+    str, tuple[Callable[[], contextlib.AbstractContextManager[None]], torch.dtype, bool]
+] = {
+    "fp32": (contextlib.nullcontext, torch.float32, False),
+    "tf32": (tf32, torch.float32, False),
+    "bf16 autocast": (lambda: autocast(torch.bfloat16), torch.float32, False),
+    "bf16 weights": (contextlib.nullcontext, torch.bfloat16, False),
+    "fp16 autocast, scaler": (lambda: autocast(torch.float16), torch.float32, True),
+}
+
+
+class Run:
+    """The loop of the README, with a scaler where the precision wants one."""
+
+    def __init__(self, precision: str, grow: str | Callable = "gradient", every: int = 3) -> None:
+        self.context, dtype, scaled = PRECISIONS[precision]
+        self.model = convnet().to(dtype)
+        self.masks = itop_prune.apply(self.model, 0.6)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
+        self.regrow = itop_prune.MaskScheduler(
+            self.masks, self.optimizer, total_steps=60, every=every, grow=grow
+        )
+        self.dtype = dtype
+
+    def step(self, number: int, factor: float = 1.0) -> bool | None:
+        """Take a step; return what `MaskScheduler.step` said, None where the scaler skipped it."""
+        x, y = batch(number, 3, 8, 8)
+        with self.context():
+            loss = F.cross_entropy(self.model(x.to(self.dtype)).float(), y) * factor
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        moved = self.regrow.step() if self.scaler.get_scale() >= before else None
+        self.optimizer.zero_grad()
+        return moved
+
+    def positions(self) -> dict[str, Tensor]:
+        return {name: itop.mask.clone() for name, itop in self.masks.items()}
+
+
+@pytest.mark.parametrize("grow", ["random", "gradient"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_run_in_any_precision_ends_with_exact_sparsity(precision: str, grow: str) -> None:
+    run = Run(precision, grow)
+    before = run.positions()
+    for number in range(12):
+        run.step(number)
+    assert run.regrow.updates == 4
+    assert itop_prune.summarize(run.model).active == round(
+        (1.0 - 0.6) * sum(m.numel() for m in before.values())
+    )
+    assert any(not torch.equal(itop.mask, before[name]) for name, itop in run.masks.items())
+    for name, itop in run.masks.items():
+        assert itop.active == before[name].sum()
+        for tensor in (itop.parameter, *run.optimizer.state[itop.parameter].values()):
+            if tensor.shape == itop.mask.shape:
+                assert not tensor[~itop.mask].any()
+                assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_criteria_see_float32_in_any_precision(precision: str) -> None:
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+
+    def grow(weight: Tensor, grad: Tensor) -> Tensor:
+        seen.add((weight.dtype, grad.dtype))
+        return grad.abs()
+
+    run = Run(precision, grow)
+    for number in range(3):
+        run.step(number)
+    assert seen == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_clipping_on_an_update_step_sees_the_sparse_gradient(precision: str) -> None:
+    dense, sparse = Run(precision, "gradient", every=1), Run(precision, "random", every=50)
+    for run in (dense, sparse):
+        run.step(0)
+    assert dense.regrow.updates == 1
+    assert torch.equal(dense.norm, sparse.norm)
+
+
+def test_a_step_that_the_scaler_skips_moves_nothing_and_a_due_update_waits_for_the_next_good_one() -> (
+    None
+):
+    run = Run("fp16 autocast, scaler")
+    moved = [run.step(0), run.step(1)]
+    before, explored = (
+        run.positions(),
+        {name: seen.clone() for name, seen in run.regrow.explored.items()},
+    )
+    moved.append(run.step(2, factor=1e30))  # an update would be due
+    assert moved == [False, False, None]
+    assert all(torch.equal(itop.mask, before[name]) for name, itop in run.masks.items())
+    assert all(torch.equal(run.regrow.explored[name], seen) for name, seen in explored.items())
+    assert run.regrow.state_dict()["step"] == 2
+    assert run.regrow.skipped == 0
+    assert run.step(3) is True
+
+
+def test_what_the_skipped_step_left_is_not_in_the_gradient_that_grows() -> None:
+    seen: list[Tensor] = []
+
+    def grow(grad: Tensor) -> Tensor:
+        seen.append(grad.clone())
+        return grad.abs()
+
+    skipping, plain = Run("fp16 autocast, scaler", grow), Run("fp16 autocast, scaler", grow)
+    for run in (skipping, plain):
+        run.step(0)
+        run.step(1)
+    skipping.step(2, factor=1e30)
+    for run in (skipping, plain):
+        assert run.step(3)
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(first) == len(second) > 0
+    for ours, theirs in zip(
+        first, second, strict=True
+    ):  # the scale is smaller after the skipped step
+        ratio = plain.scaler.get_scale() / skipping.scaler.get_scale()
+        torch.testing.assert_close(
+            ours * ratio, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())
+        )
+
+
+# --- the runner ------------------------------------------------------------------------------------------------------
+
+SETTINGS = (QUICKSTART, "epochs=2", "regrow={every: 7, grow: gradient}")
+
+
+def lines_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def alone(folder: Path, precision: str) -> subprocess.CompletedProcess[str]:
+    """A run in a process of its own: Accelerate keeps one precision per process."""
+    settings = [*SETTINGS, f"accelerator={{mixed_precision: {precision!r}}}", "--out", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "tools/train.py", *settings],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_the_runner_ends_with_exact_sparsity(tmp_path: Path, precision: str) -> None:
+    assert alone(tmp_path / "run", precision).returncode == 0
+    lines = lines_of(tmp_path / "run")
+    assert all(line["sparsity"] == (50_200 - 2_510) / 50_200 for line in lines[:-1])
+    assert lines[1]["exploration_rate"] > lines[0]["exploration_rate"] > 0.05
+
+
+def test_the_runner_does_not_count_steps_that_accelerate_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
+    assert train.main([*SETTINGS, "--out", str(tmp_path / "run")]) == 0
+    assert [line["exploration_rate"] for line in lines_of(tmp_path / "run")[:-1]] == [0.05, 0.05]

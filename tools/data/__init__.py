@@ -1,0 +1,1 @@
+"""Training data: small sets as arrays, folders of images through timm."""

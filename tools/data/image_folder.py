@@ -1,0 +1,112 @@
+"""Large data sets: folders of images, read in worker processes through timm's transforms."""
+
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .source import Batch, DataError, MissingData, seed_everything
+
+
+@dataclass(frozen=True)
+class Folder(Dataset[tuple[Tensor, int]]):
+    """Images in files, through a transform for training and a plain one."""
+
+    files: list[str]
+    labels: list[int]
+    classes: list[str]
+    augmenting: Callable[[Image.Image], Tensor]
+    plain: Callable[[Image.Image], Tensor]
+    workers: int
+    device: torch.device
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def take(self, indices: Tensor) -> "Folder":
+        """Return a part of the images."""
+        chosen = indices.tolist()
+        return replace(
+            self, files=[self.files[i] for i in chosen], labels=[self.labels[i] for i in chosen]
+        )
+
+    def __getitem__(self, wanted: tuple[int, int | None]) -> tuple[Tensor, int]:
+        index, epoch = wanted
+        try:
+            with Image.open(self.files[index]) as file:
+                image = file.convert("RGB")
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise DataError(f"{self.files[index]} can't be read as an image: {error}") from None
+        if epoch is None:
+            return self.plain(image), self.labels[index]
+        seed_everything(self.seed, "augment", epoch, index)
+        return self.augmenting(image), self.labels[index]
+
+    def load(self, batches: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
+        """Yield transformed images and labels."""
+        wanted: Any = [[(index, epoch) for index in batch.tolist()] for batch in batches]
+        loader = DataLoader(
+            self,
+            batch_sampler=wanted,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_main_process,
+        )
+        try:
+            for images, labels in loader:
+                yield (
+                    images.to(self.device, non_blocking=True),
+                    labels.to(self.device, non_blocking=True),
+                )
+        except DataError as error:  # from a worker it comes with the worker's traceback before it
+            traceback.clear_frames(
+                error.__traceback__
+            )  # or the loader stays, and its workers with it
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """Let Ctrl-C, which a terminal sends to all processes, be answered by the one that writes the checkpoint."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def read_folder(
+    root: Path,
+    image_size: int,
+    workers: int,
+    device: torch.device,
+    seed: int,
+    options: dict[str, Any],
+) -> Folder:
+    """List the images of a folder, one subfolder a class, with timm's reader."""
+    if not root.is_dir():
+        raise MissingData(
+            f"{root} is not a folder; data.root, data.train and data.test say where the images are"
+        )
+    try:
+        reader = timm.data.create_dataset("", root=str(root)).reader
+    except RuntimeError as error:
+        raise MissingData(
+            f"{root} holds no images in subfolders, one subfolder a class: {error}"
+        ) from None
+    if "" in reader.class_to_idx:
+        raise DataError(
+            f"{root} holds no images in subfolders, one subfolder a class, but images of its own"
+        )
+    files = [reader.filename(index, absolute=True) for index in range(len(reader))]
+    labels = [label for _, label in reader.samples]
+    augmenting, plain = (
+        timm.data.create_transform(image_size, is_training=yes, **options) for yes in (True, False)
+    )
+    return Folder(
+        files, labels, sorted(reader.class_to_idx), augmenting, plain, workers, device, seed
+    )

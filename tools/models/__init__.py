@@ -1,0 +1,1 @@
+"""The papers' models that timm does not have, registered with timm."""

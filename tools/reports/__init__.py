@@ -1,0 +1,1 @@
+"""What a finished run shows: its page, its pictures, and tables over several runs."""

@@ -1,0 +1,75 @@
+"""Draw the report of runs: one self-contained page and its pictures, in the folder of each.
+
+  python tools/report.py runs/quickstart/seed0            # writes report.html and pictures/*.png
+  there python tools/report.py runs/fashion_mnist_*             # every seed<k>/ in these
+
+The runner does the same at the end of a run. Here it is done for any run folder: one that was
+stopped or is still training, too. Nothing is needed but what is in the folder: recipe.yaml,
+metrics.jsonl, and, where they are, layers.jsonl and the weights. The page opens from disk, without
+network.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..run_folder import history
+from ..run_folder.folder import RunError, in_a_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report of each run and print where it is; return 1 where one could not be written."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="a run folder, or one that holds seed<k>/ runs",
+    )
+    status = 0
+    for run in history.folders(parser.parse_args(argv).runs):
+        try:
+            print(write(run))
+        except (RunError, ImportError, OSError) as error:
+            print(f"error: {in_a_line(error)}", file=sys.stderr)
+            status = 1
+    return status
+
+
+def attempt(folder: Path) -> str:
+    """Write the report of a run that has just ended, whose weights are saved; return what became of it, in a line."""
+    try:
+        return f"report: {write(folder)}"
+    except Exception as error:  # whatever drawing raises, the run is not lost for it
+        again = f"the run itself is whole, and python tools/report.py {folder} tries again"
+        return f"no report: {type(error).__name__}: {in_a_line(error)}; {again}"
+
+
+def write(folder: Path) -> Path:
+    """Draw the pictures of a run and write them and the page into its folder; return the page's path.
+
+    Raises:
+        RunError: The folder holds no run that can be drawn; the message says why.
+        ImportError: There is no matplotlib.
+        OSError: The report can't be written.
+    """
+    found = history.read(folder)
+    from .gallery import draw  # needs matplotlib, without which runs train as well
+    from .page import page
+
+    pictures = draw(found)
+    place = folder / "pictures"
+    place.mkdir(exist_ok=True)
+    for old in place.glob("*.png"):
+        old.unlink()
+    for picture in pictures:
+        if isinstance(picture.drawn, bytes):
+            (place / f"{picture.name}.png").write_bytes(picture.drawn)
+    path, unfinished = folder / "report.html", folder / "report.html.unfinished"
+    unfinished.write_text(page(found, pictures), encoding="utf-8")
+    unfinished.replace(path)
+    return path
