@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itop_prune.files import positions
 from itop_prune.layers.maskable import plain_name, unwrap
 from itop_prune.layers.sharding import whole
 
@@ -60,7 +59,7 @@ class ActiveWeights:
     def write_into(self, weight: Tensor, mask: Tensor) -> None:
         """Write weight and mask into contiguous tensors of the shape, on any device."""
         places = self.positions.to(weight.device)
-        weight.view(-1).zero_().index_copy_(0, places, self.values.to(weight))
+        weight.view(-1).zero_().scatter_(0, places, self.values.to(weight))
         mask.view(-1).zero_().index_fill_(0, places, True)
 
 
@@ -126,7 +125,9 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
         ValueError: As of `save`.
         OSError: As of `save`.
     """
-    from safetensors.torch import save  # an optional dependency, needed for this format alone
+    from safetensors.torch import save  # optional dependencies, needed for this format alone
+
+    from itop_prune.files import positions
 
     path = Path(path)
     _check(state, path, dtype)
@@ -139,10 +140,10 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
 
         weight = _on_cpu(state[parameter_entry(name)])
         mask = _on_cpu(state[mask_entry(name)]).bool()
-        encoding, code = positions.encode(mask)
+        encoding, code = positions.encode(mask.flatten().numpy())
         values = weight.flatten()[mask.flatten()]
         tensors[parameter_entry(name)] = _convert(name, values, dtype)
-        tensors[mask_entry(name)] = code
+        tensors[mask_entry(name)] = torch.from_numpy(code)
         masked[name] = {"shape": list(weight.shape), "positions": encoding}
 
     about = f"{VERSION} {NO_CHECKSUM} {json.dumps(masked)}"
@@ -251,19 +252,21 @@ def _active_weights(
     state: Mapping[str, Any], name: str, layout: Mapping[str, Any]
 ) -> ActiveWeights:
     """Read a masked weight, and refuse one that could not be written into a model."""
+    from itop_prune.files import positions
+
     shape = layout["shape"]
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"the shape of {name} is {shape!r}")
 
-    values = state[parameter_entry(name)]
+    values, code = state[parameter_entry(name)], state[mask_entry(name)].numpy()
     try:
-        places = positions.decode(layout["positions"], state[mask_entry(name)], math.prod(shape))
+        places = positions.decode(layout["positions"], code, math.prod(shape))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if values.shape != places.shape:
         raise ValueError(f"{name} has {len(places)} positions for values {tuple(values.shape)}")
 
-    return ActiveWeights(values, places, tuple(shape))
+    return ActiveWeights(values, torch.from_numpy(places), tuple(shape))
 
 
 def _checksum(content: bytes | bytearray) -> tuple[int, str]:
