@@ -76,18 +76,21 @@ def mask_entry(name: str) -> str:
     return f"{name}_mask"
 
 
+def masked(state: Mapping[str, object]) -> set[str]:
+    """Find the names of the masked weights in a state dict."""
+    names = {entry.removesuffix("_mask") for entry in state if entry.endswith("_mask")}
+    return {name for name in names if parameter_entry(name) in state}
+
+
 def entries_by_weight(state: Mapping[str, object]) -> dict[str, list[str]]:
     """List the entries of a state dict by plain name: a masked weight has two, others one.
 
     >>> entries_by_weight({"fc.weight_orig": 0, "fc.bias": 0, "fc.weight_mask": 0})
     {'fc.weight': ['fc.weight_orig', 'fc.weight_mask'], 'fc.bias': ['fc.bias']}
     """
-    owners = {}
-    for entry in state:
-        name = entry.removesuffix("_mask")
-        if entry == mask_entry(name) and parameter_entry(name) in state:
-            owners[mask_entry(name)] = owners[parameter_entry(name)] = name
-
+    names = masked(state)
+    owners = {parameter_entry(name): name for name in names}
+    owners |= {mask_entry(name): name for name in names}
     found: dict[str, list[str]] = {}
     for entry in state:
         found.setdefault(owners.get(entry, entry), []).append(entry)
@@ -132,7 +135,7 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
     path = Path(path)
     _check(state, path, dtype)
 
-    tensors, masked = {}, {}
+    tensors, layouts = {}, {}
     for name, entries in entries_by_weight(state).items():
         if entries == [name]:
             tensors[name] = _convert(name, _on_cpu(state[name]), dtype)
@@ -144,9 +147,9 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
         values = weight.flatten()[mask.flatten()]
         tensors[parameter_entry(name)] = _convert(name, values, dtype)
         tensors[mask_entry(name)] = torch.from_numpy(code)
-        masked[name] = {"shape": list(weight.shape), "positions": encoding}
+        layouts[name] = {"shape": list(weight.shape), "positions": encoding}
 
-    about = f"{VERSION} {NO_CHECKSUM} {json.dumps(masked)}"
+    about = f"{VERSION} {NO_CHECKSUM} {json.dumps(layouts)}"
     content = bytearray(save(tensors, {FORMAT: about}))
     start, checksum = _checksum(content)
     content[start : start + len(checksum)] = checksum.encode()
@@ -179,7 +182,7 @@ def read(path: Path) -> Mapping[str, Entry]:
             "one that wrote it"
         )
 
-    checksum, _, masked = rest.partition(" ")
+    checksum, _, layouts = rest.partition(" ")
     content = path.read_bytes()
     if checksum != _checksum(content)[1]:
         raise ValueError(
@@ -188,7 +191,7 @@ def read(path: Path) -> Mapping[str, Entry]:
 
     try:
         state: dict[str, Entry] = {**load(content)}
-        for name, layout in json.loads(masked).items():
+        for name, layout in json.loads(layouts).items():
             weight = _active_weights(state, name, layout)
             state[parameter_entry(name)] = state[mask_entry(name)] = weight
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -217,7 +220,7 @@ def _check(state: Mapping[str, object], path: Path, dtype: object) -> None:
         raise ValueError(
             f"dtype is {dtype}; allowed are {', '.join(map(str, DTYPES))}; None keeps what is there"
         )
-    if len(entries_by_weight(state)) == len(state):
+    if not masked(state):
         raise ValueError(
             "there are no masks, and without them the file would not be small; call "
             "itop_prune.apply first, or save a dense model's state_dict() with safetensors"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import itop_prune
-from itop_prune.inference.measurement import difference, in_turns
+from itop_prune.inference.measurement import interleaved_times, relative_error
 
 from ..models import registration as models  # noqa: F401  (registers the MLP and LeNet-300-100 with timm)
 from .measure import Settings
@@ -122,7 +122,7 @@ def measure(name: str, model: nn.Module, x: Tensor, sparsity: float, settings: S
     dense = copy.deepcopy(model).eval()
     itop_prune.remove(dense)
     with torch.inference_mode():
-        apart = difference(deployed(x), dense(x))
+        apart = relative_error(deployed(x), dense(x))
         functions: dict[str, Callable[[Tensor], object]] = {
             "dense": dense,
             "deployed": deployed,
@@ -162,11 +162,11 @@ def time_in_turns(
         for _ in range(repeats[name]):
             functions[name](x)
 
-    taken = in_turns(
+    taken = interleaved_times(
         {name: functools.partial(several, name) for name in functions},
         rounds,
         within=0.0,
-        of=median,
+        reduce=median,
     )
     return {name: seconds / repeats[name] for name, seconds in taken.items()}
 

@@ -88,7 +88,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     def once(functions: dict[str, Callable[[], object]], **_: object) -> dict[str, float]:
         return {name: function() is None or 1.0 for name, function in functions.items()}
 
-    monkeypatch.setattr(deployment, "in_turns", once)
+    monkeypatch.setattr(deployment, "interleaved_times", once)
 
 
 # --- equality --------------------------------------------------------------------------------------------------------
@@ -440,7 +440,7 @@ def timed(
         table = whole if "deployed" in functions else layers
         return {name: table[name] for name in functions}
 
-    monkeypatch.setattr(deployment, "in_turns", told)
+    monkeypatch.setattr(deployment, "interleaved_times", told)
 
 
 FASTER = {"dense": 2.0, "deployed": 1.0}

@@ -106,7 +106,7 @@ def test_a_graph_computes_what_the_masked_model_does_for_any_number_of_images(
     )
     monkeypatch.setattr(
         deployment,
-        "in_turns",
+        "interleaved_times",
         lambda functions, **_: {n: f() is None or 1.0 for n, f in functions.items()},
     )
     out = tmp_path / f"model{export.SUFFIXES[to][0]}"
@@ -258,7 +258,7 @@ def test_what_fails_leaves_no_file(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export, "difference", lambda *_: float("nan"))
+    monkeypatch.setattr(export, "relative_error", lambda *_: float("nan"))
     out = tmp_path / f"model{export.SUFFIXES[to][0]}"
     assert "the outputs would differ by nan" in error_of(capsys, run, out, "--to", to)
     assert list(tmp_path.iterdir()) == []
