@@ -13,7 +13,7 @@ import itop_prune
 from .measure import Measured, Settings, clock
 
 SIZES: list[tuple[float, torch.dtype | None, float]] = [
-    (0.98, None, 3.0),
+    (0.98, None, 3.1),
     (0.98, torch.float16, 2.0),
     (0.9, None, 13.0),
 ]
