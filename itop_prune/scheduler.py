@@ -251,7 +251,7 @@ class MaskScheduler:
     def survival_rates(self) -> dict[str, float]:
         """Compute, by layer, the share of new weights that survived the last update.
 
-        They are the weights that grew at the update before it.         Layers in which nothing grew
+        They are the weights that grew at the update before it. Layers in which nothing grew
         are left out. Empty without `survival=True`.
         """
         return self._exploration.survival_rates()

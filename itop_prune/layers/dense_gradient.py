@@ -93,7 +93,7 @@ class ShardedDenseGradientHook(DenseGradientHook):
     def _after_reduction(self, parameter: Tensor) -> None:
         """Split `.grad` into its dense and its masked part.
 
-        FSDP2 puts the mean over ranks there, and adds up micro-batches.         A `.grad` set to 0
+        FSDP2 puts the mean over ranks there, and adds up micro-batches. A `.grad` set to 0
         between passes can't be told apart: all gradients of FSDP2 share one version.
         """
         gradient = parameter.grad

@@ -226,7 +226,7 @@ class MaskedLayer:
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load as the layer's class does, and also a dense weight or torch pruning's float masks."""
+        """Load as the layer's class does, also dense weights and torch pruning's float masks."""
         layer: Any = self
         messages = args[-1]  # that load_state_dict raises with
         broken = [
