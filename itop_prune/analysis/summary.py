@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from itop_prune.analysis.flops import FLOPs, flops
-from itop_prune.counting import count_each
 from itop_prune.layers.handle import active_weights, find_masks
 from itop_prune.layers.maskable import refuse_deployed, unwrap, walk
+from itop_prune.topology import count_true
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def summarize(
     """
     refuse_deployed(model)
     masks = find_masks(model)
-    active, seen = active_weights(masks), count_each(explored or {})
+    active = active_weights(masks)
+    seen = {name: count_true(tensor) for name, tensor in (explored or {}).items()}
     most_active = 0.99 if masks else 1.0
 
     rows = []

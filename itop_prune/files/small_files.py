@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.layers.maskable import plain_name, unwrap
-from itop_prune.layers.sharding import whole
+from itop_prune.layers.names import mask_name, parameter_name
+from itop_prune.sharding import whole
 
 FORMAT, VERSION = "itop_prune", "3"
 DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
@@ -66,20 +67,10 @@ class ActiveWeights:
 Entry = Tensor | ActiveWeights
 
 
-def parameter_entry(name: str) -> str:
-    """Name the entry of a state dict that holds the parameter of a masked weight."""
-    return f"{name}_orig"
-
-
-def mask_entry(name: str) -> str:
-    """Name the entry of a state dict that holds the mask of a masked weight."""
-    return f"{name}_mask"
-
-
 def masked(state: Mapping[str, object]) -> set[str]:
     """Find the names of the masked weights in a state dict."""
     names = {entry.removesuffix("_mask") for entry in state if entry.endswith("_mask")}
-    return {name for name in names if parameter_entry(name) in state}
+    return {name for name in names if parameter_name(name) in state}
 
 
 def entries_by_weight(state: Mapping[str, object]) -> dict[str, list[str]]:
@@ -89,8 +80,8 @@ def entries_by_weight(state: Mapping[str, object]) -> dict[str, list[str]]:
     {'fc.weight': ['fc.weight_orig', 'fc.weight_mask'], 'fc.bias': ['fc.bias']}
     """
     names = masked(state)
-    owners = {parameter_entry(name): name for name in names}
-    owners |= {mask_entry(name): name for name in names}
+    owners = {parameter_name(name): name for name in names}
+    owners |= {mask_name(name): name for name in names}
     found: dict[str, list[str]] = {}
     for entry in state:
         found.setdefault(owners.get(entry, entry), []).append(entry)
@@ -141,12 +132,12 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
             tensors[name] = _convert(name, _on_cpu(state[name]), dtype)
             continue
 
-        weight = _on_cpu(state[parameter_entry(name)])
-        mask = _on_cpu(state[mask_entry(name)]).bool()
+        weight = _on_cpu(state[parameter_name(name)])
+        mask = _on_cpu(state[mask_name(name)]).bool()
         encoding, code = positions.encode(mask.flatten().numpy())
         values = weight.flatten()[mask.flatten()]
-        tensors[parameter_entry(name)] = _convert(name, values, dtype)
-        tensors[mask_entry(name)] = torch.from_numpy(code)
+        tensors[parameter_name(name)] = _convert(name, values, dtype)
+        tensors[mask_name(name)] = torch.from_numpy(code)
         layouts[name] = {"shape": list(weight.shape), "positions": encoding}
 
     about = f"{VERSION} {NO_CHECKSUM} {json.dumps(layouts)}"
@@ -193,7 +184,7 @@ def read(path: Path) -> Mapping[str, Entry]:
         state: dict[str, Entry] = {**load(content)}
         for name, layout in json.loads(layouts).items():
             weight = _active_weights(state, name, layout)
-            state[parameter_entry(name)] = state[mask_entry(name)] = weight
+            state[parameter_name(name)] = state[mask_name(name)] = weight
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{path} is damaged: {error!r}; copy it again, or write it with itop_prune.save"
@@ -207,7 +198,7 @@ def dense_tensors(state: Mapping[str, Entry]) -> Mapping[str, Tensor]:
     for name, entries in entries_by_weight(state).items():
         weight = state[entries[0]]
         if isinstance(weight, ActiveWeights):
-            dense[parameter_entry(name)], dense[mask_entry(name)] = weight.dense()
+            dense[parameter_name(name)], dense[mask_name(name)] = weight.dense()
     return {**state, **dense} if dense else state  # type: ignore[return-value, dict-item]
 
 
@@ -261,7 +252,7 @@ def _active_weights(
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"the shape of {name} is {shape!r}")
 
-    values, code = state[parameter_entry(name)], state[mask_entry(name)].numpy()
+    values, code = state[parameter_name(name)], state[mask_name(name)].numpy()
     try:
         places = positions.decode(layout["positions"], code, math.prod(shape))
     except ValueError as error:

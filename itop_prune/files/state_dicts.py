@@ -12,20 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itop_prune import distributed as ranks
 from itop_prune.files import small_files
-from itop_prune.files.small_files import (
-    ActiveWeights,
-    Entry,
-    entries_by_weight,
-    mask_entry,
-    parameter_entry,
-)
-from itop_prune.layers.handle import ITOP, find_masks
-from itop_prune.layers.maskable import Place, obstacles, plain_name, refuse_deployed, unwrap, walk
-from itop_prune.layers.masked_layer import BROKEN, breaks_pattern, masked_names, pattern_of
-from itop_prune.layers.sharding import is_sharded, whole
-from itop_prune.methods.lookup import nearest
+from itop_prune.files.small_files import ActiveWeights, Entry, entries_by_weight
+from itop_prune.layers.handle import ITOP, exclude_masks_from_ddp, find_masks
+from itop_prune.layers.maskable import Target, obstacles, plain_name, refuse_deployed, unwrap, walk
+from itop_prune.layers.masked_layer import BROKEN_PATTERN, breaks_pattern, masked_names, pattern_of
+from itop_prune.layers.names import mask_name, parameter_name
+from itop_prune.messages import nearest
+from itop_prune.sharding import is_sharded, whole
 
 Shapes = Collection[tuple[int, ...]]
 AVERAGED = "n_averaged"
@@ -48,7 +42,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     refuse_deployed(model)
     source = _StateDict.of(unwrap(model).state_dict())
-    places = _places(unwrap(model))
+    targets = _targets(unwrap(model))
 
     dense: dict[str, Tensor] = OrderedDict()
     dense._metadata = source.versions  # type: ignore[attr-defined]
@@ -57,12 +51,12 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
             dense[name] = whole(source.tensors[name])
             continue
 
-        if name in places:
-            layer, tensor = places[name]
+        if name in targets:
+            layer, tensor = targets[name]
             weight = getattr(layer, tensor).detach()
         else:  # masked by torch's own pruning
-            weight = source.tensors[parameter_entry(name)]
-        mask: Any = source.tensors[mask_entry(name)]
+            weight = source.tensors[parameter_name(name)]
+        mask: Any = source.tensors[mask_name(name)]
         dense[name] = whole(weight).masked_fill(~mask.bool(), 0)
     return dense
 
@@ -73,7 +67,7 @@ def load(
     """Make a model sparse with the weights and masks of a saved sparse model.
 
     Args:
-        model: Dense, or masked at the same places; changed in place.
+        model: Dense, or masked at the same targets; changed in place.
         source: A file that `itop_prune.save` wrote; a state dict of a sparse model, with
             `<name>_orig` and `<name>_mask` (of this package or of torch's own pruning); a file of
             one, .safetensors or of `torch.save` (read with `weights_only=True`); or a folder that
@@ -99,19 +93,19 @@ def load(
     _refuse_meta(present)
     found = _without_wrappers(found, present)
 
-    places = _places(model)
-    masked_here = {name for name, (layer, its) in places.items() if its in masked_names(layer)}
-    fitting = _fitting_names(found, present, places, strict)
-    _check_masks(model, found, fitting, places, masked_here)
+    targets = _targets(model)
+    masked_here = {name for name, (layer, its) in targets.items() if its in masked_names(layer)}
+    fitting = _fitting_names(found, present, targets, strict)
+    _check_masks(model, found, fitting, targets, masked_here)
 
     placed: dict[str, ITOP] = {}
-    for name, (layer, tensor) in places.items():
+    for name, (layer, tensor) in targets.items():
         wanted = name in found.masked & fitting
         if wanted and tensor not in masked_names(layer):  # a layer may have two names
             placed[name] = ITOP.place(layer, tensor)
 
-    _write(model, found, fitting, places, strict)
-    ranks.leave_out_of_ddp(model)
+    _write(model, found, fitting, targets, strict)
+    exclude_masks_from_ddp(model)
     return find_masks(model) if masked_here else placed
 
 
@@ -148,7 +142,7 @@ class _StateDict:
         }
 
 
-def _places(model: nn.Module) -> dict[str, Place]:
+def _targets(model: nn.Module) -> dict[str, Target]:
     return {name: (layer, its) for name, layer, its in walk(model, remove_duplicate=False)}
 
 
@@ -179,7 +173,7 @@ def _without_wrappers(source: _StateDict, model: _StateDict) -> _StateDict:
 
 
 def _fitting_names(
-    source: _StateDict, model: _StateDict, places: Mapping[str, Place], strict: bool
+    source: _StateDict, model: _StateDict, targets: Mapping[str, Target], strict: bool
 ) -> set[str]:
     """Match names and shapes: find the weights that can be loaded.
 
@@ -191,7 +185,7 @@ def _fitting_names(
             "the source has no masks; load a dense one with model.load_state_dict, then call "
             "itop_prune.apply"
         )
-    unknown = sorted((source.masked & model.entries.keys()) - places.keys())
+    unknown = sorted((source.masked & model.entries.keys()) - targets.keys())
     if unknown:
         raise ValueError(
             f"the source masks what is no weight matrix here: {', '.join(unknown)}; call "
@@ -228,7 +222,7 @@ def _check_masks(
     model: nn.Module,
     source: _StateDict,
     fitting: set[str],
-    places: Mapping[str, Place],
+    targets: Mapping[str, Target],
     masked_here: set[str],
 ) -> None:
     """Refuse masks that the model can't take.
@@ -245,18 +239,18 @@ def _check_masks(
 
     broken = []
     for name in masked_here & fitting:
-        layer, tensor = places[name]
+        layer, tensor = targets[name]
         if pattern_of(layer, tensor) is not None:
-            mask: Any = source.tensors[mask_entry(name)]
+            mask: Any = source.tensors[mask_name(name)]
             if isinstance(mask, ActiveWeights):
                 _, mask = mask.dense()
             if breaks_pattern(layer, tensor, mask):
                 broken.append(name)
     if broken:
-        raise ValueError(f"{', '.join(sorted(broken))}: {BROKEN}")
+        raise ValueError(f"{', '.join(sorted(broken))}: {BROKEN_PATTERN}")
 
     to_mask = source.masked & fitting - masked_here
-    reasons = obstacles(model, {name: places[name] for name in places if name in to_mask})
+    reasons = obstacles(model, {name: targets[name] for name in targets if name in to_mask})
     if reasons:
         lines = [f"  {name}: {reason}" for name, reason in reasons.items()]
         raise ValueError("can't mask\n" + "\n".join(lines))
@@ -266,7 +260,7 @@ def _write(
     model: nn.Module,
     source: _StateDict,
     fitting: set[str],
-    places: Mapping[str, Place],
+    targets: Mapping[str, Target],
     strict: bool,
 ) -> None:
     """Write what fits into a model that has its masks."""
@@ -275,16 +269,16 @@ def _write(
         for entry in source.entries[name]:
             tensors[entry] = source.tensors[entry]
 
-    for name, (layer, tensor) in places.items():
-        weight = tensors.get(parameter_entry(name))
+    for name, (layer, tensor) in targets.items():
+        weight = tensors.get(parameter_name(name))
         if isinstance(weight, ActiveWeights):
-            parameter = getattr(layer, parameter_entry(tensor))
-            mask = getattr(layer, mask_entry(tensor))
+            parameter = getattr(layer, parameter_name(tensor))
+            mask = getattr(layer, mask_name(tensor))
             if is_sharded(parameter) or not (parameter.is_contiguous() and mask.is_contiguous()):
                 parameter, mask = weight.dense()
             else:  # straight into the layer: it saves a copy
                 weight.write_into(parameter, mask)
-            tensors[parameter_entry(name)], tensors[mask_entry(name)] = parameter, mask
+            tensors[parameter_name(name)], tensors[mask_name(name)] = parameter, mask
 
     # load_state_dict takes the model's own names, and its versions of layers for missing ones.
     own: Any = model.state_dict(keep_vars=True)

@@ -24,8 +24,8 @@ from itop_prune.inference.measurement import (
 )
 from itop_prune.inference.sparse_layers import SparseLinear, obstacle, replace, sparse
 from itop_prune.layers.handle import find_masks, remove
-from itop_prune.layers.maskable import Place, unwrap
-from itop_prune.methods.lookup import nearest
+from itop_prune.layers.maskable import Target, unwrap
+from itop_prune.messages import nearest
 
 CHOICES = ("dense", *KERNELS)
 TOLERANCE = 1e-5
@@ -77,14 +77,14 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     deployed = copy.deepcopy(unwrap(model)).eval().requires_grad_(False)
     deployed.zero_grad()
-    places = {name: (itop._layer, itop._tensor_name) for name, itop in find_masks(deployed).items()}
+    targets = {name: (itop._layer, itop._tensor_name) for name, itop in find_masks(deployed).items()}
     remove(deployed)
     dense = copy.deepcopy(deployed)
 
     with torch.no_grad():
         expected = run(dense, clone_tensors(arguments))
-        rows = _choose(deployed, places, arguments, choices)
-        for row, (layer, _) in zip(rows, places.values(), strict=True):
+        rows = _choose(deployed, targets, arguments, choices)
+        for row, (layer, _) in zip(rows, targets.values(), strict=True):
             if row.kernel != "dense":
                 replace(layer, sparse(layer, row.kernel))
         _keep_transposed(deployed, arguments)
@@ -156,7 +156,7 @@ def _check(model: nn.Module, choices: Sequence[str]) -> None:
 
 def _choose(
     model: nn.Module,
-    places: Mapping[str, Place],
+    targets: Mapping[str, Target],
     arguments: tuple[Any, ...],
     choices: Sequence[str],
 ) -> list[Choice]:
@@ -169,15 +169,15 @@ def _choose(
         seconds = _seconds(layer, (*inputs, *named.values()), output, choices)
         calls.setdefault(layer, []).append(seconds)
 
-    reasons = {name: obstacle(*place) for name, place in places.items()}
-    layers = [layer for name, (layer, _) in places.items() if not reasons[name]]
+    reasons = {name: obstacle(*place) for name, place in targets.items()}
+    layers = [layer for name, (layer, _) in targets.items() if not reasons[name]]
     hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers]
     model(*clone_tensors(arguments))
     for hook in hooks:
         hook.remove()
 
     rows = []
-    for name, (layer, tensor) in places.items():
+    for name, (layer, tensor) in targets.items():
         # A layer may be called several times; a kernel counts if it could compute every call.
         found = calls.get(layer, [])
         seconds = {}
