@@ -339,11 +339,10 @@ def test_a_source_that_is_none_is_refused(
     assert "is damaged or no safetensors file" in error_of(capsys, weights, out, *stated)
     save_file({"head.weight": torch.zeros(10, 100)}, weights)
     assert "the source has no masks" in error_of(capsys, weights, out, *stated)
-    newer = (
-        (run / "sparse.safetensors").read_bytes().replace(b'"itop_prune":"2 ', b'"itop_prune":"3 ')
-    )
+    content = (run / "sparse.safetensors").read_bytes()
+    newer = content.replace(b'"itop_prune":"3 ', b'"itop_prune":"4 ')
     Path(weights).write_bytes(newer)
-    assert "is of version 3; this itop_prune reads version 2: install" in error_of(
+    assert "is of version 4; this itop_prune reads version 3: install" in error_of(
         capsys, weights, out, *stated
     )
     assert not out.exists()
