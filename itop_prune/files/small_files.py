@@ -154,17 +154,20 @@ def read(path: Path) -> Mapping[str, Entry]:
         ValueError: It is damaged, no safetensors file, or of another version.
     """
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load
 
+    state: dict[str, Entry] = {}
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get(FORMAT)
-            if about is None:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                state[name] = file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file: {error}; copy or save it again"
         ) from None
+
+    if about is None:
+        return state
 
     version, _, rest = about.partition(" ")
     if version != VERSION:
@@ -174,14 +177,12 @@ def read(path: Path) -> Mapping[str, Entry]:
         )
 
     checksum, _, layouts = rest.partition(" ")
-    content = path.read_bytes()
-    if checksum != _checksum(content)[1]:
+    if checksum != _checksum(path.read_bytes())[1]:
         raise ValueError(
             f"{path} is damaged: its checksum is not that of what it holds; copy or save it again"
         )
 
     try:
-        state: dict[str, Entry] = {**load(content)}
         for name, layout in json.loads(layouts).items():
             weight = _active_weights(state, name, layout)
             state[parameter_name(name)] = state[mask_name(name)] = weight

@@ -45,7 +45,9 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     targets = _targets(unwrap(model))
 
     dense: dict[str, Tensor] = OrderedDict()
-    dense._metadata = source.versions  # type: ignore[attr-defined]
+    dense._metadata = {  # type: ignore[attr-defined]
+        plain_name(name): version for name, version in source.versions.items()
+    }
     for name, entries in source.entries.items():
         if entries == [name]:
             dense[name] = whole(source.tensors[name])
@@ -67,11 +69,11 @@ def load(
     """Make a model sparse with the weights and masks of a saved sparse model.
 
     Args:
-        model: Dense, or masked at the same targets; changed in place.
-        source: A file that `itop_prune.save` wrote; a state dict of a sparse model, with
-            `<name>_orig` and `<name>_mask` (of this package or of torch's own pruning); a file of
-            one, .safetensors or of `torch.save` (read with `weights_only=True`); or a folder that
-            Accelerate saved. Prefixes of wrappers (DDP, torch.compile) are taken off.
+        model: Dense, or masked at the same places; changed in place.
+        source: A file that `itop_prune.save` wrote, a state dict of a sparse model, a file of one
+            (.safetensors or of `torch.save`), or a folder that Accelerate saved. A state dict has
+            `<name>_orig` and `<name>_mask`, of this package or of torch's own pruning. Prefixes of
+            wrappers (DDP, torch.compile) are taken off. No code from a file is run.
         strict: Refuse a source whose names or shapes differ from the model's. Otherwise what
             differs stays as it is in the model: a new head stays dense, for example.
 
@@ -99,31 +101,33 @@ def load(
     _check_masks(model, found, fitting, targets, masked_here)
 
     placed: dict[str, ITOP] = {}
+    to_mask = found.masked & fitting - masked_here
     for name, (layer, tensor) in targets.items():
-        wanted = name in found.masked & fitting
-        if wanted and tensor not in masked_names(layer):  # a layer may have two names
+        if name in to_mask and tensor not in masked_names(layer):  # a layer may have two names
             placed[name] = ITOP.place(layer, tensor)
 
-    _write(model, found, fitting, targets, strict)
+    tensors = _write_active_weights(found, fitting, targets)
+    model.load_state_dict(_with_own_names(tensors, found, present), strict=strict)
     exclude_masks_from_ddp(model)
     return find_masks(model) if masked_here else placed
 
 
 @dataclass(frozen=True)
 class _StateDict:
-    """A state dict by plain names, which have nothing of torch.compile."""
+    """A state dict by plain names, which have no parts of torch.compile."""
 
     tensors: Mapping[str, Entry]
     versions: Mapping[str, Any]
     """Versions of layers by their name, which torch keeps beside the tensors."""
+    own_names: Mapping[str, str]
+    """Names with those parts, by plain name."""
 
     @classmethod
     def of(cls, state: Mapping[str, Entry]) -> "_StateDict":
-        versions = getattr(state, "_metadata", {})
-        return cls(
-            {plain_name(name): tensor for name, tensor in state.items()},
-            OrderedDict((plain_name(name), version) for name, version in versions.items()),
-        )
+        own_names = {plain_name(name): name for name in state}
+        tensors = {name: state[own] for name, own in own_names.items()}
+        versions: Mapping[str, Any] = getattr(state, "_metadata", {})
+        return cls(tensors, versions, own_names)
 
     @cached_property
     def entries(self) -> dict[str, list[str]]:
@@ -162,13 +166,11 @@ def _without_wrappers(source: _StateDict, model: _StateDict) -> _StateDict:
         if not inside or not all(name.startswith(prefix) for name in inside):
             break
 
-        source = _StateDict(
-            {name.removeprefix(prefix): tensor for name, tensor in inside.items()},
-            {
-                name.removeprefix("module").removeprefix("."): version
-                for name, version in source.versions.items()
-            },
-        )
+        versions = {}
+        for name, version in source.versions.items():
+            versions[plain_name(name).removeprefix("module").removeprefix(".")] = version
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in inside.items()}
+        source = _StateDict(tensors, versions, {})
     return source
 
 
@@ -256,41 +258,46 @@ def _check_masks(
         raise ValueError("can't mask\n" + "\n".join(lines))
 
 
-def _write(
-    model: nn.Module,
-    source: _StateDict,
-    fitting: set[str],
-    targets: Mapping[str, Target],
-    strict: bool,
-) -> None:
-    """Write what fits into a model that has its masks."""
-    tensors = {}
+def _write_active_weights(
+    source: _StateDict, fitting: set[str], targets: Mapping[str, Target]
+) -> dict[str, Any]:
+    """List the tensors that fit; `ActiveWeights` are written into their layers before."""
+    tensors: dict[str, Any] = {}
     for name in fitting:
         for entry in source.entries[name]:
             tensors[entry] = source.tensors[entry]
 
     for name, (layer, tensor) in targets.items():
         weight = tensors.get(parameter_name(name))
-        if isinstance(weight, ActiveWeights):
-            parameter = getattr(layer, parameter_name(tensor))
-            mask = getattr(layer, mask_name(tensor))
-            if is_sharded(parameter) or not (parameter.is_contiguous() and mask.is_contiguous()):
-                parameter, mask = weight.dense()
-            else:  # straight into the layer: it saves a copy
-                weight.write_into(parameter, mask)
-            tensors[parameter_name(name)], tensors[mask_name(name)] = parameter, mask
+        if not isinstance(weight, ActiveWeights):
+            continue
+        parameter = getattr(layer, parameter_name(tensor))
+        mask = getattr(layer, mask_name(tensor))
+        if is_sharded(parameter) or not (parameter.is_contiguous() and mask.is_contiguous()):
+            parameter, mask = weight.dense()
+        else:  # straight into the layer: it saves a copy
+            weight.write_into(parameter, mask)
+        tensors[parameter_name(name)], tensors[mask_name(name)] = parameter, mask
+    return tensors
 
-    # load_state_dict takes the model's own names, and its versions of layers for missing ones.
-    own: Any = model.state_dict(keep_vars=True)
+
+def _with_own_names(
+    tensors: Mapping[str, Tensor], source: _StateDict, model: _StateDict
+) -> dict[str, Tensor]:
+    """Make the state dict that a model takes; versions that the source lacks are the model's."""
     state: Any = OrderedDict()
-    for name in own:
-        if plain_name(name) in tensors:
-            state[name] = tensors[plain_name(name)]
+    for name, entries in source.entries.items():
+        for entry in entries:
+            if entry in tensors and entry in model.own_names:
+                state[model.own_names[entry]] = tensors[entry]
+            elif entry in tensors:  # of a new mask
+                state[model.own_names[name] + entry.removeprefix(name)] = tensors[entry]
+
+    versions = {plain_name(name): version for name, version in source.versions.items()}
     state._metadata = {
-        name: source.versions.get(plain_name(name), version)
-        for name, version in own._metadata.items()
+        name: versions.get(plain_name(name), version) for name, version in model.versions.items()
     }
-    model.load_state_dict(state, strict=strict)
+    return state
 
 
 def read_state(path: str | Path) -> Mapping[str, Tensor]:
