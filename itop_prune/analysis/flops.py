@@ -57,9 +57,9 @@ class FLOPs:
                 step does, as for momentum; with None no step does.
             densities: Densities of the masks; None takes those at the time of counting.
 
-        Reference: RigL, Evci et al., 2020, arXiv 1911.11134, which counts the update as a step of
-        its own: (3 f_S every + 2 f_S + f_D) / (every + 1). Here it uses the backward of a step that
-        is made anyway.
+        Reference: RigL, Evci et al., 2020, arXiv 1911.11134. The paper counts the update as a step
+        of its own: (3 f_S every + 2 f_S + f_D) / (every + 1). Here an update uses the backward of a
+        step that is made anyway.
 
         >>> cost = FLOPs({"fc.weight": 100}, 0, {"fc.weight": 0.1})
         >>> cost.training_step(), cost.training_step(every=10)

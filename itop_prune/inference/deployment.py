@@ -40,10 +40,9 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
     """Copy a masked model for inference, each layer computed in the fastest way measured.
 
     A linear layer or a convolution takes a sparse kernel if that is clearly faster on the inputs
-    that the layer gets here. The whole model stays dense if it is not faster in the end. Layers
-    that no kernel can compute stay dense too: grouped, transposed and weight-standardized
-    convolutions, recurrent layers, subclasses, layers whose weight is read by their parent, and
-    weights that are not float32.
+    that the layer gets here. The whole model stays dense if it is not faster in the end. Some
+    layers always stay dense: grouped, transposed and weight-standardized convolutions, recurrent
+    layers, and subclasses. So do weights that a parent reads or that are not float32.
 
     The kernels are "csr" and "embedding_bag".
 
@@ -77,7 +76,9 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     deployed = copy.deepcopy(unwrap(model)).eval().requires_grad_(False)
     deployed.zero_grad()
-    targets = {name: (itop._layer, itop._tensor_name) for name, itop in find_masks(deployed).items()}
+    targets = {
+        name: (itop._layer, itop._tensor_name) for name, itop in find_masks(deployed).items()
+    }
     remove(deployed)
     dense = copy.deepcopy(deployed)
 
