@@ -1,4 +1,4 @@
-"""Files beside the dense one's: shares that no machine changes, and both kinds loaded in turns."""
+"""Files of sparse models against the dense one: their sizes, and loading times in alternation."""
 
 import pytest
 import torch
@@ -15,12 +15,6 @@ def found() -> dict[str, Measured]:
     return {measured.name: measured for measured in bench_files.files(QUICK, "resnet18")}
 
 
-def test_every_file_has_its_size_and_its_time(found: dict[str, Measured]) -> None:
-    kinds = ["98 %, fp32", "98 %, float16", "90 %, fp32"]
-    endings = ["file, of the dense one", "loading it"]
-    assert [*found] == [f"resnet18, {kind}: {ending}" for kind in kinds for ending in endings]
-
-
 def test_shares_are_a_little_more_than_the_values(found: dict[str, Measured]) -> None:
     (fp32,), (fp16,), (dense,) = (row.ours for name, row in found.items() if "file" in name)
     assert 2.0 < fp32 < 3.0
@@ -28,8 +22,9 @@ def test_shares_are_a_little_more_than_the_values(found: dict[str, Measured]) ->
     assert 1.0 < fp16 < fp32 - 0.9
 
 
-def test_loading_takes_turns(found: dict[str, Measured]) -> None:
+def test_loading_is_timed_in_as_many_rounds_as_the_dense_file(found: dict[str, Measured]) -> None:
     rows = [row for name, row in found.items() if "loading" in name]
+    assert len(rows) == 3
     assert all(len(row.ours) == len(row.other) == QUICK.rounds(15) for row in rows)
 
 
