@@ -34,7 +34,7 @@ def random_images(count: int, *shape: int) -> tuple[NDArray[np.uint8], NDArray[n
 
 
 def images(settings: Settings) -> Iterator[Measured]:
-    """Measure an epoch of cropped and flipped images against torchvision's, which reads PIL images."""
+    """Measure an epoch of cropped and flipped images against torchvision's on PIL images."""
     pixels, labels = random_images(2_000 if settings.quick else 20_000, 32, 32, 3)
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/images.npz"
