@@ -1,19 +1,15 @@
-"""What random growth is expected to explore, beside what a run has explored."""
+"""The R_s that random growth should reach, against that of a run."""
 
 import re
 from pathlib import Path
 
 import pytest
-from helpers.processes import QUICKSTART
+from helpers.reported_runs import train
 from itop_prune_tools.reports import expected_exploration as expected
-from itop_prune_tools.training import loop as train
 
 
 def run(folder: Path, *overrides: str) -> Path:
-    assert (
-        train.main([QUICKSTART, "epochs=2", "regrow.every=5", *overrides, "--out", str(folder)])
-        == 0
-    )
+    assert train(folder, "epochs=2", "regrow.every=5", *overrides) == 0
     return folder
 
 
@@ -26,7 +22,7 @@ def test_no_layer_is_explored_beyond_what_has_grown_and_a_dense_one_is_whole(
 
 
 def test_an_update_finds_its_share_of_what_was_never_active() -> None:
-    """90 of 100 never active; one of ten leaves, so that 91 are inactive, and the one that grows is one of the 90."""
+    """Of 100 weights 90 were never active. One leaves: of the 91 inactive ones one grows."""
     assert expected.explored(0.1, [0.1]) == pytest.approx((10 + 90 / 91) / 100)
 
 
