@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from itop_prune_tools.benchmarks import command as bench
-from itop_prune_tools.benchmarks import steps
+from itop_prune_tools.benchmarks import command, steps
 from itop_prune_tools.benchmarks.measure import Measured, Settings
 
 
@@ -19,14 +18,14 @@ def found(settings: Settings) -> Iterator[Measured]:
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "BENCHMARKS", {"found": found})
+    monkeypatch.setattr(command, "BENCHMARKS", {"found": found})
 
 
 def test_median_ratios_are_written_with_their_targets_and_the_next_table_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "table.json"
-    assert bench.main(["--json", str(file)]) == 1  # a target is missed
+    assert command.main(["--json", str(file)]) == 1  # a target is missed
     rows = json.loads(file.read_text())["rows"]
     assert [(row["ratio"], row["target"], row["met"]) for row in rows] == [
         (2.0, "≥ 1.5", True),
@@ -34,7 +33,7 @@ def test_median_ratios_are_written_with_their_targets_and_the_next_table_compare
         (1.5, "≤ 2 B", True),
     ]
     assert "ratio before" not in capsys.readouterr().out
-    bench.main(["--against", str(file), "--only", "found"])
+    command.main(["--against", str(file), "--only", "found"])
     assert "before" in capsys.readouterr().out
 
 
@@ -54,7 +53,7 @@ def test_unknown_names_missing_files_and_devices_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
-        bench.main(arguments)
+        command.main(arguments)
     assert message in capsys.readouterr().err
 
 
@@ -62,7 +61,7 @@ def test_a_profile_names_ten_operations_and_the_share_of_the_masks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(steps, "CPU_STEPS", {"lenet300": ((8, 1, 28, 28), 1.15, 3)})
-    assert bench.main(["--profile"]) == 0
+    assert command.main(["--profile"]) == 0
     _, title, *lines = capsys.readouterr().out.strip().splitlines()
     assert title.startswith("lenet300: ")
     *shares, of_masks = [float(line.split("%")[0]) for line in lines]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from itop_prune_tools.benchmarks import file_sizes as bench_files
+from itop_prune_tools.benchmarks import file_sizes
 from itop_prune_tools.benchmarks.measure import Measured, Settings
 
 import itop_prune
@@ -12,7 +12,7 @@ QUICK = Settings(quick=True, device=torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Measured]:
-    return {measured.name: measured for measured in bench_files.files(QUICK, "resnet18")}
+    return {measured.name: measured for measured in file_sizes.files(QUICK, "resnet18")}
 
 
 def test_shares_are_a_little_more_than_the_values(found: dict[str, Measured]) -> None:
@@ -37,6 +37,6 @@ def test_each_round_makes_a_dense_model_sparse(monkeypatch: pytest.MonkeyPatch) 
 
     real = itop_prune.load
     monkeypatch.setattr(itop_prune, "load", load)
-    next(rows := bench_files.files(QUICK, "resnet18"))
+    next(rows := file_sizes.files(QUICK, "resnet18"))
     next(rows)
     assert before == [0] * (QUICK.rounds(15) + 1)

@@ -85,6 +85,7 @@ def test_both_ways_of_an_update_choose_as_many() -> None:
     assert new.sum() == mask.sum()
 
 
+@pytest.mark.slow
 def test_masks_hold_two_bytes_a_weight_and_an_update_three_of_its_largest_layer() -> None:
     between, during = memory.memory(QUICK)
     assert between.ours[0] <= between.target == 2.0

@@ -157,7 +157,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return drawn
 
 
-@pytest.mark.parametrize("experiments", [1, 30])
+@pytest.mark.parametrize("experiments", [1, 12])
 def test_the_figure_names_each_experiment(tmp_path, experiments):
     names = [f"a_net_erk98_{place}" for place in range(experiments)]
     for place, name in enumerate(names):
