@@ -60,48 +60,25 @@ MASK = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
 WEIGHT = torch.tensor([4.0, -1.0, 3.0, -2.0, 0.0, 0.0, 0.0, 0.0])
 
 
+def updated(weight: torch.Tensor, rate: float, grad: list[float]) -> list[float]:
+    return authors.update_mask(MASK, weight, rate, generator(), torch.tensor(grad)).tolist()
+
+
 def test_an_update_by_hand():
     """Pruned are -1 and -2, half of four; growth takes a pruned position and the last."""
-    grad = torch.tensor([9.0, 0.0, 9.0, -6.0, 1.0, 2.0, 3.0, -5.0])
-    assert authors.update_mask(MASK, WEIGHT, 0.5, generator(), grad).tolist() == [
-        1,
-        0,
-        1,
-        1,
-        0,
-        0,
-        0,
-        1,
-    ]
+    grad = [9.0, 0.0, 9.0, -6.0, 1.0, 2.0, 3.0, -5.0]
+    assert updated(WEIGHT, 0.5, grad) == [1, 0, 1, 1, 0, 0, 0, 1]
 
 
-def test_how_many_leave_is_rounded_up():
-    grad = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.0])
-    assert authors.update_mask(MASK, WEIGHT, 0.3, generator(), grad).tolist() == [
-        1,
-        0,
-        1,
-        0,
-        1,
-        1,
-        0,
-        0,
-    ]
+def test_the_number_of_pruned_weights_is_rounded_up():
+    grad = [0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.0]
+    assert updated(WEIGHT, 0.3, grad) == [1, 0, 1, 0, 1, 1, 0, 0]
 
 
-def test_equal_weights_leave_together_and_as_many_grow():
-    grad = torch.tensor([0.0, 0.0, 0.0, 0.0, 4.0, 3.0, 2.0, 1.0])
+def test_weights_that_tie_are_pruned_together_and_as_many_grow():
+    grad = [0.0, 0.0, 0.0, 0.0, 4.0, 3.0, 2.0, 1.0]
     weight = torch.tensor([4.0, 2.0, -2.0, 2.0, 0.0, 0.0, 0.0, 0.0])
-    assert authors.update_mask(MASK, weight, 0.25, generator(), grad).tolist() == [
-        1,
-        0,
-        0,
-        0,
-        1,
-        1,
-        1,
-        0,
-    ]
+    assert updated(weight, 0.25, grad) == [1, 0, 0, 0, 1, 1, 1, 0]
 
 
 def test_growth_at_random_keeps_what_is_large_and_grows_as_many_on_average():
@@ -121,7 +98,7 @@ def test_growth_at_random_keeps_what_is_large_and_grows_as_many_on_average():
     assert abs(sum(counts) / 100 - active) < 5 * deviation / 10
 
 
-def test_where_all_that_is_free_grows_all_is_active():
+def test_if_every_inactive_position_grows_all_are_active():
     assert bool(authors.update_mask(torch.ones(8), torch.arange(1.0, 9.0), 0.25, generator()).all())
 
 
