@@ -1,6 +1,5 @@
 """What the ranks of a data-parallel training must agree on. Without torch.distributed: one rank."""
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -92,10 +91,11 @@ def inspect(
 
 def _largest(tensor: Tensor | None) -> Tensor:
     """Compute the largest absolute value: finite if all are, 0 if all are or nothing is there."""
-    part = None if tensor is None else local(tensor)
+    part = None if tensor is None else local(tensor.detach())
     if part is None or not part.numel():
         return torch.zeros(())
-    return torch.linalg.vector_norm(part.detach(), math.inf).float()
+    smallest, largest = part.aminmax()  # both are NaN if any value is
+    return torch.maximum(-smallest, largest).float()
 
 
 def check_equal_masks(masks: Mapping[str, Tensor]) -> None:

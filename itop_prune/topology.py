@@ -139,7 +139,8 @@ def select(
 
     flat = scores.flatten()
     certain, candidates, rest = _split_search(flat, allowed.flatten(), count)
-    chosen = candidates[_top(flat[candidates], rest, generator)]
+    values = flat.index_select(0, candidates)
+    chosen = candidates.index_select(0, _top(values, rest, generator))
     return certain.index_fill_(0, chosen, True).view(allowed.shape)
 
 
@@ -161,15 +162,27 @@ def _split_search(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, 
             largest = sample.topk(below).values
             certain = torch.zeros_like(allowed)
             if above > 0:
-                certain = (scores > largest[above]) & allowed
+                certain = (scores > largest[above]).bitwise_and_(allowed)
 
-            too_small = scores <= largest[-1]
-            candidates = (allowed & ~(too_small | certain)).nonzero().squeeze(1)
+            excluded = (scores <= largest[-1]).bitwise_or_(certain)
+            candidates = _true_positions(excluded.bitwise_not_().bitwise_and_(allowed))
             rest = count - count_true(certain)
             if 0 < rest <= len(candidates):
                 return certain, candidates, rest
 
-    return torch.zeros_like(allowed), allowed.nonzero().squeeze(1), count
+    return torch.zeros_like(allowed), _true_positions(allowed), count
+
+
+def _true_positions(mask: Tensor) -> Tensor:
+    """Find the True positions of a 1-d bool tensor, most of which are False.
+
+    Eight positions are seen as one whole number first, so most of them are passed over at once.
+    """
+    if len(mask) % 8 or mask.storage_offset() % 8:
+        return mask.nonzero().squeeze(1)
+    words = mask.view(torch.int64).nonzero().squeeze(1)
+    found = mask.view(-1, 8).index_select(0, words).flatten().nonzero().squeeze(1)
+    return 8 * words.index_select(0, found >> 3) + (found & 7)
 
 
 def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tensor:

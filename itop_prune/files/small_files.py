@@ -91,9 +91,9 @@ def entries_by_weight(state: Mapping[str, object]) -> dict[str, list[str]]:
 def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a sparse model into a small file, which `itop_prune.load` reads.
 
-    It needs safetensors and numpy. Active weights, masks, and every other parameter and buffer come
-    back bit for bit. The file
-    appears under its name when it is whole; if writing fails, the file of before stays.
+    Active weights, masks, and every other parameter and buffer come back bit for bit. The file
+    appears under its name when it is whole; if writing fails, the file of before stays. Needs
+    safetensors and numpy.
 
     Args:
         model: Masked by `itop_prune.apply`, on any device; wrapped (DDP, torch.compile,
