@@ -19,8 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import itop_prune
-from itop_prune import MaskScheduler
-from itop_prune import patterns
+from itop_prune import MaskScheduler, patterns
 from itop_prune.patterns import best_of_groups, grow_in_groups, holds, parse
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import itop_prune
-from itop_prune.update.optimizer_state import check_holds, check_statistics, statistics
+from itop_prune.update.optimizer_state import check_holds_parameters, check_statistics, statistics
 
 
 class Elsewhere(Optimizer):
@@ -48,7 +48,7 @@ def test_an_optimizer_that_lacks_one_weight_is_refused_by_its_name() -> None:
     masks = masked(model)
     optimizer = torch.optim.SGD([*model[0].parameters(), *model[4].parameters()], lr=0.1)
     with pytest.raises(ValueError, match=r"does not hold 2\.weight; build it"):
-        check_holds(optimizer, masks)
+        check_holds_parameters(optimizer, masks)
 
 
 def test_many_missing_weights_are_shortened() -> None:
@@ -57,7 +57,7 @@ def test_many_missing_weights_are_shortened() -> None:
     with pytest.raises(
         ValueError, match=r"0\.weight, 1\.weight, 2\.weight, 3\.weight, 4\.weight and others; build"
     ):
-        check_holds(optimizer, masked(model))
+        check_holds_parameters(optimizer, masked(model))
 
 
 def test_a_frozen_weight_need_not_be_held() -> None:
@@ -74,7 +74,7 @@ def test_weights_may_be_held_in_several_groups() -> None:
     model = mlp()
     masks = masked(model)
     optimizer = torch.optim.SGD([{"params": layer.parameters()} for layer in model], lr=0.1)
-    assert check_holds(optimizer, masks) is None
+    assert check_holds_parameters(optimizer, masks) is None
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
