@@ -118,7 +118,8 @@ SCORES["4.weight"] = torch.rand(4, 12)
 @pytest.mark.parametrize(
     "arguments",
     [
-        *({"method": method} for method in ("ERK", "ERK+", "ER", "uniform", "uniform+")),
+        *({"method": method} for method in ("ERK", "ERK+", "ER", "uniform")),
+        {"method": "uniform+", "sparsity": 0.3},
         {"method": "magnitude"},
         {"method": last_dense},
         {"method": SCORES},
