@@ -275,7 +275,7 @@ def test_the_seed_decides_and_the_global_generator_is_untouched(grow: str) -> No
     assert moved(first, other.positions()) == NAMES
 
 
-def test_successive_updates_and_layers_draw_differently() -> None:
+def test_updates_layers_and_criteria_draw_differently() -> None:
     drawn: list[float] = []
 
     def watch(mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -283,8 +283,8 @@ def test_successive_updates_and_layers_draw_differently() -> None:
         drawn.append(scores[0, 0].item())
         return scores
 
-    run_of(grow=watch, every=1).train(range(3))
-    assert len(set(drawn)) == 9
+    run_of(prune=watch, grow=watch, every=1).train(range(3))
+    assert len(set(drawn)) == 2 * 3 * 3
 
 
 # --- numbers that are not finite -----------------------------------------------------------------
@@ -447,6 +447,11 @@ def test_a_gradient_at_any_step_since_the_last_update_is_enough(resume: bool) ->
     run.optimizer.zero_grad()
     run.backward(1)
     assert run.regrow.step()  # warnings are errors here
+
+    run.optimizer.zero_grad()
+    run.train(range(2, 3))
+    with pytest.warns(UserWarning, match=r"old_head\.weight got no gradient since the last update"):
+        run.train(range(3, 4))
 
 
 class Blocked(nn.Module):

@@ -75,7 +75,7 @@ def test_a_layer_without_a_record_gained_nothing_and_has_no_survival_rate() -> N
 
 def test_a_mask_that_was_written_before_an_update_counts_as_explored() -> None:
     found = exploration("a")
-    update(found, a=("...xxx", "...xxx"))
+    update(found, a=("...xxx", "xxx..."))
     assert found.rate() == 1.0
 
 
