@@ -1,4 +1,4 @@
-"""Parts and wholes of tensors: others pass as they are, sharded ones are laid out in the same way."""
+"""Parts and wholes of tensors: others pass as they are, sharded ones are sharded in the same way."""
 
 from collections.abc import Iterator
 from typing import Any
