@@ -1,4 +1,4 @@
-"""Parts and wholes of tensors: others pass as they are, sharded ones are sharded in the same way."""
+"""Sharded tensors are read whole and written in parts; others pass as they are."""
 
 from collections.abc import Iterator
 from typing import Any
