@@ -13,7 +13,7 @@ import yaml
 from helpers.processes import photos
 from itop_prune_tools.config.recipe import Recipe
 from itop_prune_tools.data.datasets import open_data
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
 from itop_prune_tools.training.build import build_lr_schedule
 from torch import nn
 
@@ -173,16 +173,16 @@ def test_an_extended_run_stretches_milestones_and_rate_but_neither_warm_up_nor_e
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_recipe_is_sound_and_says_in_its_first_lines_how_to_run_it(path):
-    train.read(path, data=open_data, augment=train.augmentation_of)
+    read_recipe(path)
     assert f"accelerate launch tools/train.py {path.relative_to(ROOT)}" in path.read_text()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_recipe_survives_being_written_resolved(path, tmp_path):
-    recipe = train.read(path, data=open_data, augment=train.augmentation_of)
+    recipe = read_recipe(path)
     (tmp_path / "again.yaml").write_text(recipe.as_yaml())
     assert (
-        train.read(tmp_path / "again.yaml", data=open_data, augment=train.augmentation_of) == recipe
+        read_recipe(tmp_path / "again.yaml") == recipe
     )
 
 

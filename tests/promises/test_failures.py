@@ -24,7 +24,8 @@ from helpers.processes import (
 )
 from itop_prune_tools.run_folder import folder as runs
 from itop_prune_tools.run_folder.metrics import Metrics
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
+from itop_prune_tools.training.stop import StopRequest
 
 from itop_prune.files.state_dicts import read_state
 
@@ -221,7 +222,7 @@ def test_a_run_stopped_among_bad_losses_goes_on_from_before_them(
     assert run(tmp_path / "whole", "stop_after_bad_losses=20") == 0
     with monkeypatch.context() as patch:
         bad_from(patch, lambda call, logits, loss: loss + (math.nan if call > 45 else 0.0))
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == 50)
+        patch.setattr(StopRequest, "wanted", lambda self: next(asked) == 50)
         asked = iter(range(1, 99))
         assert run(tmp_path / "run", "stop_after_bad_losses=20") == 130
     assert (

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from itop_prune.methods.distributions import DISTRIBUTIONS
 from itop_prune.topology import seeded
 
-from ..config.recipe import Recipe, RecipeError, read
-from ..data.datasets import augmentation_of, open_data
+from ..config.recipe import Recipe, RecipeError, read_recipe
+from ..data.datasets import open_data
 from ..data.source import CPU, DataError
 from ..reports import comparison as compare
 from ..run_folder.folder import RunError
@@ -149,7 +149,7 @@ def accuracies(folder: Path, recipe: Recipe) -> list[float]:
         the data aside.
     """
     for path in folder.glob("seed*/recipe.yaml"):
-        ours = read(path, data=open_data, augment=augmentation_of)
+        ours = read_recipe(path)
         if (
             replace(ours, seed=recipe.seed, data={**ours.data, "root": recipe.data["root"]})
             != recipe
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     found, drifts = [], []
     try:
-        recipe = read(RECIPES[args.method], overrides, data=open_data, augment=augmentation_of)
+        recipe = read_recipe(RECIPES[args.method], overrides)
         ours = accuracies(args.ours, recipe) if args.ours else None
         for seed in range(args.seeds):
             top1, explored, active = train(replace(recipe, seed=seed))

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file
 
+from ..run_folder.labels import counted
 from ..run_folder.metrics import Metrics
 from ..training.checkpoint import Checkpoints, damage
-from ..training.display import counted
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SETTINGS = (
@@ -129,7 +129,7 @@ def finish(folder: Path, ranks: int, resume: bool, limit: float | None) -> int |
 
 def quietly(arguments: list[str], rank: int, ranks: int, port: int) -> None:
     """In a process: train as torchrun would start it, saying nothing."""
-    from ..training import loop as train
+    from ..training import command as train
 
     if ranks > 1:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}

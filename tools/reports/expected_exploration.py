@@ -18,7 +18,7 @@ import numpy as np
 
 from ..run_folder import history
 from ..run_folder.folder import RunError, in_a_line
-from ..training.display import counted
+from ..run_folder.labels import counted
 
 
 def explored(density: float, rates: Iterable[float]) -> float:
@@ -41,7 +41,7 @@ def in_words(folder: Path) -> str:
     Raises:
         RunError: There is none: no run, masks that do not move, or the formula is not for them.
     """
-    found = history.read(folder)
+    found = history.read_history(folder)
     masks, regrow = found.masks, found.recipe.get("regrow") or {}
     if masks is None or not masks.updates:
         raise RunError(f"{folder} has made no update of masks, or has no layers.jsonl")

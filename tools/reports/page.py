@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..run_folder.history import History
-from ..training.display import SHOWN, counted
+from ..run_folder.labels import SHOWN, counted
 from .layer_figures import short
 
 PAPER = "https://arxiv.org/abs/2102.02887"

@@ -37,7 +37,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def read_recipe(path: Path | str, *overrides: str) -> Recipe:
-    return read(path, overrides, data=open_data, augment=augmentation_of)
+    return read_recipe(path, overrides)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.processes import QUICKSTART
 from itop_prune_tools.reports import expected_exploration as expected
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
 
 
 def run(folder: Path, *overrides: str) -> Path:

@@ -24,7 +24,8 @@ from itop_prune_tools.reports import layer_figures as topographies
 from itop_prune_tools.run_folder import folder as runs
 from itop_prune_tools.run_folder import history
 from itop_prune_tools.run_folder.metrics import Metrics
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
+from itop_prune_tools.training.stop import StopRequest
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -176,7 +177,7 @@ def deep(folder: Path, layers: int = 300, updates: int = 20) -> Path:
 
 
 def moving(folder: Path) -> tuple[history.History, history.Masks]:
-    found = history.read(folder)
+    found = history.read_history(folder)
     assert found.masks
     return found, found.masks
 
@@ -204,7 +205,7 @@ def test_no_row_of_pictures_has_a_gap(made: dict[str, Path], kind: str) -> None:
     """Two narrow ones stand side by side, so of an odd number one is wide, and drawn as wide as it is shown."""
     drawn = [
         picture
-        for picture in gallery.draw(history.read(made[kind]))
+        for picture in gallery.draw(history.read_history(made[kind]))
         if isinstance(picture.drawn, bytes)
     ]
     assert sum(not picture.wide for picture in drawn) % 2 == 0
@@ -219,7 +220,7 @@ def test_no_row_of_pictures_has_a_gap(made: dict[str, Path], kind: str) -> None:
 
 
 def test_some_kind_of_run_has_an_odd_number_of_pictures(made: dict[str, Path]) -> None:
-    first = [gallery.draw(history.read(made[kind]))[0].wide for kind in KINDS]
+    first = [gallery.draw(history.read_history(made[kind]))[0].wide for kind in KINDS]
     assert {True, False} == set(first)
 
 
@@ -293,7 +294,7 @@ def test_a_dense_layer_is_marked_and_counted_apart(tmp_path: Path) -> None:
         train.main([QUICKSTART, "epochs=1", "masks.exclude=[head]", "--out", str(tmp_path / "run")])
         == 0
     )
-    drawn = figure(topographies.sparsity(history.read(tmp_path / "run")))
+    drawn = figure(topographies.sparsity(history.read_history(tmp_path / "run")))
     assert [text.get_text() for text in drawn.axes[0].texts][-1] == "no mask"
     report.write(tmp_path / "run")
     assert "no mask" in Page(tmp_path / "run").content["layers"]
@@ -303,7 +304,7 @@ def test_a_dense_layer_is_marked_and_counted_apart(tmp_path: Path) -> None:
 
 
 def test_the_lines_of_accuracy_and_loss_are_the_metrics(made: dict[str, Path]) -> None:
-    found, lines = history.read(made["moving"]), metrics(made["moving"])
+    found, lines = history.read_history(made["moving"]), metrics(made["moving"])
     drawn = {line.get_label(): line for line in figure(curves.accuracy(found)).axes[0].lines}
     assert drawn["validation"].get_xydata().tolist() == [
         [line["step"], line["val_top1"]] for line in lines[:-1]
@@ -340,7 +341,7 @@ def test_the_bars_are_the_sparsities(made: dict[str, Path]) -> None:
 
 
 def test_300_layers_are_told_by_bands_and_maps_with_few_labels(tmp_path: Path) -> None:
-    found = history.read(deep(tmp_path / "run"))
+    found = history.read_history(deep(tmp_path / "run"))
     lines = figure(topographies.exploration(found))
     assert len(lines.axes[0].lines) == 1
     assert sum(len(legend.texts) for legend in lines.legends) <= 4
@@ -406,7 +407,7 @@ def test_the_first_mask_is_that_of_the_weights_or_of_the_last_checkpoint(copy: P
 def test_in_print_the_greys_of_lines_that_cross_differ_or_their_dashes_do(
     made: dict[str, Path], kind: str
 ) -> None:
-    found = history.read(made[kind])
+    found = history.read_history(made[kind])
     for drawing in (
         curves.accuracy,
         curves.loss,
@@ -458,7 +459,7 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_machine_with_its_own_look_draws_the_same(made: dict[str, Path]) -> None:
-    found = history.read(made["moving"])
+    found = history.read_history(made["moving"])
     plain = gallery.draw(found)
     with matplotlib.rc_context(
         {"font.size": 30, "axes.facecolor": "black", "text.parse_math": True}
@@ -512,7 +513,7 @@ def test_a_run_that_was_stopped_in_its_first_epoch_says_why_there_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(runs.StopRequest, "wanted", lambda self: True)
+        patch.setattr(StopRequest, "wanted", lambda self: True)
         assert train.main([QUICKSTART, "--out", str(tmp_path / "run")]) == 130
     capsys.readouterr()
     assert report.main([str(tmp_path / "run")]) == 1
@@ -526,7 +527,7 @@ def stop_at(step: int, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments
     """Train the run whose masks move, at an update every 7 of 38 steps an epoch, until a signal comes."""
     with monkeypatch.context() as patch:
         asked = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == step)
+        patch.setattr(StopRequest, "wanted", lambda self: next(asked) == step)
         assert train.main([QUICKSTART, *KINDS["moving"], *arguments, "--out", str(folder)]) == 130
 
 

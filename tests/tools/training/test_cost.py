@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.toys import mlp
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
 from itop_prune_tools.training.cost import Cost
 
 import itop_prune

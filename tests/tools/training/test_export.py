@@ -10,7 +10,7 @@ import timm
 import torch
 from itop_prune_tools.config.recipe import Recipe
 from itop_prune_tools.training import export
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
 from itop_prune_tools.training.build import build_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

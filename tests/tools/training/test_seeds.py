@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers.processes import assert_same_end, changed_runner, finished, gloo, metrics, on_ranks
 from itop_prune_tools.run_folder import folder as runs
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
+from itop_prune_tools.training.stop import StopRequest
 
 QUICKSTART = str(Path(__file__).parents[3] / "recipes" / "quickstart.yaml")
 
@@ -72,7 +73,7 @@ def test_a_stopped_row_of_seeds_goes_on_where_it_stopped(tmp_path, capsys, monke
     expected = last_line(capsys.readouterr().out).replace("whole", "stopped")
     with monkeypatch.context() as patch:
         asked = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == stop_at)
+        patch.setattr(StopRequest, "wanted", lambda self: next(asked) == stop_at)
         assert seeds(tmp_path / "stopped", 3) == 130
     assert "seeds of" not in capsys.readouterr().out
     second = stop_at > 76

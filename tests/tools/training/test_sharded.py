@@ -19,7 +19,8 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import FullyShardedDataParallelPlugin
 from itop_prune_tools.run_folder import folder as runs
 from itop_prune_tools.training import build, sharded
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
+from itop_prune_tools.training.stop import StopRequest
 from itop_prune_tools.training.checkpoint import Checkpoints
 from safetensors.torch import load_file
 from torch import Tensor, distributed
@@ -86,7 +87,7 @@ def work(folder: str, jobs: list[Job]) -> None:
             built.append(build.build(*arguments))
             return built[-1]
 
-        train.make_accelerator, train.build, runs.StopRequest.wanted = (
+        train.make_accelerator, train.build, StopRequest.wanted = (
             make_accelerator,
             built_run,
             wanted,
@@ -201,7 +202,7 @@ def test_a_run_goes_on_sharded_or_not_as_it_was_not_or_was(folder: Path, name: s
 
 @gloo
 def test_what_a_sharded_run_wrote_loads_and_is_exactly_sparse(folder: Path) -> None:
-    recipe = train.read(QUICKSTART, data=train.open_data, augment=train.augmentation_of)
+    recipe = read_recipe(QUICKSTART)
     for path in ("sharded", "sharded/model.safetensors", f"stopped/checkpoints/step-{STOP_AT:09d}"):
         model = build.build_model(recipe, None, torch.device("cpu"))
         masks = itop_prune.load(model, folder / path)
@@ -223,7 +224,7 @@ def one_rank() -> Iterator[None]:
 
 
 def check(*overrides: str, kind: str = "FSDP", **plugin: Any) -> None:
-    recipe = train.read(QUICKSTART, overrides, data=train.open_data, augment=train.augmentation_of)
+    recipe = read_recipe(QUICKSTART, overrides)
     state = SimpleNamespace(
         fsdp_plugin=FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **plugin})
     )

@@ -15,7 +15,8 @@ from helpers.processes import finished, gloo, on_ranks
 from itop_prune_tools.config.recipe import Recipe
 from itop_prune_tools.run_folder import folder as runs
 from itop_prune_tools.run_folder.folder import RunError
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
+from itop_prune_tools.training.stop import StopRequest
 from itop_prune_tools.training import trackers
 from itop_prune_tools.training.trackers import Trackers, asked_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -74,7 +75,7 @@ def test_tensorboard_holds_the_numbers_of_the_metrics(tmp_path, dense):
 def test_a_resumed_run_has_each_number_once(tmp_path, monkeypatch, stop_at):
     with monkeypatch.context() as patch:
         asked = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == stop_at)
+        patch.setattr(StopRequest, "wanted", lambda self: next(asked) == stop_at)
         assert run(tmp_path / "run", TENSORBOARD) == 130
     assert run(tmp_path / "run", TENSORBOARD, "--resume") == 0
     assert curves(tmp_path / "run") == expected(tmp_path / "run")
@@ -136,7 +137,7 @@ def test_of_wandb_a_resumed_run_is_the_same_run(tmp_path, monkeypatch, wandb, st
     folder = tmp_path / "moved" / "run"
     with monkeypatch.context() as patch:
         asked = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == stop_at)
+        patch.setattr(StopRequest, "wanted", lambda self: next(asked) == stop_at)
         assert run(tmp_path / "run", WANDB) == 130
     folder.parent.mkdir()
     (tmp_path / "run").rename(folder)
@@ -164,7 +165,7 @@ def test_no_other_tracker_has_a_file_of_wandb_s(tmp_path):
 def test_a_run_may_get_its_tracker_on_resume(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         asked = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == 60)
+        patch.setattr(StopRequest, "wanted", lambda self: next(asked) == 60)
         assert run(tmp_path / "run") == 130
     assert run(tmp_path / "run", TENSORBOARD, "--resume") == 0
     found = curves(tmp_path / "run")

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from itop_prune_tools.run_folder import folder as runs
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
+from itop_prune_tools.training.stop import StopRequest
 from itop_prune_tools.training.build import build_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -111,7 +112,7 @@ def test_a_run_writes_its_recipe_its_metrics_and_weights_that_load(tmp_path):
 
 
 def read():
-    return train.read(QUICKSTART, data=train.open_data, augment=train.augmentation_of)
+    return read_recipe(QUICKSTART)
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path):
@@ -154,7 +155,7 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_run_that_never_stopped(
     run(tmp_path, *overrides, out="whole")
     with monkeypatch.context() as patch:
         steps = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(steps) == stop_at)
+        patch.setattr(StopRequest, "wanted", lambda self: next(steps) == stop_at)
         stopped = run(tmp_path, *overrides, out="stopped")
     finished_before = "accelerator={gradient_accumulation_steps: 2}" in overrides and stop_at > 38
     assert stopped == (0 if finished_before else 130)
@@ -544,7 +545,7 @@ def test_a_run_over_a_folder_with_workers_stopped_in_an_epoch_and_resumed_is_the
     assert run(tmp_path, *overrides, out="whole") == 0
     with monkeypatch.context() as patch:
         steps = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(steps) == 8)  # of 6 in an epoch
+        patch.setattr(StopRequest, "wanted", lambda self: next(steps) == 8)  # of 6 in an epoch
         assert run(tmp_path, *overrides, out="stopped") == 130
     assert run(tmp_path, *overrides, "--resume", out="stopped") == 0
     assert metrics(tmp_path, "stopped", timeless=True) == metrics(tmp_path, "whole", timeless=True)

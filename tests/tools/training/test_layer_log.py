@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from helpers.processes import QUICKSTART, finished, gloo, metrics, on_ranks, without_last_checkpoint
 from itop_prune_tools.run_folder import folder as runs
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
+from itop_prune_tools.training.stop import StopRequest
 from safetensors.torch import load_file
 
 SETTINGS = (
@@ -100,7 +101,7 @@ def test_a_run_stopped_at_any_step_and_resumed_writes_the_same_bytes(
 ) -> None:
     with monkeypatch.context() as patch:
         asked = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == stop_at)
+        patch.setattr(StopRequest, "wanted", lambda self: next(asked) == stop_at)
         assert run(tmp_path / "run") == 130
     assert run(tmp_path / "run", "--resume") == 0
     assert (tmp_path / "run" / "layers.jsonl").read_bytes() == (whole / "layers.jsonl").read_bytes()
@@ -150,7 +151,7 @@ def test_a_file_begun_anew_is_checked_by_the_updates_that_it_lacks(
     path.unlink()
     with monkeypatch.context() as patch:
         asked = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == 30)
+        patch.setattr(StopRequest, "wanted", lambda self: next(asked) == 30)
         assert run(copy, "--resume") == 130
     text = path.read_text()
     lines = text.splitlines(keepends=True)
@@ -168,7 +169,7 @@ def test_without_an_update_before_a_file_begun_anew_is_the_same(
 ) -> None:
     with monkeypatch.context() as patch:
         asked = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == 3)
+        patch.setattr(StopRequest, "wanted", lambda self: next(asked) == 3)
         assert run(tmp_path / "run") == 130
     (tmp_path / "run" / "layers.jsonl").unlink()
     assert run(tmp_path / "run", "--resume") == 0
