@@ -11,8 +11,7 @@ import timm
 import torch
 import yaml
 from helpers.processes import photos
-from itop_prune_tools.config.recipe import Recipe
-from itop_prune_tools.data.datasets import open_data
+from itop_prune_tools.config.recipe import Recipe, read_recipe
 from itop_prune_tools.training import command as train
 from itop_prune_tools.training.build import build_lr_schedule
 from torch import nn

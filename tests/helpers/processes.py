@@ -61,7 +61,7 @@ def on_ranks(
 
 def changed_runner(path: Path, change: str) -> str:
     """A script that is the runner with something changed: lines that may use `train` and `rank`."""
-    before = "import os, sys\nfrom itop_prune_tools.training import command as train\n"
+    before = "import os, sys\nimport itop_prune\nfrom itop_prune_tools.training import command as train, loop\n"
     path.write_text(
         f"{before}rank = int(os.environ.get('RANK', 0))\n{change}\nsys.exit(train.main())\n"
     )

@@ -31,11 +31,10 @@ from helpers.processes import (
     whole_checkpoints,
 )
 from itop_prune_tools.checks import kill_and_resume as survive
-from itop_prune_tools.run_folder import folder as runs
 from itop_prune_tools.run_folder.metrics import Metrics
 from itop_prune_tools.training import command as train
-from itop_prune_tools.training.stop import StopRequest
 from itop_prune_tools.training.checkpoint import Checkpoints, damage
+from itop_prune_tools.training.stop import StopRequest
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
@@ -151,7 +150,7 @@ def test_two_ranks_with_mixup_augmentation_and_workers_stopped_in_an_epoch_go_on
         "epochs=3",
     )
     finished(on_ranks(*settings, "--out", str(tmp_path / "whole")))
-    stop = "import itertools\nasked = itertools.count(1)\ntrain.StopRequest.wanted = lambda self: next(asked) == 5"
+    stop = "import itertools\nasked = itertools.count(1)\nloop.StopRequest.wanted = lambda self: next(asked) == 5"
     runner = changed_runner(tmp_path / "stopping.py", stop)
     process = on_ranks(*settings, "--out", str(tmp_path / "stopped"), runner=runner)
     assert (

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from itop_prune_tools.checks import authors_procedure as authors
-from itop_prune_tools.config.recipe import Recipe, read
-from itop_prune_tools.data.datasets import augmentation_of, open_data
+from itop_prune_tools.config.recipe import Recipe, read_recipe
 from itop_prune_tools.data.source import CPU
 from itop_prune_tools.reports import comparison as compare
 from itop_prune_tools.training import command as train

@@ -8,8 +8,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from itop_prune_tools.config.recipe import Recipe, RecipeError, read
-from itop_prune_tools.data.datasets import augmentation_of, open_data
+from itop_prune_tools.config.recipe import Recipe, RecipeError
 from itop_prune_tools.models import registration as models  # noqa: F401  (registers lenet300)
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))

@@ -10,7 +10,8 @@ import timm.data
 import torch
 from itop_prune_tools.data.arrays import Augmentation
 from itop_prune_tools.data.datasets import Data, augmentation_of, open_data
-from itop_prune_tools.data.source import CPU, Batch, DataError, seed_everything
+from itop_prune_tools.data.seeding import seed_everything
+from itop_prune_tools.data.source import CPU, Batch, DataError
 
 COUNT = 60
 

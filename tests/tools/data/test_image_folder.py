@@ -13,7 +13,8 @@ import pytest
 import torch
 from itop_prune_tools.data.datasets import Data, open_data
 from itop_prune_tools.data.image_folder import read_folder
-from itop_prune_tools.data.source import CPU, DataError, seed_everything
+from itop_prune_tools.data.seeding import seed_everything
+from itop_prune_tools.data.source import CPU, DataError
 from PIL import Image
 
 NEEDS_DATA = pytest.mark.skipif(

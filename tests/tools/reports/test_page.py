@@ -21,8 +21,8 @@ import torch
 from helpers.processes import QUICKSTART, ROOT, changed_runner, finished, metrics, start
 from itop_prune_tools.reports import curves, gallery, masks_seen, page, report, style
 from itop_prune_tools.reports import layer_figures as topographies
-from itop_prune_tools.run_folder import folder as runs
 from itop_prune_tools.run_folder import history
+from itop_prune_tools.run_folder.json_lines import JsonLines
 from itop_prune_tools.run_folder.metrics import Metrics
 from itop_prune_tools.training import command as train
 from itop_prune_tools.training.stop import StopRequest
@@ -158,7 +158,7 @@ def deep(folder: Path, layers: int = 300, updates: int = 20) -> Path:
             "explored": explored,
         }
         lines.append({**line, "entered": entered})
-    Metrics(folder, "layers.jsonl").append(*lines)
+    JsonLines(folder / "layers.jsonl").append(*lines)
     for epoch in range(1, updates + 1):
         line = {
             "epoch": epoch,

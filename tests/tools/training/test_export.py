@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 from itop_prune_tools.config.recipe import Recipe
-from itop_prune_tools.training import export
 from itop_prune_tools.training import command as train
+from itop_prune_tools.training import export
 from itop_prune_tools.training.build import build_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(path: Path) -> Recipe:
-    return export.read_for_weights(path)
+    return export.read_recipe_for_weights(path)
 
 
 def family(folder: Path, name: str) -> tuple[Path, nn.Module, Tensor]:

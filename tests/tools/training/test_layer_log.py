@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from helpers.processes import QUICKSTART, finished, gloo, metrics, on_ranks, without_last_checkpoint
-from itop_prune_tools.run_folder import folder as runs
 from itop_prune_tools.training import command as train
 from itop_prune_tools.training.stop import StopRequest
 from safetensors.torch import load_file
@@ -187,7 +186,9 @@ def test_a_full_disk_is_one_error_and_the_run_can_go_on(
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("itop_prune_tools.run_folder.metrics.os", types.SimpleNamespace(fsync=fsync))
+        patch.setattr(
+            "itop_prune_tools.run_folder.json_lines.os", types.SimpleNamespace(fsync=fsync)
+        )
         assert run(folder) == 1
     assert f"{folder / 'layers.jsonl'} could not be written: " in capsys.readouterr().err
     assert run(folder, "--resume") == 0

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import assert_same_end, changed_runner, finished, gloo, metrics, on_ranks
-from itop_prune_tools.run_folder import folder as runs
 from itop_prune_tools.training import command as train
 from itop_prune_tools.training.stop import StopRequest
 

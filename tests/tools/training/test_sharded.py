@@ -17,11 +17,12 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import FullyShardedDataParallelPlugin
-from itop_prune_tools.run_folder import folder as runs
+from itop_prune_tools.config.recipe import read_recipe
+from itop_prune_tools.run_folder.folder import RunError
 from itop_prune_tools.training import build, sharded
 from itop_prune_tools.training import command as train
-from itop_prune_tools.training.stop import StopRequest
 from itop_prune_tools.training.checkpoint import Checkpoints
+from itop_prune_tools.training.stop import StopRequest
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 from torch.torch_version import TorchVersion
@@ -77,7 +78,7 @@ def work(folder: str, jobs: list[Job]) -> None:
                     transformer_cls_names_to_wrap=["Linear"],
                     cpu_ram_efficient_loading=True,  # as accelerate launch has it
                 )
-                sharded.check(recipe, accelerator)
+                sharded.check_sharding(recipe, accelerator)
             return accelerator
 
         def wanted(self: Any, stop_at: int = stop_at, built: list[build.Run] = built) -> bool:
@@ -108,10 +109,10 @@ def work(folder: str, jobs: list[Job]) -> None:
 
 def check_parts(run: build.Run, is_shard: bool) -> None:
     """Weights and their statistics lie in parts, none of which holds the memory of the whole; or all are whole."""
-    tensors = [*run.bare.parameters()]
+    tensors = [*run.unwrapped_model.parameters()]
     tensors += [
         run.optimizer.state[p][key]
-        for p in run.bare.parameters()
+        for p in run.unwrapped_model.parameters()
         for key in ("exp_avg", "exp_avg_sq")
     ]
     assert {is_sharded(tensor) for tensor in tensors} == {is_shard}
@@ -229,7 +230,7 @@ def check(*overrides: str, kind: str = "FSDP", **plugin: Any) -> None:
         fsdp_plugin=FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **plugin})
     )
     accelerator: Any = SimpleNamespace(distributed_type=DistributedType[kind], state=state)
-    sharded.check(recipe, accelerator)
+    sharded.check_sharding(recipe, accelerator)
 
 
 @pytest.mark.parametrize(
@@ -243,12 +244,12 @@ def check(*overrides: str, kind: str = "FSDP", **plugin: Any) -> None:
     ],
 )
 def test_what_shards_otherwise_is_refused(arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(runs.RunError, match=words):
+    with pytest.raises(RunError, match=words):
         check(**arguments)
 
 
 def test_what_a_sharded_model_can_not_have_is_refused_all_at_once() -> None:
-    with pytest.raises(runs.RunError, match=r"^ema, channels_last can't be had with FSDP2"):
+    with pytest.raises(RunError, match=r"^ema, channels_last can't be had with FSDP2"):
         check("ema={decay: 0.9}", "channels_last=true")
 
 
@@ -265,7 +266,7 @@ def test_an_optimizer_that_does_not_work_on_sharded_weights_is_refused(
     optimizer: str, words: str
 ) -> None:
     with pytest.raises(
-        runs.RunError, match=f"^optimizer: {optimizer} does not work with FSDP2 .*{words}"
+        RunError, match=f"^optimizer: {optimizer} does not work with FSDP2 .*{words}"
     ):
         check(f"optimizer={{opt: {optimizer}, lr: 0.01}}")
 

@@ -13,12 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 from helpers.processes import finished, gloo, on_ranks
 from itop_prune_tools.config.recipe import Recipe
-from itop_prune_tools.run_folder import folder as runs
 from itop_prune_tools.run_folder.folder import RunError
 from itop_prune_tools.training import command as train
-from itop_prune_tools.training.stop import StopRequest
 from itop_prune_tools.training import trackers
-from itop_prune_tools.training.trackers import Trackers, asked_for
+from itop_prune_tools.training.stop import StopRequest
+from itop_prune_tools.training.trackers import Trackers, tracker_names
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 QUICKSTART = str(Path(__file__).parents[3] / "recipes" / "quickstart.yaml")
@@ -211,8 +210,8 @@ def test_of_several_trackers_the_missing_one_is_named(monkeypatch):
     with pytest.raises(
         RunError, match="log_with is 'wandb', which is not installed, installed are tensorboard; "
     ):
-        asked_for(recipe(["tensorboard", "wandb"]))
-    assert asked_for(recipe("all")) == ["all"]
+        tracker_names(recipe(["tensorboard", "wandb"]))
+    assert tracker_names(recipe("all")) == ["all"]
 
 
 def test_an_unknown_tracker_is_answered_with_the_nearest(tmp_path, capsys):

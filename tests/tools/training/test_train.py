@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from itop_prune_tools.run_folder import folder as runs
+from itop_prune_tools.config.recipe import read_recipe
 from itop_prune_tools.training import command as train
-from itop_prune_tools.training.stop import StopRequest
 from itop_prune_tools.training.build import build_model
+from itop_prune_tools.training.stop import StopRequest
 from PIL import Image
 from safetensors.torch import load_file
 
