@@ -102,7 +102,7 @@ def test_another_number_of_images_a_step_is_refused_with_both(
     again = stopped.with_name("fewer images")
     shutil.copytree(stopped, again)
     assert train.main([QUICKSTART, *SETTINGS, *TWO, "--out", str(again), "--resume"]) == 1
-    assert "trained on 32 images a step, this would on 16" in capsys.readouterr().err
+    assert "trained on 32 images a step, this run would train on 16" in capsys.readouterr().err
 
 
 @gloo
