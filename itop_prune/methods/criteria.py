@@ -26,7 +26,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from itop_prune.methods.lookup import Asked, choose, describe, needed
+from itop_prune.messages import describe
+from itop_prune.methods.lookup import CheckedFunction, lookup, needed_arguments
 from itop_prune.methods.validation import check_scores
 
 Criterion = Callable[..., Tensor]
@@ -214,7 +215,7 @@ GROW: dict[str, Criterion] = {
 }
 
 
-def find(criterion: str | Criterion, role: str) -> Asked:
+def find(criterion: str | Criterion, role: str) -> CheckedFunction:
     """Return the criterion behind a name or a function, and the names that it asks for.
 
     Args: criterion: A key of `PRUNE` or `GROW`, or a function of some of `OFFERED`; for growth also
@@ -235,8 +236,8 @@ def find(criterion: str | Criterion, role: str) -> Asked:
         raise ValueError(
             f"{role} is {name!r}, which is for {others}; known are {', '.join(menu)}; choose one of them"
         )
-    function = choose(criterion, menu, role)
-    return Asked(function, needed(function, dict.fromkeys(OFFERED), f"{role} criterion"))
+    function = lookup(criterion, menu, role)
+    return CheckedFunction(function, needed_arguments(function, OFFERED, f"{role} criterion"))
 
 
 def _of_inactive(criterion: Criterion, scores: Tensor, mask: Tensor) -> Tensor:

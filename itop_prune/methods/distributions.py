@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 from numbers import Real
 
-from itop_prune.methods.lookup import choose, describe
+from itop_prune.messages import describe
+from itop_prune.methods.lookup import lookup
 
 Shapes = Mapping[str, tuple[int, ...]]
 Distribution = Callable[[Shapes, float], dict[str, float]]
@@ -200,7 +201,7 @@ def active_counts(
     >>> active_counts({"a": (4, 3), "b": (2, 4)}, 0.45, method="uniform")
     {'a': 5, 'b': 4}
     """
-    distribution = choose(method, DISTRIBUTIONS, "method")
+    distribution = lookup(method, DISTRIBUTIONS, "method")
     densities = (with_fixed(fixed, distribution) if fixed else distribution)(shapes, density)
     weights = {name: math.prod(shape) for name, shape in shapes.items()}
     total = round(density * sum(weights.values()))

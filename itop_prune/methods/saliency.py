@@ -23,8 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from itop_prune import distributed as ranks
-from itop_prune import topology
+from itop_prune import distributed, topology
 from itop_prune.layers.maskable import unwrap, walk
 from itop_prune.layers.masked_layer import masked_names
 from itop_prune.methods.distributions import Distribution, Shapes
@@ -225,11 +224,13 @@ def _mean_gradient(
         for total, gradient in zip(sums.values(), found, strict=True):
             total += 0.0 if gradient is None else gradient
     starved = torch.tensor(float(not seen), device=next(iter(sums.values())).device)
-    if ranks.mean(starved, starved):  # told to all, or the others would wait for this rank's sums
+    if distributed.mean(
+        starved, starved
+    ):  # told to all, or the others would wait for this rank's sums
         raise ValueError(
             "there is no batch, here or on another rank; give each at least one of (inputs, targets)"
         )
-    means = {name: ranks.mean(total / seen, total) for name, total in sums.items()}
+    means = {name: distributed.mean(total / seen, total) for name, total in sums.items()}
     if bad := [name for name, mean in means.items() if not math.isfinite(float(mean.abs().max()))]:
         raise ValueError(
             f"the gradient of {', '.join(bad[:5])} is not finite; look at loss, batches and weights"

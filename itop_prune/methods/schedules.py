@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable
 from numbers import Real
 
-from itop_prune.methods.lookup import choose, describe
+from itop_prune.messages import describe
+from itop_prune.methods.lookup import lookup
 
 Schedule = Callable[[float], float]
 
@@ -110,7 +111,7 @@ def find(schedule: str | Schedule, what: str) -> Schedule:
     Raises:
         ValueError: The name is unknown, or the function leaves [0, 1].
     """
-    found = choose(schedule, SCHEDULES, what)
+    found = lookup(schedule, SCHEDULES, what)
     for progress in (0.0, 0.5, 1.0):
         factor(found, progress)
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from itop_prune.methods.lookup import nearest
+from itop_prune.messages import nearest
 
 from .arguments import type_problem
 from .sections import Section, section_problems

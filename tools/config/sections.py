@@ -19,11 +19,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import PrecisionType
 
-from itop_prune.initial_masks import apply
-from itop_prune.layers.handle import remove
-from itop_prune.methods.lookup import nearest
-from itop_prune.methods.patterns import Pattern, parse
+from itop_prune.initial_masks import apply, count_active
+from itop_prune.messages import nearest
 from itop_prune.methods.saliency import SALIENCY
+from itop_prune.patterns import parse
 from itop_prune.scheduler import MaskScheduler
 
 from ..data.datasets import augmentation_of, open_data
@@ -115,9 +114,8 @@ def _trial_problems(sections: Mapping[str, Section], augment: Call) -> list[str]
 
     model = attempt("model", _make_model) if "model_name" in sections.get("model", {}) else None
 
-    pattern = _pattern_of(sections.get("masks", {}))
-    n, m = pattern or (1, 2)
-    layer, sparsity = torch.nn.Linear(32 * m, 64), 1.0 - n / m
+    pattern, sparsity, multiple = _pattern_of(sections.get("masks", {}))
+    layer = torch.nn.Linear(32 * multiple, 64)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     attempt("optimizer", functools.partial(_make_optimizer, list(layer.parameters())))
     attempt("lr_schedule", functools.partial(_make_schedule, optimizer))
@@ -125,9 +123,11 @@ def _trial_problems(sections: Mapping[str, Section], augment: Call) -> list[str]
     attempt("accelerator", _check_precision)
     attempt("mixup", timm.data.Mixup)
     attempt("loss", timm.loss.LabelSmoothingCrossEntropy)
-    attempt("masks", functools.partial(_try_masks, model, layer.in_features), sparsity=sparsity)
+    # Without the model, name patterns have nothing to match.
+    try_masks = functools.partial(_try_masks, model or layer, model is not None)
+    attempt("masks", try_masks, sparsity=sparsity)
 
-    masks = apply(layer, sparsity, f"{n}:{m}" if pattern else "ERK")
+    masks = apply(layer, sparsity, pattern=pattern)
     scheduler = functools.partial(MaskScheduler, masks, optimizer, total_steps=10**9)
     attempt("regrow", scheduler, every=1)
     return problems
@@ -181,24 +181,40 @@ def _check_precision(mixed_precision: object = None, **arguments: Any) -> None:
     )
 
 
-def _pattern_of(masks: Section) -> Pattern | None:
-    """Read the N:M pattern of the masks; None without one, or if the call itself refuses it."""
+def _pattern_of(masks: Section) -> tuple[str | None, float, int]:
+    """Read the N:M pattern of the masks.
+
+    Returns:
+        The pattern, its sparsity, and M. Without a pattern, or if `apply` itself refuses it:
+        None, and a sparsity and M that serve.
+    """
+    pattern = masks.get("pattern")
     try:
-        return parse(masks.get("method"))
+        numbers = parse(pattern)
     except ValueError:
-        return None
+        numbers = None
+    if numbers is None:
+        return None, 0.5, 2
+    n, m = numbers
+    return pattern, 1.0 - n / m, m
 
 
-def _try_masks(model: torch.nn.Module | None, inputs: int, **arguments: Any) -> None:
-    for key in ("method", "scores"):
-        if arguments.get(key) in tuple(SALIENCY):  # these need data, which the runner has
-            del arguments[key]
-    if model is None:  # name patterns would have nothing to match
-        model = torch.nn.Linear(inputs, 64)
+def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> None:
+    """Count active weights as `apply` would, on a model that may have no values."""
+    # Scores that need data are left to the run, which has them.
+    if arguments.get("scores") in tuple(SALIENCY):
+        del arguments["scores"]
+    scored = arguments.get("method") in ("magnitude", *SALIENCY)
+    if scored:
+        arguments["method"] = "magnitude" if "pattern" in arguments else "uniform"
+
+    # `count_active` does not know these two, and any layer will do for them.
+    drawing = {key: arguments.pop(key) for key in ("scores", "seed") if key in arguments}
+    apply(torch.nn.Linear(8, 8), 0.5, **drawing)
+
+    if not by_name:
         arguments.pop("include", None)
         arguments.pop("exclude", None)
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself warns of left-out layers
-        apply(model, **arguments)
-    remove(model)
+        count_active(model, **arguments)

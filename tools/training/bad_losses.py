@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from itop_prune.layers.sharding import local
+from itop_prune.sharding import local
 
 from ..run_folder.folder import RunError
 from .checkpoint import Checkpoints

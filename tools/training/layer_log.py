@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import itop_prune
-from itop_prune.counting import count_each
 from itop_prune.layers.handle import active_weights
 from itop_prune.layers.maskable import walk
+from itop_prune.topology import count_true
 
 from ..run_folder.json_lines import JsonLines
 from .run import Run
@@ -112,7 +112,8 @@ class LayerLog:
 
     def _explored(self) -> list[int]:
         explored = self._run.regrow.explored if self._run.regrow else {}
-        return self._by_layer({**self._weights, **count_each(explored)})
+        counts = {name: count_true(mask) for name, mask in explored.items()}
+        return self._by_layer({**self._weights, **counts})
 
     def _by_layer(self, counts: dict[str, int]) -> list[int]:
         return [counts.get(name, 0) for name in self._weights]

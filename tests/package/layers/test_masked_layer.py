@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 import itop_prune
 from itop_prune.layers.masked_layer import masked_names, pass_dense_gradient
-from itop_prune.layers.sharding import zero_off_mask
+from itop_prune.sharding import zero_off_mask
 
 
 def through_torch_save(model: nn.Module) -> nn.Module:

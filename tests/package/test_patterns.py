@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import itop_prune
-from itop_prune import MaskScheduler, topology
-from itop_prune.methods import patterns
-from itop_prune.methods.patterns import best_of_groups, check_held, grow_in_groups, holds, parse
+from itop_prune import MaskScheduler, patterns, topology
+from itop_prune.patterns import best_of_groups, check_held, grow_in_groups, holds, parse
 
 
 def bits(text: str) -> Tensor:
@@ -51,12 +50,6 @@ def simple(kept: Tensor, scores: Tensor, n: int, m: int) -> Tensor:
             row[i] = True
     back = rows.reshape(kept.shape[0], -1, kept.shape[1]).transpose(1, 2)
     return back.reshape(kept.shape)
-
-
-@pytest.fixture(params=[{"cpu"}, set()], ids=["asks the device", "does not wait"])
-def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the CPU answers, and as other devices do."""
-    monkeypatch.setattr(topology, "ANSWERS_AT_ONCE", request.param)
 
 
 # What is chosen
@@ -132,7 +125,6 @@ def test_the_same_grow_as_group_by_group(
     )  # whatever was drawn among ties, the scores are those of the best
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_scores_that_are_minus_infinity_grow_where_nothing_else_is_open() -> None:
     kept, scores = bits("1000 0100"), torch.full((1, 8), -math.inf)
     assert torch.equal(grow_in_groups(kept, scores, 3, 4), bits("1110 1110"))
@@ -140,7 +132,6 @@ def test_scores_that_are_minus_infinity_grow_where_nothing_else_is_open() -> Non
     assert (grow_in_groups(kept, scores, 3, 4, rng()) & kept).sum() == 2
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_ties_are_drawn_for_every_group_and_every_place_has_the_same_chance() -> None:
     mask = best_of_groups(torch.zeros(1000, 40), 2, 4, rng())
     assert per_group(mask, 4) == {2}
@@ -308,7 +299,7 @@ def test_other_layers_with_inputs_along_dimension_1_get_it_too() -> None:
     model = nn.ModuleList(
         [nn.MultiheadAttention(8, 2), nn.LSTM(8, 4), nn.Conv1d(4, 6, 5), nn.Conv3d(4, 6, 2)]
     )
-    masks = itop_prune.apply(model, 0.5, "2:4")
+    masks = itop_prune.apply(model, 0.5, pattern="2:4")
     assert len(masks) == 6
     assert {name: per_group(itop.mask, 4) for name, itop in masks.items()} == {
         name: {2} for name in masks
@@ -337,7 +328,7 @@ def test_scores_choose_the_best_of_each_group() -> None:
         for name in ("0.weight", "3.weight", "7.weight")
     }
     nothing = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    masks = itop_prune.apply(network, 0.5, "2:4", scores="magnitude")
+    masks = itop_prune.apply(network, 0.5, pattern="2:4", scores="magnitude")
     given = itop_prune.apply(
         net(), 0.75, "1:4", scores={name: -weight for name, weight in weights.items()}
     )
@@ -352,7 +343,7 @@ def test_scores_that_are_nan_are_refused_and_the_model_is_as_it_was() -> None:
         name: torch.full_like(p, torch.nan) for name, p in network.named_parameters() if p.dim() > 1
     }
     with pytest.raises(ValueError, match=r"scores for 0\.weight hold NaN"):
-        itop_prune.apply(network, 0.5, "2:4", scores=scores)
+        itop_prune.apply(network, 0.5, pattern="2:4", scores=scores)
     assert not itop_prune.find_masks(network)
 
 
@@ -365,7 +356,7 @@ def test_a_layer_that_the_pattern_does_not_divide_is_left_out_and_listed() -> No
     )
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.warns(UserWarning, match="2:4 does not divide, so these stay dense") as caught:
-        masks = itop_prune.apply(model, 0.5, "2:4")
+        masks = itop_prune.apply(model, 0.5, pattern="2:4")
     assert str(caught[0].message).splitlines()[1:] == [
         "  0.weight: dimension 1 of (8, 3, 3, 3) is no multiple of 4",
         "  1.weight: dimension 1 of (8, 1, 3, 3) is no multiple of 4",
@@ -383,7 +374,7 @@ def test_kernels_of_experts_in_one_matrix_are_left_out() -> None:
 
     model = nn.Sequential(CondConv2d(4, 8, 3, num_experts=4), nn.Linear(8, 4))
     with pytest.warns(UserWarning, match=r"0\.weight: dimension 1 of \(4, 288\) is not its inputs"):
-        assert list(itop_prune.apply(model, 0.5, "2:4")) == ["1.weight"]
+        assert list(itop_prune.apply(model, 0.5, pattern="2:4")) == ["1.weight"]
 
 
 def test_with_strict_it_is_an_error_that_says_what_to_exclude_and_the_model_is_as_it_was() -> None:
@@ -391,10 +382,10 @@ def test_with_strict_it_is_an_error_that_says_what_to_exclude_and_the_model_is_a
     with pytest.raises(
         ValueError, match=r"the pattern 2:4 does not divide\n  0\.weight: "
     ) as caught:
-        itop_prune.apply(model, 0.5, "2:4", strict=True)
+        itop_prune.apply(model, 0.5, pattern="2:4", strict=True)
     assert str(caught.value).endswith("To leave them dense: exclude=['0.weight']")
     assert not itop_prune.find_masks(model)
-    assert list(itop_prune.apply(model, 0.5, "2:4", strict=True, exclude=["0.weight"])) == [
+    assert list(itop_prune.apply(model, 0.5, pattern="2:4", strict=True, exclude=["0.weight"])) == [
         "3.weight",
         "7.weight",
     ]
@@ -439,11 +430,11 @@ def test_a_sparsity_may_be_rounded_to_four_digits() -> None:
 def test_on_the_meta_device_there_are_counts_and_a_pattern() -> None:
     with torch.device("meta"):
         model = nn.Linear(8, 6)
-    itop = itop_prune.apply(model, 0.5, "2:4")["weight"]
+    itop = itop_prune.apply(model, 0.5, pattern="2:4")["weight"]
     assert (itop.active, itop.pattern) == (24, (2, 4))
     model.to_empty(device="cpu")
     whole = nn.Linear(8, 6)
-    itop_prune.apply(whole, 0.5, "2:4")
+    itop_prune.apply(whole, 0.5, pattern="2:4")
     model.load_state_dict(whole.state_dict())
     assert (itop.active, itop.pattern) == (24, (2, 4))
 
@@ -534,7 +525,7 @@ def test_an_update_prunes_the_lowest_of_the_layer_and_grows_the_best_of_each_gro
     layer: nn.Module = (
         nn.Conv2d(8, 6, 3, bias=False) if len(shape) > 2 else nn.Linear(8, 6, bias=False)
     )
-    itop = itop_prune.apply(layer, 0.5, "2:4")["weight"]
+    itop = itop_prune.apply(layer, 0.5, pattern="2:4")["weight"]
     gradient = torch.randn(itop.mask.shape)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     regrow = MaskScheduler(
@@ -557,7 +548,6 @@ def test_an_update_prunes_the_lowest_of_the_layer_and_grows_the_best_of_each_gro
     assert not torch.equal(itop.mask, before)
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("rate", [0.01, 0.5, 1.0])
 def test_where_all_scores_tie_the_pattern_holds(rate: float) -> None:
     def nothing(weight: Tensor) -> Tensor:
@@ -580,7 +570,7 @@ def test_where_all_scores_tie_the_pattern_holds(rate: float) -> None:
 
 def test_layers_with_and_without_a_pattern_move_side_by_side() -> None:
     model = mlp()
-    masks = itop_prune.apply(model, 0.5, "2:4", include=["0", "2"])
+    masks = itop_prune.apply(model, 0.5, pattern="2:4", include=["0", "2"])
     masks |= itop_prune.apply(model, 0.7, include=["4"])
     regrow = scheduler(masks, model, grow="gradient")
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), regrow)
@@ -698,7 +688,7 @@ def test_load_refuses_masks_that_do_not_hold_it_and_leaves_the_model(
     source: Callable[[nn.Module], Any],
 ) -> None:
     other = net(1)
-    itop_prune.apply(other, 0.5, "2:4", include=["7"])
+    itop_prune.apply(other, 0.5, pattern="2:4", include=["7"])
     itop_prune.apply(other, 0.5, "uniform", include=["0", "3"])
     network, _ = placed()
     before = copy.deepcopy(network.state_dict())
