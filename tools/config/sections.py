@@ -201,12 +201,18 @@ def _pattern_of(masks: Section) -> tuple[str | None, float, int]:
 
 def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> None:
     """Count active weights as `apply` would, on a model that may have no values."""
-    # Scores that need data are left to the run, which has them.
+    method, pattern = arguments.get("method"), arguments.get("pattern")
+    if method in tuple(SALIENCY) and pattern is not None:
+        raise ValueError(
+            f"method is {method!r}, and the pattern {pattern} gives every layer the same density; "
+            "leave method out"
+        )
+
+    # Scores are left to the run, which has the data and the values of the weights.
     if arguments.get("scores") in tuple(SALIENCY):
         del arguments["scores"]
-    scored = arguments.get("method") in ("magnitude", *SALIENCY)
-    if scored:
-        arguments["method"] = "magnitude" if "pattern" in arguments else "uniform"
+    if method in tuple(SALIENCY) or (method == "magnitude" and pattern is None):
+        arguments["method"] = "uniform"
 
     # `count_active` does not know these two, and any layer will do for them.
     drawing = {key: arguments.pop(key) for key in ("scores", "seed") if key in arguments}

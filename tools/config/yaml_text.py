@@ -21,7 +21,8 @@ def load_yaml(text: str | bytes) -> Any:
         # PyYAML lets the last two through, for example at 2020-13-45.
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        raise NotYaml(f"{line}not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise NotYaml(f"{line}not YAML: {problem}") from None
 
 
 class _Loader(yaml.SafeLoader):
