@@ -416,8 +416,8 @@ KEYS = st.sampled_from(
     ]
 )
 ODD_VALUES = (
-    "|null|3|-1|0.5|.nan|.inf|1e-3|true|text|[]|[1, a]|{}|{a: 1}|{1: 2}|~: ~|2020-01-01|2020-13-45|!!set {a}"
-    "|!!binary aGk=|{|[[[1]]]|'3'|&a b|*a|ERK|gradient|sgd|digits"
+    "|null|3|-1|0.5|.nan|.inf|1e-3|true|text|[]|[1, a]|{}|{a: 1}|{1: 2}|~: ~|2020-01-01"
+    "|2020-13-45|!!set {a}|!!binary aGk=|{|[[[1]]]|'3'|&a b|*a|ERK|gradient|sgd|digits"
 )
 VALUES = st.text(max_size=5) | st.sampled_from(ODD_VALUES.split("|"))
 OVERRIDES = st.one_of(
