@@ -1,4 +1,4 @@
-"""From a recipe to what trains: in the right order, with the learning rates that the recipe says, epoch by epoch."""
+"""Runs are built in the right order, with the learning rates of the recipe in every epoch."""
 
 import math
 from pathlib import Path
@@ -48,7 +48,7 @@ def build_run(**changes: Any) -> Run:
 
 
 def learning_rates(changes: dict[str, Any], steps_per_epoch: int = STEPS) -> list[list[float]]:
-    """Return the learning rate of every step of every epoch, the schedule driven as tools/train.py drives it."""
+    """Drive the schedule as tools/train.py does; return the rate of every step of every epoch."""
     made = recipe(**changes)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     schedule = build_lr_schedule(made, optimizer, steps_per_epoch)

@@ -1,4 +1,4 @@
-"""The display of a run: live on a terminal, one plain line per epoch elsewhere, nothing on other ranks."""
+"""The display of a run: live on a terminal, plain lines elsewhere, nothing on other ranks."""
 
 import io
 import math

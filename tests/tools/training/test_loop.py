@@ -1,4 +1,4 @@
-"""The training loop: exact sparsity, equal runs for equal seeds, and a stopped run that ends as the whole one."""
+"""The training loop: exact sparsity, equal runs for equal seeds, stopped runs that end as whole."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The runner under Accelerate's FSDP2: two ranks of a CPU, where Accelerate leaves the plugin off, so it is put in.
+"""The runner under Accelerate's FSDP2 on two ranks of a CPU.
 
-This file is also the script that the ranks run: several runs one after another, for starting them
-takes longest.
+Accelerate ignores its FSDP plugin on a CPU, so the test sets it. This file is also the script that
+the ranks run. It does several runs in sequence, since starting ranks takes longest.
 """
 
 import json
@@ -39,7 +39,7 @@ SETTINGS = (
     "clip_grad_norm=0.5",
     "accelerator={gradient_accumulation_steps: 2}",
     "data.batch_size=16",
-    "data.eval_batch_size=179",  # of 359 test images the first rank has 180: one batch more than the second
+    "data.eval_batch_size=179",  # the first rank has 180 of 359 images: one batch more
     "checkpoint={every: 1, keep: 9}",
 )
 STOP_AT = 31  # of 76; not at the end of an epoch
@@ -57,14 +57,12 @@ JOBS: list[Job] = [
     (False, "to-whole", 0, True),
 ]
 
-gloo = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()),
-    reason="this torch has no gloo",
-)
+has_gloo = distributed.is_available() and distributed.is_gloo_available()
+gloo = pytest.mark.skipif(not has_gloo, reason="this torch has no gloo")
 
 
 def work(folder: str, jobs: list[Job]) -> None:
-    """What every rank does."""
+    """Do the runs; on every rank."""
     for is_shard, name, stop_at, resume in jobs:
         built: list[build.Run] = []
 
@@ -108,7 +106,7 @@ def work(folder: str, jobs: list[Job]) -> None:
 
 
 def check_parts(run: build.Run, is_shard: bool) -> None:
-    """Weights and their statistics lie in parts, none of which holds the memory of the whole; or all are whole."""
+    """Check that weights and statistics are sharded, and no shard holds the whole memory; or not."""
     tensors = [*run.unwrapped_model.parameters()]
     tensors += [
         run.optimizer.state[p][key]
@@ -130,7 +128,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the runs of all jobs."""
+    """Do the runs of all jobs."""
     folder = tmp_path_factory.mktemp("sharded")
     environment = {
         **os.environ,
@@ -182,11 +180,13 @@ def assert_close(one: Path, other: Path) -> None:
         assert line == pytest.approx(as_expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @gloo
 def test_two_ranks_that_shard_train_as_two_that_do_not(folder: Path) -> None:
     assert_close(folder / "sharded", folder / "whole")
 
 
+@pytest.mark.slow
 @gloo
 def test_a_sharded_run_stopped_and_resumed_is_the_run_that_never_stopped(folder: Path) -> None:
     assert metrics(folder / "stopped") == metrics(folder / "sharded")
@@ -195,12 +195,14 @@ def test_a_sharded_run_stopped_and_resumed_is_the_run_that_never_stopped(folder:
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.slow
 @gloo
 @pytest.mark.parametrize("name", ["to-sharded", "to-whole"])
 def test_a_run_goes_on_sharded_or_not_as_it_was_not_or_was(folder: Path, name: str) -> None:
     assert_close(folder / name, folder / "whole")
 
 
+@pytest.mark.slow
 @gloo
 def test_what_a_sharded_run_wrote_loads_and_is_exactly_sparse(folder: Path) -> None:
     recipe = read_recipe(QUICKSTART)
@@ -212,12 +214,12 @@ def test_what_a_sharded_run_wrote_loads_and_is_exactly_sparse(folder: Path) -> N
     assert [line["sparsity"] for line in metrics(folder / "sharded")[:-1]] == [0.95] * 4
 
 
-# --- what is refused at start ----------------------------------------------------------------------------------------
+# What is refused at start
 
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    if not (distributed.is_available() and distributed.is_gloo_available()):
+    if not has_gloo:
         pytest.skip("this torch has no gloo")
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
@@ -276,7 +278,7 @@ def test_an_optimizer_that_does_not_work_on_sharded_weights_is_refused(
 def test_others_are_not(optimizer: str) -> None:
     if optimizer == "muon" and TorchVersion(torch.__version__) < (2, 11):
         pytest.skip(
-            "torch 2.10 does not clamp a norm of sharded weights in place, as timm's Muon does; 2.11 does"
+            "torch 2.10 can't clamp a norm of sharded weights in place, as timm's Muon does"
         )
     check(f"optimizer={{opt: {optimizer}, lr: 0.01}}")
 
