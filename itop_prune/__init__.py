@@ -1,9 +1,9 @@
-"""Dynamic sparse training for PyTorch: In-Time Over-Parameterization (ITOP) as a torch pruning method.
+"""Dynamic sparse training for PyTorch: In-Time Over-Parameterization (ITOP) as a pruning method.
 
-`apply` places the masks and `MaskScheduler` moves them. Papers differ in functions of plain tensors or
-plain numbers: `itop_prune.criteria`, `.distributions`, `.redistribution`, `.saliency`, `.schedules`. The
-algorithm itself is `itop_prune.topology`, and `itop_prune.patterns` for N:M. The README.md beside this
-file is a map of the code.
+`apply` places the masks and `MaskScheduler` moves them. Papers differ in functions of plain tensors
+or plain numbers: `itop_prune.criteria`, `.distributions`, `.redistribution`, `.saliency`,
+`.schedules`. The algorithm itself is `itop_prune.topology`, and `itop_prune.patterns` for N:M. The
+README.md beside this file is a map of the code.
 """
 
 from itop_prune import patterns, topology

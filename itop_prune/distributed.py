@@ -1,6 +1,5 @@
-"""What the ranks of a data-parallel training must agree on. Without torch.distributed there is one rank."""
+"""What the ranks of a data-parallel training must agree on. Without torch.distributed: one rank."""
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -91,11 +90,12 @@ def inspect(
 
 
 def _largest(tensor: Tensor | None) -> Tensor:
-    """Compute the largest absolute value, which is finite if all are and 0 if all are; 0 for nothing."""
-    part = None if tensor is None else local(tensor)
+    """Compute the largest absolute value: finite if all are, 0 if all are or nothing is there."""
+    part = None if tensor is None else local(tensor.detach())
     if part is None or not part.numel():
         return torch.zeros(())
-    return torch.linalg.vector_norm(part.detach(), math.inf).float()
+    smallest, largest = part.aminmax()  # both are NaN if any value is
+    return torch.maximum(-smallest, largest).float()
 
 
 def check_equal_masks(masks: Mapping[str, Tensor]) -> None:
@@ -106,8 +106,8 @@ def check_equal_masks(masks: Mapping[str, Tensor]) -> None:
     """
     check_equal(
         {f"mask of {name}": mask for name, mask in masks.items()},
-        "call apply with one seed on all ranks, and where scores depend on the weights, on the same "
-        "weights",
+        "call apply with one seed on all ranks, and where scores depend on the weights, on the "
+        "same weights",
     )
 
 
@@ -136,7 +136,7 @@ def check_equal(tensors: Mapping[str, Tensor], advice: str) -> None:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Compute a number that depends on every bit and its position; integers wrap around on purpose."""
+    """Compute a number that depends on every bit and its position; integers may overflow."""
     bits = tensor.detach().flatten().view(BITS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, len(bits), CHUNK):

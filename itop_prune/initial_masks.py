@@ -1,7 +1,7 @@
 """Where masks start: `apply` decides how many weights of each layer are active, and which ones.
 
-Four verbs: find the weights, count the active ones, draw masks, place them. `count_active` stops after
-the second and leaves the model alone.
+Four verbs: find the weights, count the active ones, draw masks, place them. `count_active` stops
+after the second and leaves the model alone.
 """
 
 import math
@@ -50,47 +50,50 @@ def apply(
 ) -> dict[str, ITOP]:
     """Make a model sparse: mask every weight matrix of a convolution or linear map.
 
-    Weights are 0 where their mask is False. Parameters stay the same objects in the same order, under the
-    name `<name>_orig`, so an optimizer may be built before or after. Biases, norms, embeddings and
-    position tables stay as they are. A frozen weight is masked too, but never moved.
+    Weights are 0 where their mask is False. Parameters stay the same objects in the same order,
+    under the name `<name>_orig`, so an optimizer may be built before or after. Biases, norms,
+    embeddings and position tables stay as they are. A frozen weight is masked too, but never moved.
 
     Args:
         model: Any module with values, on any device; changed in place.
         sparsity: Share of zeros over all masked weights together, in [0, 1). Exactly
             `round((1 - sparsity) * total)` weights stay active, at least 1 in each layer.
-        method: How the active weights are shared out over the layers: "ERK", "ERK+", "ER", "uniform",
-            "uniform+", or a function `(shapes, density) -> densities`. Or scores: "magnitude", or tensors
-            by name. Each layer then gets what the best scores of all layers together leave in it.
-        scores: Which positions start active: "random"; "magnitude", for a pretrained model; or a tensor
-            of the parameter's shape for every masked name, whose largest values stay (see
+        method: How the active weights are shared out over the layers: "ERK", "ERK+", "ER",
+            "uniform", "uniform+", or a function `(shapes, density) -> densities`. Or scores:
+            "magnitude", or tensors by name. Each layer then gets what the best scores of all layers
+            together leave in it.
+        scores: Which positions start active: "random"; "magnitude", for a pretrained model; or a
+            tensor of the parameter's shape for every masked name, whose largest values stay (see
             `itop_prune.saliency`). The same scores as `method` make it one choice over all layers.
-        densities: Densities of some layers, in [0, 1] by pattern, such as {"head": 1.0}. The others share
-            the rest of the budget. These densities hold at the start; `final_method` and `redistribute`
-            of MaskScheduler decide anew.
-        pattern: "N:M", such as "2:4", keeps N of every M consecutive weights along dimension 1 (inputs,
-            input channels), in every layer and at every update. `sparsity` is then 1 - N / M, and
-            `method` stays as it is. Scores choose within each group of M.
+        densities: Densities of some layers, in [0, 1] by pattern, such as {"head": 1.0}. The others
+            share the rest of the budget. These densities hold at the start; `final_method` and
+            `redistribute` of MaskScheduler decide anew.
+        pattern: "N:M", such as "2:4", keeps N of every M consecutive weights along dimension 1
+            (inputs, input channels), in every layer and at every update. `sparsity` is then 1 - N /
+            M, and `method` stays as it is. Scores choose within each group of M.
         include: Patterns (`fnmatch`) of what to mask. A pattern matches a parameter by its name
             ("layer1.0.conv1.weight") or by its layer's name ("layer1.0.conv1").
         exclude: Patterns of what to leave dense, such as "head". It does not count in the budget.
-        strict: Whether a layer that an N:M pattern does not divide is an error. Otherwise it stays dense
-            without a mask, and a warning lists it.
-        seed: Of the random positions. Equal seeds give equal masks, on every device and rank. Torch's
-            global generators are not touched.
+        strict: Whether a layer that an N:M pattern does not divide is an error. Otherwise it stays
+            dense without a mask, and a warning lists it.
+        seed: Of the random positions. Equal seeds give equal masks, on every device and rank.
+            Torch's global generators are not touched.
 
     Returns:
         The masks, keyed by the names that `model.named_parameters()` gave before.
 
     Raises:
         ValueError: A value is out of range, a name is unknown, nothing is there to mask, a pattern
-            matches nothing, the model is on the meta device, or a selected weight can't be masked (masked
-            already, tied, parametrized) or divided, with `strict`. The model is then unchanged.
+            matches nothing, the model is on the meta device, or a selected weight can't be masked
+            (masked already, tied, parametrized) or divided, with `strict`. The model is then
+            unchanged.
 
-    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv 2102.02887.
+    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv
+    2102.02887.
 
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
-    >>> apply(model, sparsity=0.75, method="uniform")
-    {'0.weight': ITOP(Linear.weight, 8 of 32 active), '2.weight': ITOP(Linear.weight, 2 of 8 active)}
+    >>> apply(model, sparsity=0.75, method="uniform", include="0")
+    {'0.weight': ITOP(Linear.weight, 8 of 32 active)}
     """
     seed = checked_seed(seed)
     groups = _check_budget(sparsity, method, densities, pattern)
@@ -122,7 +125,8 @@ def count_active(
     """Count the active weights that `apply` would leave in each layer, without touching the model.
 
     Args:
-        model: Any module, also on the meta device, where `method="magnitude"` has no values to look at.
+        model: Any module, also on the meta device, where `method="magnitude"` has no values to look
+            at.
         sparsity: As all other arguments, those of `apply`.
         method: Likewise.
         densities: Likewise.
@@ -158,12 +162,13 @@ def _check_budget(
     """Check how the active weights are to be shared out; return N and M of a pattern."""
     if not is_number(sparsity) or not 0.0 <= sparsity < 1.0:
         raise ValueError(
-            f"sparsity is {sparsity!r}; allowed is a number in [0, 1), the share of zeros: 0.9 keeps a tenth"
+            f"sparsity is {sparsity!r}; allowed is a number in [0, 1), the share of zeros: 0.9 "
+            "keeps a tenth"
         )
     if isinstance(method, str) and ":" in method:
         raise ValueError(
-            f"method is {method!r}; a pattern N:M has an argument of its own: write pattern={method!r} and "
-            "leave method out"
+            f"method is {method!r}; a pattern N:M has an argument of its own: write "
+            f"pattern={method!r} and leave method out"
         )
     if not _is_scores(method):
         known = {**DISTRIBUTIONS, "magnitude": None}
@@ -175,8 +180,8 @@ def _check_budget(
     n, m = groups
     if method not in ("ERK", "uniform"):
         raise ValueError(
-            f"method is {method!r}, and the pattern {pattern} gives every layer the same density; leave "
-            "method out"
+            f"method is {method!r}, and the pattern {pattern} gives every layer the same density; "
+            "leave method out"
         )
     if abs(sparsity - (1.0 - n / m)) > 5e-5:  # 0.6667 is 1:3
         raise ValueError(
@@ -185,8 +190,8 @@ def _check_budget(
         )
     if densities:
         raise ValueError(
-            f"densities is {densities!r}, and the pattern {pattern} gives every layer the same; leave "
-            "densities out, and exclude what should stay dense"
+            f"densities is {densities!r}, and the pattern {pattern} gives every layer the same; "
+            "leave densities out, and exclude what should stay dense"
         )
     return groups
 
@@ -198,8 +203,8 @@ def _is_scores(method: object) -> bool:
 def _check_scores_name(scores: str | Scores) -> None:
     if not isinstance(scores, Mapping) and scores not in SCORES:
         raise ValueError(
-            f"unknown scores {scores!r}; known are {', '.join(SCORES)}{nearest(scores, SCORES)}; or tensors "
-            "by name, such as itop_prune.saliency makes"
+            f"unknown scores {scores!r}; known are {', '.join(SCORES)}{nearest(scores, SCORES)}; "
+            "or tensors by name, such as itop_prune.saliency makes"
         )
 
 
@@ -217,11 +222,13 @@ def _find_targets(
     lines = "\n".join(f"  {name}: {reason}" for name, reason in left_out.items())
     if len(left_out) == len(targets):
         raise ValueError(
-            f"the pattern {n}:{m} divides no weight, and nothing is left to mask; give another\n{lines}"
+            f"the pattern {n}:{m} divides no weight, and nothing is left to mask; give "
+            f"another\n{lines}"
         )
     if left_out and strict:
         raise ValueError(
-            f"the pattern {n}:{m} does not divide\n{lines}\nTo leave them dense: exclude={sorted(left_out)}"
+            f"the pattern {n}:{m} does not divide\n{lines}\nTo leave them dense: "
+            f"exclude={sorted(left_out)}"
         )
     if left_out and distributed.is_first():
         warnings.warn(
@@ -238,8 +245,9 @@ def _refuse_meta(targets: Mapping[str, Target]) -> None:
     ]
     if meta:
         raise ValueError(
-            f"{meta[0]} is on the meta device, where weights have no values; call itop_prune.count_active "
-            "for the counts alone, or model.to_empty(device=...) and load or initialize the weights first"
+            f"{meta[0]} is on the meta device, where weights have no values; call "
+            "itop_prune.count_active for the counts alone, or model.to_empty(device=...) and load "
+            "or initialize the weights first"
         )
 
 
@@ -274,7 +282,8 @@ def _by_name(densities: Mapping[str, float], names: Iterable[str]) -> dict[str, 
     for pattern, density in densities.items():
         if not is_number(density) or not 0.0 <= density <= 1.0:
             raise ValueError(
-                f"densities[{pattern!r}] is {density!r}; allowed is a number in [0, 1], the share kept"
+                f"densities[{pattern!r}] is {density!r}; allowed is a number in [0, 1], the share "
+                "kept"
             )
         for name in matching([pattern], names, "densities"):
             fixed.setdefault(name, float(density))
@@ -340,6 +349,7 @@ def _magnitudes(name: str, target: Target) -> Tensor:
 def _without_nan(scores: Tensor, problem: str) -> Tensor:
     if scores.isnan().any():
         raise ValueError(
-            f"{problem}; scores must be numbers: look at the function that made them and at the weight"
+            f"{problem}; scores must be numbers: look at the function that made them and at the "
+            "weight"
         )
     return scores

@@ -1,7 +1,8 @@
 """N:M patterns such as 2:4: of every M consecutive weights along dimension 1, N are active.
 
-Dimension 1 holds the inputs of a linear layer and the input channels of a convolution. A group is M of
-them at equal other indices, as kernels for 2:4 sparsity read them. Tensors in, masks out, as in `topology`.
+Dimension 1 holds the inputs of a linear layer and the input channels of a convolution. A group is M
+of them at equal other indices, as kernels for 2:4 sparsity read them. Tensors in, masks out, as in
+`topology`.
 """
 
 import math
@@ -32,7 +33,8 @@ def parse(pattern: object) -> Pattern | None:
         return None
     if isinstance(pattern, int) and not isinstance(pattern, bool):
         raise ValueError(
-            f"pattern is {pattern}, a number; allowed is text N:M: without quotes YAML reads 2:4 as 124, "
+            f"pattern is {pattern}, a number; allowed is text N:M: without quotes YAML reads 2:4 "
+            "as 124, "
             'so write pattern: "2:4"'
         )
     numbers = (
@@ -41,8 +43,8 @@ def parse(pattern: object) -> Pattern | None:
     n, m = map(int, numbers.groups()) if numbers else (0, 0)
     if not 1 <= n < m:
         raise ValueError(
-            f"pattern is {pattern!r}; allowed is text N:M with whole numbers, N from 1 and below M: '2:4' "
-            "keeps 2 of every 4 weights"
+            f"pattern is {pattern!r}; allowed is text N:M with whole numbers, N from 1 and below "
+            "M: '2:4' keeps 2 of every 4 weights"
         )
     return n, m
 
@@ -53,11 +55,12 @@ def best_of_groups(
     """Select exactly `n` positions of every group of `m`: those with the largest scores in it.
 
     Args:
-        scores: One number per position, of two or more dimensions and any memory format. Dimension 1 is
-            a multiple of `m`.
+        scores: One number per position, of two or more dimensions and any memory format. Dimension
+            1 is a multiple of `m`.
         n: How many to select in a group, 0 to `m`.
         m: How many positions a group has, at least 1.
-        generator: Draws among ties, on the device of `scores`. None takes tied positions in index order.
+        generator: Draws among ties, on the device of `scores`. None takes tied positions in index
+            order.
 
     Returns:
         A bool mask of the shape of `scores`.
@@ -87,8 +90,8 @@ def grow_in_groups(
         A bool mask of the shape of `kept`.
 
     Raises:
-        ValueError: The groups can't be formed, `n` is out of range, a group has more than `n` active
-            positions, or scores are NaN.
+        ValueError: The groups can't be formed, `n` is out of range, a group has more than `n`
+            active positions, or scores are NaN.
 
     >>> kept = torch.tensor([[True, False, False, False, False, True, True, False]])
     >>> grow_in_groups(kept, torch.tensor([[9.0, 1.0, 3.0, 2.0, 8.0, 0.0, 0.0, 9.0]]), 2, 4).int()
@@ -96,7 +99,8 @@ def grow_in_groups(
     """
     if m < 1 or kept.dim() < 2 or kept.shape[1] % m:
         raise ValueError(
-            f"groups of {m} can't be formed along dimension 1 of {tuple(kept.shape)}; it must be divisible"
+            f"groups of {m} can't be formed along dimension 1 of {tuple(kept.shape)}; it must be "
+            "divisible"
         )
     if not 0 <= n <= m:
         raise ValueError(f"asked for {n} of every {m} positions; allowed are 0 to {m}")
@@ -148,8 +152,9 @@ def check_held(masks: Mapping[str, Tensor], patterns: Mapping[str, Pattern]) -> 
     ]
     if broken:
         raise ValueError(
-            f"the masks of {', '.join(broken)} do not hold their patterns, and something else has written "
-            "into them; load the masks again, or call itop_prune.remove and itop_prune.apply"
+            f"the masks of {', '.join(broken)} do not hold their patterns, and something else has "
+            "written into them; load the masks again, or call itop_prune.remove and "
+            "itop_prune.apply"
         )
 
 
@@ -159,10 +164,10 @@ def _by_place(tensor: Tensor, m: int) -> Tensor:
 
 
 def _ranks(values: Tensor, last: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Rank the places of every group: 0 is the largest value, and places in `last` come after all others.
+    """Rank the places of every group, 0 for the largest value; places in `last` come last.
 
-    One of every two places is ahead, so no rank occurs twice in a group. Comparing all pairs is faster
-    than sorting for groups of up to about 32.
+    One of every two places is ahead, so no rank occurs twice in a group. Comparing all pairs is
+    faster than sorting for groups of up to about 32.
     """
     draws = torch.zeros(values.shape, device=values.device)
     if generator is not None:

@@ -55,71 +55,78 @@ SAVED = (
 
 
 class MaskScheduler:
-    """Moves masks during training: call `step()` after every optimizer step, before gradients are cleared.
+    """Moves masks during training: call `step()` after every optimizer step.
 
-    Every `every` steps, in each layer, the `ceil(rate * active)` weights with the lowest `prune` scores
-    leave the mask, and as many with the highest `grow` scores enter it. While the density falls, more
-    leave than enter. Weights that enter start at 0, and so does every optimizer statistic of theirs. A
-    weight just pruned may grow again at once, as in the ITOP authors' code and RigL's, and then never
-    left. The count is rounded up (RigL's code rounds it down), and an update at the very step of `stop` is
-    made. A layer without a gradient at an update stays as it is.
+    Gradients must not be cleared before it.
 
-    The rate at a step (counted from 1) is
-    `min_rate + (rate - min_rate) * schedule(min(1, step / (stop * total_steps)))`. With `final_sparsity`
-    the density follows `density` from its present value to the final one, exact at the last update.
+    Every `every` steps, in each layer, the `ceil(rate * active)` weights with the lowest `prune`
+    scores leave the mask, and as many with the highest `grow` scores enter it. While the density
+    falls, more leave than enter. Weights that enter start at 0, and so does every optimizer
+    statistic of theirs. A weight just pruned may grow again at once, as in the ITOP authors' code
+    and RigL's, and then never left. The count is rounded up (RigL's code rounds it down), and an
+    update at the very step of `stop` is made. A layer without a gradient at an update stays as it
+    is.
 
-    A mask with a pattern N:M keeps it exactly. The same weights leave, and each group of M regrows as many
-    as it lost, by its highest `grow` scores.
+    The rate at a step (counted from 1) is `min_rate + (rate - min_rate) * schedule(min(1, step /
+    (stop * total_steps)))`. With `final_sparsity` the density follows `density` from its present
+    value to the final one, exact at the last update.
+
+    A mask with a pattern N:M keeps it exactly. The same weights leave, and each group of M regrows
+    as many as it lost, by its highest `grow` scores.
 
     Args:
         masks: What `itop_prune.apply` returned, or a part of it. Only these masks move.
-        optimizer: It must hold the masked parameters; wrapped by Accelerate or not. The scheduler sets
-            its statistics to 0 for weights that leave or enter a mask, and changes nothing else of it.
+        optimizer: It must hold the masked parameters; wrapped by Accelerate or not. The scheduler
+            sets its statistics to 0 for weights that leave or enter a mask, and changes nothing
+            else of it.
         total_steps: Optimizer steps of the whole training, at least 1.
-        every: Steps between updates, at least 1. The paper takes 1500 for random growth and 4000 for
-            growth by gradient on CIFAR-10. Choose it large enough to train new weights, and small enough
-            for many updates.
+        every: Steps between updates, at least 1. The paper takes 1500 for random growth and 4000
+            for growth by gradient on CIFAR-10. Choose it large enough to train new weights, and
+            small enough for many updates.
         stop: The last update, as a share of `total_steps`, in (0, 1].
-        rate: Share of the active weights exchanged at an update, at the beginning; in (0, 1], or 0 with
-            `final_sparsity`.
+        rate: Share of the active weights exchanged at an update, at the beginning; in (0, 1], or 0
+            with `final_sparsity`.
         min_rate: The same share at the end; in [0, rate].
-        schedule: Of the rate: a key of `itop_prune.schedules.SCHEDULES`, or a function of progress in
-            [0, 1].
+        schedule: Of the rate: a key of `itop_prune.schedules.SCHEDULES`, or a function of progress
+            in [0, 1].
         prune: A key of `itop_prune.criteria.PRUNE`, or a function of some of
             `itop_prune.criteria.OFFERED`.
-        grow: A key of `itop_prune.criteria.GROW`, or a function likewise. A function that asks for `grad`
-            gets the dense gradient of the step.
-        redistribute: Which layers get the weights that grow. "none": each gets what it pruned. Else a key
-            of `itop_prune.redistribution.REDISTRIBUTIONS`, or a function of some of its `OFFERED`.
-        scope: "layer": each layer prunes its own share. "global": the lowest scores of all layers together
-            leave, and without redistribution each layer grows what it lost. On the way to a final sparsity
-            only the cut is global. Each layer then exchanges its share of what it has left (GraNet: Liu et
-            al., 2021, arXiv 2106.10404). "global" holds the scores of all active weights at once, 12 bytes
-            each.
-        floor: With the scope "global", the least density of a layer, in [0, 1). One weight stays in any
-            case, but a layer with one weight seldom recovers.
+        grow: A key of `itop_prune.criteria.GROW`, or a function likewise. A function that asks for
+            `grad` gets the dense gradient of the step.
+        redistribute: Which layers get the weights that grow. "none": each gets what it pruned. Else
+            a key of `itop_prune.redistribution.REDISTRIBUTIONS`, or a function of some of its
+            `OFFERED`.
+        scope: "layer": each layer prunes its own share. "global": the lowest scores of all layers
+            together leave, and without redistribution each layer grows what it lost. On the way to
+            a final sparsity only the cut is global. Each layer then exchanges its share of what it
+            has left (GraNet: Liu et al., 2021, arXiv 2106.10404). "global" holds the scores of all
+            active weights at once, 12 bytes each.
+        floor: With the scope "global", the least density of a layer, in [0, 1). One weight stays in
+            any case, but a layer with one weight seldom recovers.
         density: How the density goes to the final one: "cubic", "alternating" or another schedule.
-        final_sparsity: Share of zeros after the last update, in [0, 1), over all masks passed. None: the
-            sparsity stays.
+        final_sparsity: Share of zeros after the last update, in [0, 1), over all masks passed.
+            None: the sparsity stays.
         final_method: How the final active weights are shared out with the scope "layer": a key of
-            `itop_prune.distributions.DISTRIBUTIONS`, or a function `(shapes, density) -> densities`.
+            `itop_prune.distributions.DISTRIBUTIONS`, or a function `(shapes, density) ->
+            densities`.
         gradient_steps: How many steps before an update `grad` sums up; 1 to `every`.
         survival: Whether to count which new weights survive the next update; a byte per weight.
         seed: Of random criteria and ties.
-        check_ranks: Whether ranks compare a checksum of masks and weights at every update, and stop a run
-            that has diverged. Masks are compared once, here, in any case.
+        check_ranks: Whether ranks compare a checksum of masks and weights at every update, and stop
+            a run that has diverged. Masks are compared once, here, in any case.
 
     Raises:
         ValueError: A value is out of range, a name is unknown, the optimizer does not hold a masked
-            parameter or keeps its statistics out of reach, or a mask breaks its pattern or would have to
-            change its count.
-        RuntimeError: Ranks hold different masks; in `step()`, with `check_ranks`, different masks or
-            weights.
+            parameter or keeps its statistics out of reach, or a mask breaks its pattern or would
+            have to change its count.
+        RuntimeError: Ranks hold different masks; in `step()`, with `check_ranks`, different masks
+            or weights.
 
-    Under torch.distributed all ranks must train the same model, since the dense gradient is averaged over
-    them.
+    Under torch.distributed all ranks must train the same model, since the dense gradient is
+    averaged over them.
 
-    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv 2102.02887.
+    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv
+    2102.02887.
     """
 
     updates: int
@@ -162,8 +169,8 @@ class MaskScheduler:
         )
         if not isinstance(masks, Mapping) or not masks:
             raise ValueError(
-                f"masks is {type(masks).__name__}; allowed is what itop_prune.apply returned, or a part of "
-                "it"
+                f"masks is {type(masks).__name__}; allowed is what itop_prune.apply returned, or a "
+                "part of it"
             )
         self._masks, self._optimizer = dict(masks), optimizer
         self._seed, self._check_ranks = checked_seed(seed), check_ranks
@@ -190,8 +197,8 @@ class MaskScheduler:
         if patterns and (self._rules.redistribute or self._density.moves):
             name, (n, m) = next(iter(patterns.items()))
             raise ValueError(
-                f"{name} keeps {n} of every {m} weights, and redistribute and final_sparsity would change "
-                "how many; leave them out, or place masks without a pattern"
+                f"{name} keeps {n} of every {m} weights, and redistribute and final_sparsity would "
+                "change how many; leave them out, or place masks without a pattern"
             )
         check_held(masks, patterns)
 
@@ -201,8 +208,8 @@ class MaskScheduler:
             table = self._timetable
             raise ValueError(
                 f"every is {table.every} and the last update could be at step "
-                f"{table.stop * table.total_steps:g}: none is made, and final_sparsity never reached; "
-                "lower every"
+                f"{table.stop * table.total_steps:g}: none is made, and final_sparsity never "
+                "reached; lower every"
             )
 
         check_holds_parameters(self._optimizer, self._masks)
@@ -229,21 +236,23 @@ class MaskScheduler:
         return self._timetable.updates()
 
     def exploration_rate(self) -> float:
-        """Compute R_s: the share of masked weights that were active at least once (Liu et al., 2021)."""
+        """Compute R_s: the share of masked weights that were active at least once."""
         return self._exploration.rate()
 
     def entered(self) -> dict[str, int]:
         """Count, by layer, the weights that entered its mask at the last update.
 
         They are active now and were not before it. A layer that keeps its density gets at most
-        `ceil(rate * active)`, and fewer if pruned weights grew again. Empty before the first update.
+        `ceil(rate * active)`, and fewer if pruned weights grew again. Empty before the first
+        update.
         """
         return self._exploration.entered()
 
     def survival_rates(self) -> dict[str, float]:
-        """Compute, by layer, the share of the last update but one's new weights that survived the last.
+        """Compute, by layer, the share of new weights that survived the last update.
 
-        Layers in which nothing grew are left out. Empty without `survival=True`.
+        They are the weights that grew at the update before it. Layers in which nothing grew
+        are left out. Empty without `survival=True`.
         """
         return self._exploration.survival_rates()
 
@@ -254,20 +263,20 @@ class MaskScheduler:
     def step(self) -> bool:
         """Count one optimizer step, and prune and regrow when it is time.
 
-        Call it after every optimizer step that happened, before gradients are cleared. Do not call it in
-        the middle of an accumulation, nor if a gradient scaler skipped the step. After the last update it
-        only counts, unless an update is still due. If a criterion fails or gives NaN, some masks may have
-        moved: go back to a checkpoint.
+        Call it after every optimizer step that happened, before gradients are cleared. Do not call
+        it in the middle of an accumulation, nor if a gradient scaler skipped the step. After the
+        last update it only counts, unless an update is still due. If a criterion fails or gives
+        NaN, some masks may have moved: go back to a checkpoint.
 
         Returns:
             True when an update was made.
 
         Raises:
-            RuntimeError: No masked parameter has a gradient at the first step or at a due update. They
-                were cleared before, and the step is not counted. Or a criterion failed, or ranks have
-                diverged.
-            ValueError: A criterion or redistribution did not give numbers, or the masked parameters are
-                no longer those that the optimizer holds.
+            RuntimeError: No masked parameter has a gradient at the first step or at a due update.
+                They were cleared before, and the step is not counted. Or a criterion failed, or
+                ranks have diverged.
+            ValueError: A criterion or redistribution did not give numbers, or the masked parameters
+                are no longer those that the optimizer holds.
         """
         step = self._step + 1
         due = self._due or step in self.update_steps()
@@ -377,7 +386,7 @@ class MaskScheduler:
         return inputs
 
     def _write(self, name: str, mask: Tensor) -> None:
-        """Write a new mask; set weight and statistics to 0 unless a weight is active before and after.
+        """Write a new mask; set values and statistics of weights that left or entered to 0.
 
         So a weight that grows starts at 0. A weight pruned and grown again at once was never out.
         """
@@ -401,7 +410,8 @@ class MaskScheduler:
             return
 
         masks = self._movable()
-        # In a step FSDP2 swaps the parameters for others, which have the gradients of one rank alone.
+        # In a step FSDP2 swaps the parameters for others, which have the gradients of one rank
+        # alone.
         check_holds_parameters(self._optimizer, masks)
         self._gradients.collect_from(masks)
 
@@ -427,7 +437,8 @@ class MaskScheduler:
         missing = [key for key in SAVED if key not in state]
         if missing:
             raise ValueError(
-                f"the state lacks {', '.join(missing)}; give what a MaskScheduler's state_dict() returned"
+                f"the state lacks {', '.join(missing)}; give what a MaskScheduler's state_dict() "
+                "returned"
             )
 
         self._exploration.load_state_dict(state)
@@ -449,5 +460,6 @@ class MaskScheduler:
         return (
             f"MaskScheduler({len(self._masks)} masks, {active:,} of {total:,} active, "
             f"prune={self._rules.prune.name}, grow={self._rules.grow.name}, rate={self.rate:.4f}, "
-            f"step {self._step} of {self._timetable.total_steps}, updates={self.updates}, next={coming})"
+            f"step {self._step} of {self._timetable.total_steps}, updates={self.updates}, "
+            f"next={coming})"
         )

@@ -1,6 +1,7 @@
 """Tensors of which every rank holds a part (FSDP2's DTensors): read whole, written in parts.
 
-Masks themselves are whole on every rank. They take a byte per weight and no exchange before a forward.
+Masks themselves are whole on every rank. They take a byte per weight and no exchange before a
+forward.
 """
 
 from typing import Any
@@ -43,7 +44,8 @@ def like(tensor: Tensor, other: Any) -> Tensor:
 def zero_off_mask(tensor: Tensor, mask: Tensor) -> None:
     """Set `tensor` to 0 in place wherever `mask` is False, NaN too.
 
-    The bits are multiplied by the mask as whole numbers, which takes an eighth of the time of a fill.
+    The bits are multiplied by the mask as whole numbers, which takes an eighth of the time of a
+    fill.
 
     >>> weight = torch.tensor([1.0, torch.nan, -torch.inf, 2.0])
     >>> zero_off_mask(weight, torch.tensor([True, False, False, True]))

@@ -1,7 +1,7 @@
 """The algorithm: which weights leave a mask and which enter it. Tensors in, a new bool mask out.
 
-`prune_and_regrow` is all of it, and `MaskScheduler` calls it for every layer at every update. The rest of
-this file selects the best of many scores without sorting them.
+`prune_and_regrow` is all of it, and `MaskScheduler` calls it for every layer at every update. The
+rest of this file selects the best of many scores without sorting them.
 """
 
 import hashlib
@@ -35,8 +35,9 @@ def prune_and_regrow(
 ) -> Tensor:
     """Compute a new mask: prune `n_prune` active positions, then grow `n_grow` inactive ones.
 
-    A position that has just been pruned is inactive, so it may grow again at once, as in the authors'
-    code. The share of active positions that really leave is therefore at most `n_prune` over all active.
+    A position that has just been pruned is inactive, so it may grow again at once, as in the
+    authors' code. The share of active positions that really leave is therefore at most `n_prune`
+    over all active.
 
     Args:
         mask: Bool, True = active. It is read, never written.
@@ -48,12 +49,14 @@ def prune_and_regrow(
         generator: Draws among ties, on the mask's device. None takes tied positions in index order.
 
     Returns:
-        A bool tensor of the mask's shape with exactly `mask.sum() - n_prune + n_grow` active positions.
+        A bool tensor of the mask's shape with exactly `mask.sum() - n_prune + n_grow` active
+        positions.
 
     Raises:
         ValueError: A number is out of range, or scores are NaN (`NaNScores`).
 
-    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv 2102.02887.
+    Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv
+    2102.02887.
 
     >>> mask = torch.tensor([True, True, True, False, False, False])
     >>> weight = torch.tensor([0.5, -0.1, 0.3, 0.0, 0.0, 0.0])
@@ -98,7 +101,8 @@ def grow(
     inactive = mask.numel() - count_true(mask)
     if not 0 <= count <= inactive:
         raise ValueError(
-            f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to that"
+            f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to "
+            "that"
         )
     try:
         return mask ^ select(as_float(scores), ~mask, count, generator)
@@ -111,14 +115,15 @@ def select(
 ) -> Tensor:
     """Select exactly `count` allowed positions: those with the largest scores.
 
-    Positions are selected by index and never by a threshold, so ties cannot change the count. Positions
-    that tie for the last places are drawn at random.
+    Positions are selected by index and never by a threshold, so ties cannot change the count.
+    Positions that tie for the last places are drawn at random.
 
     Args:
         scores: One floating-point number per position, of any shape and memory format.
         allowed: Bool, of the shape of `scores`; at least `count` positions are True.
         count: How many positions to select.
-        generator: Draws among ties, on the device of `scores`. None takes tied positions in index order.
+        generator: Draws among ties, on the device of `scores`. None takes tied positions in index
+            order.
 
     Returns:
         A bool tensor of the shape of `scores`.
@@ -134,15 +139,16 @@ def select(
 
     flat = scores.flatten()
     certain, candidates, rest = _split_search(flat, allowed.flatten(), count)
-    chosen = candidates[_top(flat[candidates], rest, generator)]
+    values = flat.index_select(0, candidates)
+    chosen = candidates.index_select(0, _top(values, rest, generator))
     return certain.index_fill_(0, chosen, True).view(allowed.shape)
 
 
 def _split_search(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
-    """Split the search: positions certain to be selected, remaining candidates, and how many of those.
+    """Split the search: certain positions, remaining candidates, how many candidates to select.
 
-    A sample brackets the last selected score from above and below. Where the bracket misses it, or where
-    the scores are few, all allowed positions are candidates. NaN is always a candidate.
+    A sample brackets the last selected score from above and below. Where the bracket misses it, or
+    where the scores are few, all allowed positions are candidates. NaN is always a candidate.
     """
     size = len(scores)
     stride = size // SAMPLE | 1  # odd: an even stride could follow a dimension of the weight
@@ -156,15 +162,27 @@ def _split_search(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, 
             largest = sample.topk(below).values
             certain = torch.zeros_like(allowed)
             if above > 0:
-                certain = (scores > largest[above]) & allowed
+                certain = (scores > largest[above]).bitwise_and_(allowed)
 
-            too_small = scores <= largest[-1]
-            candidates = (allowed & ~(too_small | certain)).nonzero().squeeze(1)
+            excluded = (scores <= largest[-1]).bitwise_or_(certain)
+            candidates = _true_positions(excluded.bitwise_not_().bitwise_and_(allowed))
             rest = count - count_true(certain)
             if 0 < rest <= len(candidates):
                 return certain, candidates, rest
 
-    return torch.zeros_like(allowed), allowed.nonzero().squeeze(1), count
+    return torch.zeros_like(allowed), _true_positions(allowed), count
+
+
+def _true_positions(mask: Tensor) -> Tensor:
+    """Find the True positions of a 1-d bool tensor, most of which are False.
+
+    Eight positions are seen as one whole number first, so most of them are passed over at once.
+    """
+    if len(mask) % 8 or mask.storage_offset() % 8:
+        return mask.nonzero().squeeze(1)
+    words = mask.view(torch.int64).nonzero().squeeze(1)
+    found = mask.view(-1, 8).index_select(0, words).flatten().nonzero().squeeze(1)
+    return 8 * words.index_select(0, found >> 3) + (found & 7)
 
 
 def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
@@ -195,8 +213,8 @@ def shares_of_best(
         most: Upper bounds by layer. The next best of the other layers replace what exceeds them.
 
     Returns:
-        Numbers that sum to `count`. They are whole unless positions tie for the last places. Each layer
-        then gets its share of the tied positions.
+        Numbers that sum to `count`. They are whole unless positions tie for the last places. Each
+        layer then gets its share of the tied positions.
 
     Raises:
         ValueError: Scores are NaN.
@@ -249,8 +267,9 @@ def seeded(device: torch.device, *stream: object) -> torch.Generator:
 
     So every rank and every resumed run draws the same numbers.
 
-    >>> a, b = (torch.rand(2, generator=seeded(torch.device("cpu"), 0, "fc.weight")) for _ in range(2))
-    >>> torch.equal(a, b)
+    >>> cpu = torch.device("cpu")
+    >>> one, two = seeded(cpu, 0, "fc.weight"), seeded(cpu, 0, "fc.weight")
+    >>> torch.equal(torch.rand(2, generator=one), torch.rand(2, generator=two))
     True
     """
     digest = hashlib.blake2b(repr(stream).encode(), digest_size=8).digest()

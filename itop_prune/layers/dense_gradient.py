@@ -15,9 +15,9 @@ class DenseGradientHook:
     """Collects the dense gradient of the backward passes from its creation until `take`.
 
     Hooks on the parameter keep the dense gradient and hand on the masked one, so clipping and the
-    optimizer's step are the same as in any other step. The sum follows `.grad`: micro-batches add up, and
-    the sum starts anew when `.grad` was cleared between two passes, to None or to 0 (with FSDP2 only to
-    None). Gradients of `torch.autograd.grad` are not counted.
+    optimizer's step are the same as in any other step. The sum follows `.grad`: micro-batches add
+    up, and the sum starts anew when `.grad` was cleared between two passes, to None or to 0 (with
+    FSDP2 only to None). Gradients of `torch.autograd.grad` are not counted.
     """
 
     def __init__(self, layer: nn.Module, name: str) -> None:
@@ -53,7 +53,8 @@ class DenseGradientHook:
         if present is None:
             self._sum = None
         elif self._sum is not None and not self._is_last_grad(present):
-            # Somebody wrote into `.grad`. If it is all 0 now it was cleared, and the sum starts anew.
+            # Somebody wrote into `.grad`. If it is all 0 now it was cleared, and the sum starts
+            # anew.
             self._sum = torch.where(present.any(), self._sum, 0.0)
 
         self._arriving = gradient.detach()
@@ -81,7 +82,7 @@ class DenseGradientHook:
 
 
 class ShardedDenseGradientHook(DenseGradientHook):
-    """The same where FSDP2 shards the parameter and brings its gradient, of which a rank holds a part."""
+    """The same for a parameter that FSDP2 shards; a rank holds a part of its gradient."""
 
     def _register(self, parameter: nn.Parameter) -> list[RemovableHandle]:
         handle = parameter.register_post_accumulate_grad_hook(self._after_reduction)
@@ -90,9 +91,10 @@ class ShardedDenseGradientHook(DenseGradientHook):
 
     @unserializable_hook
     def _after_reduction(self, parameter: Tensor) -> None:
-        """Take the dense part of `.grad`, where FSDP2 puts the mean over ranks and adds micro-batches.
+        """Split `.grad` into its dense and its masked part.
 
-        A `.grad` set to 0 between passes can't be told apart: all gradients of FSDP2 share one version.
+        FSDP2 puts the mean over ranks there, and adds up micro-batches. A `.grad` set to 0
+        between passes can't be told apart: all gradients of FSDP2 share one version.
         """
         gradient = parameter.grad
         if gradient is None:
@@ -101,7 +103,8 @@ class ShardedDenseGradientHook(DenseGradientHook):
         if self._sum is None or self._last_grad is None or self._last_grad[0] is not gradient:
             self._sum = gradient.to(torch.float32, copy=True)
         else:
-            # Active positions have added up in `.grad`. The others were set to 0 after the last pass.
+            # Active positions have added up in `.grad`. The others were set to 0 after the last
+            # pass.
             mask = like(self._mask, gradient)
             self._sum = torch.where(mask, gradient, self._sum + gradient).float()
         zero_off_mask(gradient, self._mask)

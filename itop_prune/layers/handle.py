@@ -1,4 +1,4 @@
-"""The handle of a mask: `ITOP` is one, `find_masks` finds all of a model, `remove` bakes them in."""
+"""The handle of a mask, `ITOP`; `find_masks` finds all of a model, `remove` bakes them in."""
 
 from collections.abc import Mapping
 
@@ -25,9 +25,9 @@ from itop_prune.topology import count_true
 class ITOP(prune.BasePruningMethod):
     """One mask on one parameter of one layer, registered as the layer's forward pre-hook.
 
-    The layer holds the parameter `<name>_orig` and the bool buffer `<name>_mask`. `layer.<name>` is the
-    effective weight, their product (see `itop_prune.layers.masked_layer`). The hook computes nothing. By
-    it `torch.nn.utils.prune` recognizes the layer, and `prune.remove` undoes the mask.
+    The layer holds the parameter `<name>_orig` and the bool buffer `<name>_mask`. `layer.<name>` is
+    the effective weight, their product (see `itop_prune.layers.masked_layer`). The hook computes
+    nothing. By it `torch.nn.utils.prune` recognizes the layer, and `prune.remove` undoes the mask.
     """
 
     PRUNING_TYPE = "unstructured"
@@ -47,7 +47,8 @@ class ITOP(prune.BasePruningMethod):
             module: The layer.
             name: Of the parameter in the layer, such as "weight".
             mask: Of the parameter's shape; True (or not 0) = active. It is copied.
-            pattern: N and M, if of every M consecutive weights along dimension 1 always N are active.
+            pattern: N and M, if of every M consecutive weights along dimension 1 always N are
+                active.
 
         Raises:
             ValueError: The parameter can't be masked, the mask has another shape, or it breaks the
@@ -66,9 +67,9 @@ class ITOP(prune.BasePruningMethod):
         if pattern is not None and not holds(mask, *pattern):
             n, m = pattern
             raise ValueError(
-                f"the mask of {name}, {tuple(mask.shape)}, does not hold the pattern {n}:{m}; of every "
-                f"{m} along dimension 1 exactly {n} must be True: itop_prune.patterns.best_of_groups makes "
-                "such a mask"
+                f"the mask of {name}, {tuple(mask.shape)}, does not hold the pattern {n}:{m}; of "
+                f"every {m} along dimension 1 exactly {n} must be True: "
+                "itop_prune.patterns.best_of_groups makes such a mask"
             )
 
         itop = cls.place(module, name)
@@ -144,8 +145,8 @@ class ITOP(prune.BasePruningMethod):
         """
         if is_sharded(self.parameter):
             raise RuntimeError(
-                f"{self._tensor_name} of {type(module).__name__} is sharded by FSDP2, which keeps its "
-                "name; load itop_prune.dense_state_dict(model) into a plain model instead"
+                f"{self._tensor_name} of {type(module).__name__} is sharded by FSDP2, which keeps "
+                "its name; load itop_prune.dense_state_dict(model) into a plain model instead"
             )
         self.take_dense_gradient()
         detach(module, self._tensor_name)
@@ -154,8 +155,8 @@ class ITOP(prune.BasePruningMethod):
     def write_mask(self, mask: Tensor) -> Tensor:
         """Write a new mask; set the parameter to 0 unless a weight is active before and after.
 
-        Filters that the layer standardizes are centred over the weights that stay, too. So a weight of 0
-        that grows into them is 0 in use.
+        Filters that the layer standardizes are centred over the weights that stay, too. So a weight
+        of 0 that grows into them is 0 in use.
 
         Returns:
             Bool: active before and after.
@@ -201,7 +202,7 @@ def active_weights(masks: Mapping[str, ITOP]) -> dict[str, int]:
 
 
 def find_masks(model: nn.Module) -> dict[str, ITOP]:
-    """Find the masks that `apply` placed: after loading or unpickling, in copies and wrappers too."""
+    """Find the masks that `apply` placed, also in loaded models, copies and wrappers."""
     masks = {}
     for name, layer, tensor in walk(model):
         for hook in layer._forward_pre_hooks.values():
@@ -213,8 +214,8 @@ def find_masks(model: nn.Module) -> dict[str, ITOP]:
 def remove(model: nn.Module) -> None:
     """Bake all masks in: plain parameters again, 0 where a mask was False.
 
-    Classes, names and order are as before `apply`. The parameters stay the same objects, so an optimizer
-    goes on with them, but nothing keeps them sparse any more.
+    Classes, names and order are as before `apply`. The parameters stay the same objects, so an
+    optimizer goes on with them, but nothing keeps them sparse any more.
     """
     for itop in find_masks(model).values():
         prune.remove(itop._layer, itop._tensor_name)
@@ -222,7 +223,7 @@ def remove(model: nn.Module) -> None:
 
 
 def exclude_masks_from_ddp(model: nn.Module) -> None:
-    """Tell DistributedDataParallel not to send the masks at every forward, since all ranks hold them."""
+    """Stop DistributedDataParallel from sending the masks at every forward; all ranks hold them."""
     model = unwrap(model)
     key = "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
     names = {

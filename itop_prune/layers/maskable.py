@@ -1,4 +1,4 @@
-"""Which weights can have a mask: found by name, selected by patterns, with the obstacles explained."""
+"""Which weights can have a mask: found by name, selected by patterns, obstacles explained."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -21,7 +21,7 @@ WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
 """The weight matrices of convolutions and linear maps, by the class of the layer."""
 
 MIXED_KERNELS = frozenset({"CondConv2d"})
-"""Class names of convolutions that mix the kernels of several experts, one kernel a row of the weight."""
+"""Class names of convolutions that mix kernels of experts; each row of the weight is a kernel."""
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """The attributes in which torch keeps parameters, buffers, modules and hooks."""
@@ -62,13 +62,14 @@ def find_weights(
     """Find the weights to mask by the patterns of `apply`, by name in model order.
 
     Raises:
-        ValueError: There is nothing to mask, a pattern matches nothing, or a selected weight can't be
-            masked.
+        ValueError: There is nothing to mask, a pattern matches nothing, or a selected weight can't
+            be masked.
     """
     found = {name: (layer, tensor) for name, layer, tensor in walk(model)}
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has nothing to mask: no weight matrix of a convolution or linear map"
+            f"{type(model).__name__} has nothing to mask: no weight matrix of a convolution or "
+            "linear map"
         )
 
     unwanted = matching(_as_list(exclude, "exclude"), found, "exclude")
@@ -114,7 +115,8 @@ def matching(patterns: Iterable[str], names: Iterable[str], argument: str) -> se
         }
         if not hits:
             raise ValueError(
-                f"{argument} pattern {pattern!r} matches no weight; the weights are: {_shorten(names)}"
+                f"{argument} pattern {pattern!r} matches no weight; the weights are: "
+                f"{_shorten(names)}"
             )
         matched |= hits
     return matched
@@ -127,7 +129,7 @@ def _shorten(names: Iterable[str], most: int = 12) -> str:
 
 
 def kernel_shape(layer: nn.Module, tensor: str) -> tuple[int, ...]:
-    """Look up a weight's shape as distributions count it; several experts give (experts * out, in, ...)."""
+    """Look up a weight's shape as distributions count it; for experts (experts * out, in, ...)."""
     shape = tuple(layer.get_parameter(tensor).shape)
     if not _mixes_kernels(layer):
         return shape
@@ -136,7 +138,7 @@ def kernel_shape(layer: nn.Module, tensor: str) -> tuple[int, ...]:
 
 
 def indivisible(layer: nn.Module, tensor: str, m: int) -> str:
-    """Explain why groups of `m` inputs can't be formed along dimension 1 of a weight, or return ""."""
+    """Explain why groups of `m` inputs can't be formed along dimension 1, or return ""."""
     shape = tuple(layer.get_parameter(tensor).shape)
     if getattr(layer, "transposed", False) or _mixes_kernels(layer) or len(shape) < 2:
         return f"dimension 1 of {shape} is not its inputs"
@@ -157,7 +159,7 @@ def obstacles(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, str]
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
-    """Find where each parameter is held, by its identity: module name, module, name in the module."""
+    """Find, by identity, where each parameter is held: module name, module, its name there."""
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for prefix, module in unwrap(model).named_modules():
         for tensor, parameter in module._parameters.items():
@@ -178,15 +180,18 @@ def _tie(
     if not others:
         return ""
     return (
-        f"it is tied to {', '.join(others)}, which would not see the mask: untie them (a copy of the "
-        "parameter)"
+        f"it is tied to {', '.join(others)}, which would not see the mask: untie them (a copy of "
+        "the parameter)"
     )
 
 
 def obstacle(layer: nn.Module, tensor: str) -> str:
     """Explain why a tensor of a layer can't be masked and what to do about it, or return ""."""
     if tensor in masked_names(layer):
-        return "it has a mask already; masks move, they are not applied twice: call itop_prune.remove first"
+        return (
+            "it has a mask already; masks move, they are not applied twice: call itop_prune.remove "
+            "first"
+        )
 
     if tensor in layer._parameters:
         parameter = layer._parameters[tensor]
@@ -208,7 +213,8 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
             )
         attribute = _second_attribute(layer, tensor)
         if attribute:
-            return f"{type(layer).__name__} reads it from its {attribute} as well, where no mask is seen"
+            kind = type(layer).__name__
+            return f"{kind} reads it from its {attribute} as well, where no mask is seen"
         return ""
 
     if mask_name(tensor) in layer._buffers:
@@ -225,7 +231,7 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
 
 
 def _second_attribute(layer: nn.Module, tensor: str) -> str:
-    """Find another attribute of the layer that holds its parameter, in containers too, or return ""."""
+    """Find another attribute of the layer that holds its parameter, or return ""."""
     parameter = layer._parameters[tensor]
     for attribute, value in vars(layer).items():
         replaced = attribute == "_flat_weights" and isinstance(layer, nn.RNNBase)
@@ -243,7 +249,7 @@ def _contains(value: object, parameter: object) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Find the model inside DataParallel, DistributedDataParallel, AveragedModel or torch.compile."""
+    """Find the model inside DataParallel, DDP, AveragedModel or torch.compile."""
     wrappers = (
         nn.DataParallel,
         nn.parallel.DistributedDataParallel,
@@ -262,8 +268,8 @@ def refuse_deployed(model: nn.Module) -> None:
     """
     if any("weight_values" in layer._buffers for layer in model.modules()):
         raise ValueError(
-            f"this {type(unwrap(model)).__name__} is for inference alone: itop_prune.deploy made it; ask "
-            "the one that was deployed, which has its masks still"
+            f"this {type(unwrap(model)).__name__} is for inference alone: itop_prune.deploy made "
+            "it; ask the one that was deployed, which has its masks still"
         )
 
 

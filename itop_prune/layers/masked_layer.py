@@ -1,13 +1,13 @@
 """A masked layer: its weight is a property, mask times parameter, and so always current.
 
-Torch's own pruning hook writes `layer.weight` as a plain attribute before the layer's forward. Code that
-reads the weight without calling the layer (a parent, an export, a copy, `.to(dtype)`) then sees an old
-tensor or none. A property has no such moment. It has to live on a class, so `attach` gives the layer a
-subclass of its own class with the same name, and `detach` gives the class back.
+Torch's own pruning hook writes `layer.weight` as a plain attribute before the layer's forward. Code
+that reads the weight without calling the layer (a parent, an export, a copy, `.to(dtype)`) then
+sees an old tensor or none. A property has no such moment. It has to live on a class, so `attach`
+gives the layer a subclass of its own class with the same name, and `detach` gives the class back.
 
-Some layers compute another weight from theirs. Weight standardization subtracts the mean of each filter,
-which would turn every zero of a masked filter into another number. Such a layer gets filters centred over
-their active weights. Their mean is 0 already, so the zeros stay.
+Some layers compute another weight from theirs. Weight standardization subtracts the mean of each
+filter, which would turn every zero of a masked filter into another number. Such a layer gets
+filters centred over their active weights. Their mean is 0 already, so the zeros stay.
 """
 
 import functools
@@ -27,13 +27,13 @@ STANDARDIZED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2
 Add the name of your own class before `apply`."""
 
 BROKEN_PATTERN = (
-    "the mask in the source does not hold the N:M pattern of the model's; load masks of that pattern, or "
-    "load into a model whose masks have none"
+    "the mask in the source does not hold the N:M pattern of the model's; load masks of that "
+    "pattern, or load into a model whose masks have none"
 )
 
 
 def attach(layer: nn.Module, name: str, mask: Tensor) -> None:
-    """Turn parameter `name` into `name`_orig and a buffer `name`_mask, read through a property `name`."""
+    """Turn parameter `name` into `name`_orig and a mask, read through a property `name`."""
     base: Any = layer.masked_class if isinstance(layer, MaskedLayer) else type(layer)
     _rename(layer._parameters, name, parameter_name(name))
     layer.register_buffer(mask_name(name), mask)
@@ -62,7 +62,7 @@ def detach(layer: Any, name: str) -> None:
 
 
 def _rename(parameters: dict[str, Any], old: str, new: str) -> None:
-    """Rename a key in place, since the order of a model's parameters is the order of the optimizer's."""
+    """Rename a key in place: the order of parameters is that of the optimizer's state."""
     items = [(new if key == old else key, value) for key, value in parameters.items()]
     parameters.clear()
     parameters.update(items)
@@ -70,7 +70,7 @@ def _rename(parameters: dict[str, Any], old: str, new: str) -> None:
 
 @functools.cache
 def _subclass(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """Make the class of a masked layer; equal arguments give one class, so torch.compile sees one."""
+    """Make the class of a masked layer; equal arguments give the same class."""
     body: dict[str, Any] = {
         "masked_class": base,
         "masked_names": names,
@@ -119,8 +119,9 @@ def _weight_property(name: str, centred: bool) -> property:
 def _is_own(layer: nn.Module, parameter: Tensor) -> bool:
     """Tell the layer's own parameter (or that of a DataParallel replica) from a substitute.
 
-    Hooks mask the dense gradient of the own parameter when it arrives (`itop_prune.layers.dense_gradient`).
-    They don't see the gradient of a substitute, as `torch.func.functional_call` passes one.
+    Hooks mask the dense gradient of the own parameter when it arrives
+    (`itop_prune.layers.dense_gradient`). They don't see the gradient of a substitute, as
+    `torch.func.functional_call` passes one.
     """
     return isinstance(parameter, nn.Parameter) or hasattr(layer, "_is_replica")
 
@@ -136,7 +137,7 @@ def effective(weight: Tensor, mask: Tensor, centred: bool) -> Tensor:
 
 
 def _product(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Multiply a tensor by a mask, seen as uint8 in eager mode: that takes half the time of bool."""
+    """Multiply a tensor by a mask, viewed as uint8 in eager mode: half the time of bool."""
     graph = (
         torch.compiler.is_compiling() or torch.jit.is_tracing()
     )  # a trace can't express the view
@@ -174,8 +175,8 @@ class _DenseBackward(torch.autograd.Function):
 def pass_dense_gradient(layer: nn.Module, name: str, on: bool) -> None:
     """Let the backward through `name` pass the dense gradient, or the masked one again.
 
-    The switch is an instance attribute over a class default. torch.compile guards on it, and finds its
-    former graph again once the attribute is gone.
+    The switch is an instance attribute over a class default. torch.compile guards on it, and finds
+    its former graph again once the attribute is gone.
     """
     if on:
         setattr(layer, dense_backward_name(name), True)
@@ -225,7 +226,7 @@ class MaskedLayer:
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load what the layer's class loads, also a dense weight, and torch pruning's float masks."""
+        """Load as the layer's class does, also dense weights and torch pruning's float masks."""
         layer: Any = self
         messages = args[-1]  # that load_state_dict raises with
         broken = [

@@ -1,4 +1,4 @@
-"""Names of what a masked weight adds to its layer; the first two are those of `torch.nn.utils.prune`."""
+"""Names of what a mask adds to its layer; the first two are those of `torch.nn.utils.prune`."""
 
 
 def parameter_name(name: str) -> str:
@@ -17,5 +17,5 @@ def pattern_name(name: str) -> str:
 
 
 def dense_backward_name(name: str) -> str:
-    """Name the switch that lets the backward pass the dense gradient: "weight" -> "weight_dense_backward"."""
+    """Name the switch that lets the backward pass the dense gradient."""
     return f"{name}_dense_backward"

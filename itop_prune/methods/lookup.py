@@ -25,7 +25,8 @@ def lookup(wanted: object, menu: Mapping[str, T], argument: str, more: str = "")
     """Find `menu[wanted]`, or return `wanted` itself if it is a function.
 
     Raises:
-        ValueError: `wanted` is neither a name on the menu nor callable; the message ends with `more`.
+        ValueError: `wanted` is neither a name on the menu nor callable; the message ends with
+            `more`.
 
     >>> lookup("two", {"one": 1, "two": 2}, "number")
     2
@@ -60,8 +61,9 @@ def needed_arguments(
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # many functions written in C, torch's own among them
         raise ValueError(
-            f"the {role} {describe(function)} has no signature that says which arguments it needs; known "
-            f"are {', '.join(known)}: wrap it in a function whose parameters have some of these names"
+            f"the {role} {describe(function)} has no signature that says which arguments it needs; "
+            f"known are {', '.join(known)}: wrap it in a function whose parameters have some of "
+            "these names"
         ) from None
 
     needs = tuple(

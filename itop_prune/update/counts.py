@@ -1,7 +1,7 @@
 """How many weights leave and enter each layer at an update. Whole numbers by layer; sums are exact.
 
-`plan_changes` makes the table of an update. The functions below it are plain arithmetic, except for the
-scope "global", which looks at the scores.
+`plan_changes` makes the table of an update. The functions below it are plain arithmetic, except for
+the scope "global", which looks at the scores.
 """
 
 import math
@@ -33,8 +33,8 @@ def plan_changes(
         rules: Of the run.
         layers: The layers that take part, by name.
         active: How many weights are active in each.
-        target: How many weights should be active in each afterwards. If the rules share weights between
-            layers only the sum counts.
+        target: How many weights should be active in each afterwards. If the rules share weights
+            between layers only the sum counts.
         rate: The share of active weights to exchange.
         density_moves: Whether the density is on its way to the final one.
     """
@@ -64,10 +64,10 @@ def plan_changes(
 def prune_counts(
     active: Counts, target: Counts, weights: Counts, rate: float, spare_dense: bool = True
 ) -> dict[str, int]:
-    """Count what leaves each layer: the excess over the target, and `ceil(rate * active)` of the rest.
+    """Count what leaves each layer: the excess over the target, and the exchange of the rest.
 
-    A layer that should be dense exchanges nothing, unless `spare_dense` is False: its weights may then
-    grow in other layers.
+    A layer that should be dense exchanges nothing, unless `spare_dense` is False: its weights may
+    then grow in other layers.
 
     >>> active, target = {"a": 10, "b": 10, "c": 4}, {"a": 10, "b": 6, "c": 4}
     >>> prune_counts(active, target, {"a": 20, "b": 20, "c": 4}, rate=0.25)
@@ -146,7 +146,7 @@ def ceil_count(share: float, count: int) -> int:
 
 
 def minimum(rules: Rules, weights: int) -> int:
-    """Count the weights of a layer that stay active in any case: at least one, at least its floor."""
+    """Count the weights of a layer that stay active in any case: one, or its floor."""
     return max(1, ceil_count(rules.floor, weights))
 
 
@@ -161,8 +161,8 @@ def check_floor(rules: Rules, weights: Counts, smallest: int) -> None:
     kept = sum(minimum(rules, count) for count in weights.values())
     if rules.across_layers and kept > smallest:
         raise ValueError(
-            f"floor is {rules.floor}: it keeps {kept:,} of {sum(weights.values()):,} weights in any case, "
-            f"and at some time {smallest:,} are active; lower it, or the sparsity"
+            f"floor is {rules.floor}: it keeps {kept:,} of {sum(weights.values()):,} weights in "
+            f"any case, and at some time {smallest:,} are active; lower it, or the sparsity"
         )
 
 
@@ -177,8 +177,8 @@ def _prune_across_layers(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Count what leaves each layer with the scope "global", and what each layer exchanges.
 
-    While the density moves, only its cut is made over all layers. Each layer then exchanges its share of
-    what it has left (GraNet: Liu et al., 2021, arXiv 2106.10404).
+    While the density moves, only its cut is made over all layers. Each layer then exchanges its
+    share of what it has left (GraNet: Liu et al., 2021, arXiv 2106.10404).
     """
     spare_dense = rules.redistribute is None
     if not density_moves:

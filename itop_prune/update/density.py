@@ -26,15 +26,17 @@ class DensityTargets:
 
         Args:
             masks: Of the run.
-            path: A key of `SCHEDULES` or a function of progress in [0, 1]; "constant" without a final
-                sparsity.
+            path: A key of `SCHEDULES` or a function of progress in [0, 1]; "constant" without a
+                final sparsity.
             final_sparsity: Share of zeros at the end; None: the sparsity stays.
             method: How the final active weights are shared out.
-            sum_only: Whether only the sum over the layers counts. The layers then keep their proportions.
+            sum_only: Whether only the sum over the layers counts. The layers then keep their
+                proportions.
 
         Raises:
-            ValueError: The final sparsity is out of range or can't be shared out, a path comes without
-                it or the reverse, a name is unknown, the path leaves [0, 1], or a layer can't move.
+            ValueError: The final sparsity is out of range or can't be shared out, a path comes
+                without it or the reverse, a name is unknown, the path leaves [0, 1], or a layer
+                can't move.
         """
         if final_sparsity is not None and (
             not is_number(final_sparsity) or not 0.0 <= final_sparsity < 1.0
@@ -45,8 +47,8 @@ class DensityTargets:
         self._path, self._sum_only = schedules.find(path, "density"), sum_only
         if (final_sparsity is None) != (self._path is schedules.constant):
             raise ValueError(
-                f"density is {describe(self._path)}, final_sparsity {final_sparsity}; they go together: "
-                "such as density='cubic', final_sparsity=0.9, or neither"
+                f"density is {describe(self._path)}, final_sparsity {final_sparsity}; they go "
+                "together: such as density='cubic', final_sparsity=0.9, or neither"
             )
 
         self.moves = final_sparsity is not None
@@ -65,8 +67,8 @@ class DensityTargets:
         if frozen:
             raise ValueError(
                 f"{', '.join(frozen)} can't move (requires_grad is False), and final_sparsity "
-                f"{final_sparsity} counts every mask that is passed; leave what is frozen out of masks, or "
-                "let it train"
+                f"{final_sparsity} counts every mask that is passed; leave what is frozen out of "
+                "masks, or let it train"
             )
 
         self._weights = {name: itop.mask.numel() for name, itop in masks.items()}

@@ -14,8 +14,8 @@ MISSES = 3
 class PendingWarnings:
     """Collects warnings during a step and issues them afterwards.
 
-    So a warning turned into an error can't interrupt an update. Each warning is issued once, on the first
-    rank only.
+    So a warning turned into an error can't interrupt an update. Each warning is issued once, on the
+    first rank only.
     """
 
     def __init__(self) -> None:
@@ -51,9 +51,9 @@ class PendingWarnings:
 def no_dense_gradient(step: int) -> str:
     """Explain that gradients are there, and no dense gradient was collected."""
     return (
-        f"an update is due at step {step}, and waits: weights have gradients, and no dense gradient was "
-        "seen. It is collected where loss.backward() goes through the model; a gradient that is set by hand "
-        "or made by torch.func is not"
+        f"an update is due at step {step}, and waits: weights have gradients, and no dense "
+        "gradient was seen. It is collected where loss.backward() goes through the model; a "
+        "gradient that is set by hand or made by torch.func is not"
     )
 
 
@@ -80,18 +80,19 @@ def layer_warnings(
     for name in sorted(without_gradient):
         yield (
             name,
-            f"{name} got no gradient since the last update: is its layer still used by the model? Where "
-            "another took its place (reset_classifier, set_input_size), mask that one by apply(model, ..., "
-            "include=[...]), then build optimizer and MaskScheduler anew with find_masks(model)",
+            f"{name} got no gradient since the last update: is its layer still used by the model? "
+            "Where another took its place (reset_classifier, set_input_size), mask that one by "
+            "apply(model, ..., include=[...]), then build optimizer and MaskScheduler anew with "
+            "find_masks(model)",
         )
 
     used = [name for name in often_missed if name not in without_gradient]
     if used:
         yield (
             "missed",
-            f"{listed(used)} got no gradient at step {step} and the updates before it, though between "
-            "them: the masks stay as they are. Where layers take turns (experts, heads), choose `every` so "
-            "that an update meets all",
+            f"{listed(used)} got no gradient at step {step} and the updates before it, though "
+            "between them: the masks stay as they are. Where layers take turns (experts, heads), "
+            "choose `every` so that an update meets all",
         )
 
     absent = [name for name, has in inputs.has_gradient.items() if not has]
@@ -99,16 +100,17 @@ def layer_warnings(
         yield (
             "final",
             "the final sparsity is missed: these got no gradient at the last update, "
-            f"step {step}, and stay as they are: {listed(absent)}. Choose `every`, `stop` and total_steps "
-            "so that all layers are used in that step",
+            f"step {step}, and stay as they are: {listed(absent)}. Choose `every`, `stop` and "
+            "total_steps so that all layers are used in that step",
         )
 
     if needs_dense and inputs.any_gradient:
         for name in inputs.zero_gradient:
             yield (
                 f"zero {name}",
-                f"the dense gradient of {name} is 0 everywhere at step {step}, so growth there is by "
-                "chance: is a layer near it so sparse that nothing passes, or a scale behind it still 0?",
+                f"the dense gradient of {name} is 0 everywhere at step {step}, so growth there is "
+                "by chance: is a layer near it so sparse that nothing passes, or a scale behind it "
+                "still 0?",
             )
 
     for name, itop in masks.items():
@@ -116,6 +118,7 @@ def layer_warnings(
         if active < itop.outputs:
             yield (
                 f"few {name}",
-                f"{name} has fewer active weights than outputs, {active} and {itop.outputs}, so some have "
-                "none: lower the sparsity, or take a method that gives small layers more (ERK)",
+                f"{name} has fewer active weights than outputs, {active} and {itop.outputs}, so "
+                "some have none: lower the sparsity, or take a method that gives small layers more "
+                "(ERK)",
             )

@@ -1,4 +1,4 @@
-"""What the masks have been: which weights were ever active (R_s), which entered last, which survived."""
+"""What the masks have been: which weights were ever active (R_s), which entered, which survived."""
 
 import math
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ class Exploration:
     """Records every update, at a byte per weight, and another byte if survival is counted.
 
     R_s is the share of the masked weights that were active at least once (Liu et al., 2021, arXiv
-    2102.02887). Exploration is reliable if new weights are trained long enough to compete at the next
-    pruning. Many of them then survive. A weight that is pruned and grown again in one update never left,
-    so it has survived.
+    2102.02887). Exploration is reliable if new weights are trained long enough to compete at the
+    next pruning. Many of them then survive. A weight that is pruned and grown again in one update
+    never left, so it has survived.
     """
 
     def __init__(self, masks: Mapping[str, ITOP], survival: bool) -> None:

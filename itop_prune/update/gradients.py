@@ -1,4 +1,4 @@
-"""The dense gradients that criteria ask for: of the last steps before an update, and their average."""
+"""The dense gradients that criteria ask for: of the last steps, and their moving average."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,11 +15,11 @@ DECAY = 0.9
 
 
 class DenseGradients:
-    """The dense gradients of masked weights, collected on the steps before which an update needs them.
+    """The dense gradients of masked weights, collected on the steps that an update needs.
 
-    What is kept from step to step is the mean over ranks, taken at each step. So it is equal on all ranks
-    and survives a resume. It takes 4 bytes per weight for a sum over several steps, and 4 more for the
-    moving average. A step that collects takes 4 more until it is over.
+    What is kept from step to step is the mean over ranks, taken at each step. So it is equal on all
+    ranks and survives a resume. It takes 4 bytes per weight for a sum over several steps, and 4
+    more for the moving average. A step that collects takes 4 more until it is over.
     """
 
     def __init__(
@@ -27,8 +27,8 @@ class DenseGradients:
     ) -> None:
         if not is_count(steps) or steps > every:
             raise ValueError(
-                f"gradient_steps is {steps!r}; allowed are whole numbers from 1 to every, {every}: the "
-                "steps before an update"
+                f"gradient_steps is {steps!r}; allowed are whole numbers from 1 to every, {every}: "
+                "the steps before an update"
             )
         self.needed = "grad" in needs or "momentum" in needs
         self._masks, self._steps = masks, steps
@@ -56,7 +56,7 @@ class DenseGradients:
         return self._needs_average or self._update_is_near
 
     def collect_from(self, names: Collection[str]) -> None:
-        """Let the next step collect from these layers, and from no others; drop what was collected."""
+        """Let the next step collect from these layers only; drop what was collected."""
         self.collecting = bool(names)
         self.collected, self._from_other_ranks = {}, {}
         if not self.needed:

@@ -89,8 +89,8 @@ class LayerUpdate(NamedTuple):
         written = [need for need, version in versions.items() if given[need]._version != version]
         if written:
             raise RuntimeError(
-                f"{criterion.name} wrote into {', '.join(written)} of {self.name}; a criterion may only "
-                "read: copy the tensor first (and go back to a checkpoint, for it is changed)"
+                f"{criterion.name} wrote into {', '.join(written)} of {self.name}; a criterion may "
+                "only read: copy the tensor first (and go back to a checkpoint, for it is changed)"
             )
         check_scores(scores, mask, criterion.function, f" for {self.name}")
         return scores
@@ -98,7 +98,8 @@ class LayerUpdate(NamedTuple):
     def generator(self, *stream: object) -> torch.Generator:
         """Make a generator of this layer and update.
 
-        The strings of `stream` tell random streams apart. Changing one changes the results for every seed.
+        The strings of `stream` tell random streams apart. Changing one changes the results for
+        every seed.
         """
         return topology.seeded(self.itop.mask.device, *self.stream, self.name, *stream)
 

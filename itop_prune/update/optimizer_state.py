@@ -1,4 +1,4 @@
-"""What an update needs of any optimizer: that it holds the weights, and where their statistics lie."""
+"""What an update needs of any optimizer: it holds the weights, and their statistics are found."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -37,22 +37,24 @@ def check_holds_parameters(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> N
     ]
     if missing:
         raise ValueError(
-            f"the optimizer does not hold {listed(missing)}; build it from model.parameters() of the "
-            "masked model, and the MaskScheduler after accelerator.prepare; or pass only the masks that "
-            "this optimizer holds; after a forward of an FSDP2 model call model.reshard() first"
+            f"the optimizer does not hold {listed(missing)}; build it from model.parameters() of "
+            "the masked model, and the MaskScheduler after accelerator.prepare; or pass only the "
+            "masks that this optimizer holds; after a forward of an FSDP2 model call "
+            "model.reshard() first"
         )
 
     for name, itop in masks.items():
         parameter, mask = itop.parameter, itop.mask
         if parameter.shape != mask.shape:
             raise ValueError(
-                f"{name} has the shape {tuple(parameter.shape)}, its mask {tuple(mask.shape)}: FSDP1 and "
-                "ZeRO-3 flatten parameters, which masks can't follow; FSDP2 (fully_shard) does not"
+                f"{name} has the shape {tuple(parameter.shape)}, its mask {tuple(mask.shape)}: "
+                "FSDP1 and ZeRO-3 flatten parameters, which masks can't follow; FSDP2 "
+                "(fully_shard) does not"
             )
         if parameter.device != mask.device:
             raise ValueError(
-                f"{name} is on {parameter.device}, its mask on {mask.device}; both must be on one device: "
-                "move the whole model, and leave out FSDP2's CPUOffloadPolicy"
+                f"{name} is on {parameter.device}, its mask on {mask.device}; both must be on one "
+                "device: move the whole model, and leave out FSDP2's CPUOffloadPolicy"
             )
 
 
@@ -73,8 +75,8 @@ def check_statistics(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
     """
     if isinstance(optimizer, torch.optim.Rprop):
         raise ValueError(
-            "Rprop keeps a step size of each weight, and with 0 a weight that has grown would stand still; "
-            "pass an optimizer whose statistics may begin at 0, such as SGD or AdamW"
+            "Rprop keeps a step size of each weight, and with 0 a weight that has grown would "
+            "stand still; pass an optimizer whose statistics may begin at 0, such as SGD or AdamW"
         )
 
     parameters = [itop.parameter for itop in masks.values()]
@@ -86,17 +88,17 @@ def check_statistics(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
             hidden = part is not optimizer.state and _holds_tensors(part, parameters)
         if hidden:
             raise ValueError(
-                f"{type(optimizer).__name__} keeps statistics of weights in its {name}, out of reach: "
-                "pruned weights would come back; pass an optimizer whose statistics are all in its own "
-                "state"
+                f"{type(optimizer).__name__} keeps statistics of weights in its {name}, out of "
+                "reach: pruned weights would come back; pass an optimizer whose statistics are all "
+                "in its own state"
             )
 
     for name, itop in masks.items():
         for key, value in statistics(optimizer, itop.parameter).items():
             if not value.is_floating_point() and value.dtype != torch.bool:
                 raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key} of {name} as {value.dtype}, where 0 may mean "
-                    "anything; pass an optimizer with statistics in floating point"
+                    f"{type(optimizer).__name__} keeps {key} of {name} as {value.dtype}, where 0 "
+                    "may mean anything; pass an optimizer with statistics in floating point"
                 )
 
 

@@ -31,8 +31,8 @@ class Rules(NamedTuple):
         """Look up names and check values.
 
         Raises:
-            ValueError: A name is unknown, a function asks for what is not offered, or the floor is out
-                of range.
+            ValueError: A name is unknown, a function asks for what is not offered, or the floor is
+                out of range.
         """
         if scope not in ("layer", "global"):
             raise ValueError(f"scope is {scope!r}; allowed are 'layer' and 'global'")

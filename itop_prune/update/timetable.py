@@ -1,4 +1,4 @@
-"""When masks move: the steps of the updates, and the share of active weights that each exchanges."""
+"""When masks move: the steps of the updates, and the share of active weights exchanged."""
 
 import math
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ class Timetable:
         for name, steps in {"total_steps": self.total_steps, "every": self.every}.items():
             if not is_count(steps):
                 raise ValueError(
-                    f"{name} is {steps!r}; allowed are whole numbers from 1: it counts optimizer steps"
+                    f"{name} is {steps!r}; allowed are whole numbers from 1: it counts optimizer "
+                    "steps"
                 )
         if not is_number(self.stop) or not 0.0 < self.stop <= 1.0:
             raise ValueError(f"stop is {self.stop!r}; allowed is a number in (0, 1]")
@@ -45,7 +46,8 @@ class Timetable:
             )
         if not is_number(self.min_rate) or not 0.0 <= self.min_rate <= self.rate:
             raise ValueError(
-                f"min_rate is {self.min_rate!r}; allowed is a number in [0, rate], and rate is {self.rate}"
+                f"min_rate is {self.min_rate!r}; allowed is a number in [0, rate], and rate is "
+                f"{self.rate}"
             )
 
     def updates(self) -> range:
