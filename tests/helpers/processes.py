@@ -74,10 +74,14 @@ def on_ranks(
 
 def changed_runner(path: Path, change: str) -> str:
     """Write a script that runs changed code first; it may use `train`, `loop` and `rank`."""
-    before = "import os, sys\nimport itop_prune\nfrom itop_prune_tools.training import command as train, loop\n"
-    path.write_text(
-        f"{before}rank = int(os.environ.get('RANK', 0))\n{change}\nsys.exit(train.main())\n"
-    )
+    lines = [
+        "import os, sys, itop_prune",
+        "from itop_prune_tools.training import command as train, loop",
+        "rank = int(os.environ.get('RANK', 0))",
+        change,
+        "sys.exit(train.main())",
+    ]
+    path.write_text("\n".join(lines) + "\n")
     return str(path)
 
 
@@ -95,8 +99,9 @@ def photos(folder: Path, count: int = 48) -> Path:
 
 def of_photos(folder: Path, batch_size: int = 4) -> tuple[str, ...]:
     """Overrides: a small net with batch statistics on such a folder, read by two workers."""
+    sizes = f"batch_size: {batch_size}, image_size: 8, workers: 2"
     return (
-        f"data={{name: folder, train: ., test: ., batch_size: {batch_size}, image_size: 8, workers: 2}}",
+        f"data={{name: folder, train: ., test: ., {sizes}}}",
         f"data.root={folder}",
         "model={model_name: test_resnet, num_classes: 2}",
         "augment={scale: [0.5, 1.0], hflip: 0.5}",

@@ -1,4 +1,4 @@
-"""Data by name: what is in a batch is a function of (seed, epoch, image), whoever asks for it and in what company."""
+"""Data by name: a batch depends only on seed, epoch and images, not on rank or start."""
 
 import random
 from collections.abc import Iterable

@@ -106,7 +106,7 @@ def work(folder: str, jobs: list[Job]) -> None:
 
 
 def check_parts(run: build.Run, is_shard: bool) -> None:
-    """Check that weights and statistics are sharded, and no shard holds the whole memory; or not."""
+    """Check that weights and statistics are sharded, without the memory of the whole; or not."""
     tensors = [*run.unwrapped_model.parameters()]
     tensors += [
         run.optimizer.state[p][key]
