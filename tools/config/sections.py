@@ -73,8 +73,8 @@ def section_calls(data: Section) -> dict[str, tuple[Call, tuple[str, ...]]]:
 def section_problems(values: Mapping[str, Any]) -> list[str]:
     """Find everything in the sections that does not fit.
 
-    Signatures come first. Then small calls are made with the arguments that passed: the model on
-    the meta device, where it costs nothing, optimizer and schedules for one small layer.
+    Signatures come first. Then small calls are made with the arguments that passed. The model is
+    made on the meta device, where it costs nothing, the rest for one small layer.
     """
     calls = section_calls(values.get("data") or {})
     problems: list[str] = []

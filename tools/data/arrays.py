@@ -112,9 +112,9 @@ class Arrays:
     ) -> Tensor:
         """Crop images or their mirror images, and normalise them; the padding is 0.
 
-        The padding is never made. All images stand in one line of bytes, in which a crop is a
-        window of the size of an image, moved by rows and columns, and costs one copy. Places
-        outside the image hold neighbours of that row or image, and are set to 0.
+        The padding is never made. All images stand in one line of bytes. A crop is a window of
+        this line, of the size of an image, and costs one copy. Places outside the image hold
+        neighbours of that row or image, and are set to 0.
         """
         padding, count, width = self.augmentation.padding, len(images), images.shape[3]
         size = images[0].numel()

@@ -1,9 +1,9 @@
 """Checkpoints of a run: each is a folder that appears whole or not at all.
 
-A checkpoint holds `model.safetensors` (weights and masks; `itop_prune.load` reads it),
-`ema.safetensors` if the recipe has an average, `state.pt` with everything else, and
-`checksums.json` with the SHA-256 of each. `state.pt` holds tensors and plain Python values only,
-and is read with `weights_only=True`.
+  model.safetensors   weights and masks; `itop_prune.load` reads it
+  ema.safetensors     the same of the average, if the recipe has one
+  state.pt            everything else, read with `weights_only=True`
+  checksums.json      the SHA-256 of each file
 """
 
 import hashlib
