@@ -347,7 +347,7 @@ def flip(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    shutil.copy(ROOT / "tools" / "digits.npz", path)
+    shutil.copy(ROOT / "tools" / "data" / "digits.npz", path)
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {

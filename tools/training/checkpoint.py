@@ -1,9 +1,9 @@
 """Checkpoints of a run: each is a folder that appears whole or not at all.
 
-  model.safetensors   weights and masks; `itop_prune.load` reads it
-  ema.safetensors     the same of the average, if the recipe has one
-  state.pt            everything else, read with `weights_only=True`
-  checksums.json      the SHA-256 of each file
+- `model.safetensors`: weights and masks; `itop_prune.load` reads it.
+- `ema.safetensors`: the same of the average, if the recipe has one.
+- `state.pt`: everything else, read with `weights_only=True`.
+- `checksums.json`: the SHA-256 of each file.
 """
 
 import hashlib
