@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import itop_prune
-from itop_prune.inference.measurement import Report, difference
+from itop_prune.inference.measurement import Report, relative_error
 
 from ..config.recipe import Recipe, RecipeError
 from ..data.datasets import open_data
@@ -222,7 +222,7 @@ def check_outputs(outputs: Tensor, expected: Tensor, args: argparse.Namespace) -
     Raises:
         RunError: They differ, although no value was rounded.
     """
-    apart = difference(outputs, expected)
+    apart = relative_error(outputs, expected)
     if not (apart <= TOLERANCE or args.dtype):
         raise RunError(
             f"the outputs would differ by {apart:.1e} of their norm; {args.out} was not written"
