@@ -67,8 +67,8 @@ def _without(recipe: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> d
     left = {}
     for key, value in recipe.items():
         if key in names:
-            section = value or {}
-            value = {name: section[name] for name in section if name not in names[key]}
+            settings = (value or {}).items()
+            value = {name: setting for name, setting in settings if name not in names[key]}
         if value not in (None, {}):
             left[key] = value
     return left
