@@ -65,6 +65,7 @@ def prune_and_regrow(
     tensor([1, 0, 1, 0, 1, 0], dtype=torch.int32)
     """
     kept = prune(mask, prune_scores, n_prune, generator)
+    del prune_scores  # they make room for the scores to grow
 
     if callable(grow_scores):
         grow_scores = grow_scores(kept)

@@ -41,8 +41,9 @@ class LayerUpdate(NamedTuple):
 
         try:
             if pattern is None:
-                scores = self.prune_scores(rules.prune)
-                return topology.prune_and_regrow(mask, scores, grow_scores, n_prune, n_grow, ties)
+                return topology.prune_and_regrow(
+                    mask, self.prune_scores(rules.prune), grow_scores, n_prune, n_grow, ties
+                )
 
             kept = topology.prune(mask, self.prune_scores(rules.prune), n_prune, ties)
             return patterns.grow_in_groups(kept, grow_scores(kept), *pattern, ties)
