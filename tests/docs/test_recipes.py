@@ -71,9 +71,9 @@ def test_a_name_says_data_distribution_sparsity_and_variant(path):
         return
     last = recipe.get("regrow", {}).get("final_sparsity", recipe["masks"]["sparsity"])
     *_, distribution, variant = path.stem.split("_")
-    method = recipe["masks"].get("method", "ERK")
+    pattern = recipe["masks"].get("pattern")
     densities = (f"erk{100 * last:.0f}", f"global{100 * last:.0f}")
-    assert distribution in (densities if ":" not in method else (method.replace(":", "of"),))
+    assert distribution in ((pattern.replace(":", "of"),) if pattern else densities)
     without_updates = ("static", "snip", "grasp", "synflow")
     assert (variant in without_updates) == ("regrow" not in recipe)
 
