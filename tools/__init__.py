@@ -1,1 +1,1 @@
-"""What the commands in this folder are made of, as one package: `itop_prune_tools`."""
+"""The parts that the commands in this folder are made of, as one package: `itop_prune_tools`."""

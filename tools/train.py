@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Train what a recipe says; --help explains."""
+"""Train a recipe; --help explains."""
 
 import sys
 
-from itop_prune_tools.training.loop import main
+from itop_prune_tools.training.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -11,9 +11,8 @@ import timm
 import torch
 import yaml
 from helpers.processes import photos
-from itop_prune_tools.config.recipe import Recipe
-from itop_prune_tools.data.datasets import open_data
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.config.recipe import Recipe, read_recipe
+from itop_prune_tools.training import command as train
 from itop_prune_tools.training.build import build_lr_schedule
 from torch import nn
 
@@ -72,9 +71,9 @@ def test_a_name_says_data_distribution_sparsity_and_variant(path):
         return
     last = recipe.get("regrow", {}).get("final_sparsity", recipe["masks"]["sparsity"])
     *_, distribution, variant = path.stem.split("_")
-    method = recipe["masks"].get("method", "ERK")
+    pattern = recipe["masks"].get("pattern")
     densities = (f"erk{100 * last:.0f}", f"global{100 * last:.0f}")
-    assert distribution in (densities if ":" not in method else (method.replace(":", "of"),))
+    assert distribution in ((pattern.replace(":", "of"),) if pattern else densities)
     without_updates = ("static", "snip", "grasp", "synflow")
     assert (variant in without_updates) == ("regrow" not in recipe)
 
@@ -173,16 +172,16 @@ def test_an_extended_run_stretches_milestones_and_rate_but_neither_warm_up_nor_e
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_recipe_is_sound_and_says_in_its_first_lines_how_to_run_it(path):
-    train.read(path, data=open_data, augment=train.augmentation_of)
+    read_recipe(path)
     assert f"accelerate launch tools/train.py {path.relative_to(ROOT)}" in path.read_text()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
 def test_a_recipe_survives_being_written_resolved(path, tmp_path):
-    recipe = train.read(path, data=open_data, augment=train.augmentation_of)
+    recipe = read_recipe(path)
     (tmp_path / "again.yaml").write_text(recipe.as_yaml())
     assert (
-        train.read(tmp_path / "again.yaml", data=open_data, augment=train.augmentation_of) == recipe
+        read_recipe(tmp_path / "again.yaml") == recipe
     )
 
 

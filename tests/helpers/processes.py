@@ -1,12 +1,14 @@
-"""Runs in processes of their own, alone and on ranks, and what they leave behind."""
+"""Runs of the recipe runner, here and in processes of their own, and the files they leave."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from itop_prune_tools.training.checkpoint import Checkpoints, damage
+from itop_prune_tools.training.stop import StopRequest
 from PIL import Image
 from safetensors.torch import load_file
 from torch import distributed
@@ -31,6 +34,16 @@ gloo = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()),
     reason="this torch has no gloo",
 )
+
+
+@contextmanager
+def stopped_at(question: int) -> Iterator[None]:
+    """Stop runs of this process when they ask for the n-th time; they ask after every step and
+    before every batch of an evaluation."""
+    asked = itertools.count(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequest, "wanted", lambda self: next(asked) == question)
+        yield
 
 
 def without_last_checkpoint(whole: Path, folder: Path) -> Path:
@@ -53,23 +66,27 @@ def on_ranks(
     launcher: Sequence[str] = ("--standalone", "--nproc_per_node", "2"),
     runner: str = "tools/train.py",
 ) -> subprocess.Popen[str]:
-    """The runner under torchrun; SIGTERM to what comes back is SIGTERM to all ranks."""
+    """Start the runner under torchrun; SIGTERM to the process is SIGTERM to all ranks."""
     return start(
         ["-m", "torch.distributed.run", *launcher, runner, QUICKSTART, *SETTINGS, *arguments]
     )
 
 
 def changed_runner(path: Path, change: str) -> str:
-    """A script that is the runner with something changed: lines that may use `train` and `rank`."""
-    before = "import os, sys\nfrom itop_prune_tools.training import loop as train\n"
-    path.write_text(
-        f"{before}rank = int(os.environ.get('RANK', 0))\n{change}\nsys.exit(train.main())\n"
-    )
+    """Write a script that runs changed code first; it may use `train`, `loop` and `rank`."""
+    lines = [
+        "import os, sys, itop_prune",
+        "from itop_prune_tools.training import command as train, loop",
+        "rank = int(os.environ.get('RANK', 0))",
+        change,
+        "sys.exit(train.main())",
+    ]
+    path.write_text("\n".join(lines) + "\n")
     return str(path)
 
 
 def photos(folder: Path, count: int = 48) -> Path:
-    """A folder of random images of two classes."""
+    """Write a folder of random images of two classes."""
     generator = np.random.default_rng(0)
     for number in range(count):
         place = folder / f"class{number % 2}"
@@ -81,9 +98,10 @@ def photos(folder: Path, count: int = 48) -> Path:
 
 
 def of_photos(folder: Path, batch_size: int = 4) -> tuple[str, ...]:
-    """A small convolutional net with batch statistics on such a folder, read and augmented by two workers."""
+    """Overrides: a small net with batch statistics on such a folder, read by two workers."""
+    sizes = f"batch_size: {batch_size}, image_size: 8, workers: 2"
     return (
-        f"data={{name: folder, train: ., test: ., batch_size: {batch_size}, image_size: 8, workers: 2}}",
+        f"data={{name: folder, train: ., test: ., {sizes}}}",
         f"data.root={folder}",
         "model={model_name: test_resnet, num_classes: 2}",
         "augment={scale: [0.5, 1.0], hflip: 0.5}",

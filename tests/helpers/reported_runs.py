@@ -1,14 +1,12 @@
 """Run folders for the tests of reports, and a reader of the page."""
 
-import itertools
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
-from helpers.processes import QUICKSTART
-from itop_prune_tools.run_folder import folder as run_folder
+from helpers.processes import QUICKSTART, stopped_at
+from itop_prune_tools.run_folder.json_lines import JsonLines
 from itop_prune_tools.run_folder.metrics import Metrics
-from itop_prune_tools.training import loop as runner
+from itop_prune_tools.training import command as runner
 
 KINDS: dict[str, tuple[str, ...]] = {
     "moving": ("epochs=3", "regrow={every: 7, grow: gradient, survival: true}"),
@@ -30,9 +28,7 @@ def stop_at(question: int, folder: Path, *arguments: str) -> None:
 
     It asks 39 times an epoch: after each of 38 steps, and in the evaluation.
     """
-    asked = itertools.count(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder.StopRequest, "wanted", lambda self: next(asked) == question)
+    with stopped_at(question):
         assert train(folder, *arguments) == 130
 
 
@@ -87,7 +83,7 @@ def write_deep_run(folder: Path, layers: int = 300, updates: int = 20) -> Path:
 
     first = {"names": names, "masked": masked, "weights": weights, "active": active}
     first |= {"epoch": 0, "step": 0, "image": [3, 32, 32], "made_with": {"torch": "2"}}
-    log = Metrics(folder, "layers.jsonl")
+    log = JsonLines(folder / "layers.jsonl")
     log.append(first)
     metrics = Metrics(folder)
     for update in range(1, updates + 1):

@@ -51,7 +51,7 @@ def train(
     shape: tuple[int, ...] = (20,),
     after: Callable[[int], None] = lambda step: None,
 ) -> list[float]:
-    """Train in the order of the README; `after` sees every step before the gradients are cleared."""
+    """Train in the order of the README; `after` is called before the gradients are cleared."""
     losses = []
     for step in steps:
         x, y = batch(step, *shape)

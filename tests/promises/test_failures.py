@@ -22,9 +22,10 @@ from helpers.processes import (
     whole_checkpoints,
     without_last_checkpoint,
 )
-from itop_prune_tools.run_folder import folder as runs
+from itop_prune_tools.run_folder.folder import RunError
 from itop_prune_tools.run_folder.metrics import Metrics
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
+from itop_prune_tools.training.stop import StopRequest
 
 from itop_prune.files.state_dicts import read_state
 
@@ -61,12 +62,12 @@ build = train.build
 def other(*arguments):
     run = build(*arguments)
     if rank == 1:
-        run.bare.head.bias.data += 1.0
+        run.unwrapped_model.head.bias.data += 1.0
     return run
 train.build = other
 """
 OTHER_WEIGHTS_LATER = """
-step = train.itop_prune.MaskScheduler.step
+step = itop_prune.MaskScheduler.step
 def other(self):
     moved = step(self)
     if rank == 1 and moved:
@@ -75,9 +76,9 @@ def other(self):
 build = train.build
 def keep(*arguments):
     run = build(*arguments)
-    masks.extend(train.itop_prune.find_masks(run.bare).values())
+    masks.extend(itop_prune.find_masks(run.unwrapped_model).values())
     return run
-masks, train.build, train.itop_prune.MaskScheduler.step = [], keep, other
+masks, train.build, itop_prune.MaskScheduler.step = [], keep, other
 """
 
 
@@ -221,7 +222,7 @@ def test_a_run_stopped_among_bad_losses_goes_on_from_before_them(
     assert run(tmp_path / "whole", "stop_after_bad_losses=20") == 0
     with monkeypatch.context() as patch:
         bad_from(patch, lambda call, logits, loss: loss + (math.nan if call > 45 else 0.0))
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == 50)
+        patch.setattr(StopRequest, "wanted", lambda self: next(asked) == 50)
         asked = iter(range(1, 99))
         assert run(tmp_path / "run", "stop_after_bad_losses=20") == 130
     assert (
@@ -301,7 +302,7 @@ def test_a_full_disk_at_a_line_of_metrics_is_one_line_and_the_run_can_go_on(
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("itop_prune_tools.run_folder.metrics.os", types.SimpleNamespace(fsync=fsync))
+        patch.setattr("itop_prune_tools.run_folder.json_lines.os", types.SimpleNamespace(fsync=fsync))
         assert run(folder) == 1
     assert one_error(capsys.readouterr().err).startswith(
         f"error: {folder / 'metrics.jsonl'} could not be written: "
@@ -435,7 +436,7 @@ def test_a_line_for_which_there_is_no_room_leaves_no_half(tmp_path: Path) -> Non
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
     try:
         with pytest.raises(
-            runs.RunError,
+            RunError,
             match=r"metrics\.jsonl could not be written: .*; once it can be, go on with",
         ):
             found.append({"epoch": 2, "step": 20})

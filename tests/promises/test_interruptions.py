@@ -31,10 +31,10 @@ from helpers.processes import (
     whole_checkpoints,
 )
 from itop_prune_tools.checks import kill_and_resume as survive
-from itop_prune_tools.run_folder import folder as runs
 from itop_prune_tools.run_folder.metrics import Metrics
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
 from itop_prune_tools.training.checkpoint import Checkpoints, damage
+from itop_prune_tools.training.stop import StopRequest
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ def test_another_number_of_images_a_step_is_refused_with_both(
     again = stopped.with_name("fewer images")
     shutil.copytree(stopped, again)
     assert train.main([QUICKSTART, *SETTINGS, *TWO, "--out", str(again), "--resume"]) == 1
-    assert "trained on 32 images a step, this would on 16" in capsys.readouterr().err
+    assert "trained on 32 images a step, this run would train on 16" in capsys.readouterr().err
 
 
 @gloo
@@ -150,7 +150,7 @@ def test_two_ranks_with_mixup_augmentation_and_workers_stopped_in_an_epoch_go_on
         "epochs=3",
     )
     finished(on_ranks(*settings, "--out", str(tmp_path / "whole")))
-    stop = "import itertools\nasked = itertools.count(1)\ntrain.StopRequest.wanted = lambda self: next(asked) == 5"
+    stop = "import itertools\nasked = itertools.count(1)\nloop.StopRequest.wanted = lambda self: next(asked) == 5"
     runner = changed_runner(tmp_path / "stopping.py", stop)
     process = on_ranks(*settings, "--out", str(tmp_path / "stopped"), runner=runner)
     assert (
@@ -229,7 +229,7 @@ def test_a_run_stopped_in_any_evaluation_and_resumed_is_the_one_that_never_stopp
     assert run("whole") == 0
     with monkeypatch.context() as patch:
         count = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(count) == asked)
+        patch.setattr(StopRequest, "wanted", lambda self: next(count) == asked)
         assert run("stopped") == 130
     assert (
         len(metrics(tmp_path / "stopped")) == lines
@@ -247,7 +247,7 @@ def test_a_line_written_after_a_stop_in_its_evaluation_and_before_a_kill_is_not_
 ) -> None:
     folder = tmp_path / "run"
     count = itertools.count(1)
-    monkeypatch.setattr(runs.StopRequest, "wanted", lambda self: next(count) == 39)
+    monkeypatch.setattr(StopRequest, "wanted", lambda self: next(count) == 39)
     arguments = [QUICKSTART, *SETTINGS, "epochs=2", "--out", str(folder)]
     assert train.main(arguments) == 130
     Metrics(folder).append({"epoch": 1, "step": 38})
@@ -269,7 +269,7 @@ def test_a_step_wise_learning_rate_in_the_metrics_does_not_tell_of_a_stop(
     assert train.main([*settings, str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
         count = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(count) == stop_at)
+        patch.setattr(StopRequest, "wanted", lambda self: next(count) == stop_at)
         assert train.main([*settings, str(tmp_path / "stopped")]) == 130
     assert train.main([*settings, str(tmp_path / "stopped"), "--resume"]) == 0
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
@@ -347,7 +347,7 @@ def flip(path: Path) -> None:
 
 
 def foreign(path: Path) -> None:
-    shutil.copy(ROOT / "tools" / "digits.npz", path)
+    shutil.copy(ROOT / "tools" / "data" / "digits.npz", path)
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.toys import batch, convnet
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..data.arrays import Arrays
 from ..data.datasets import Data, open_data
-from ..training import loop as train
+from ..training import command as train
 from .measure import Measured, Settings, seconds
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from itop_prune.methods.distributions import DISTRIBUTIONS
 from itop_prune.topology import seeded
 
-from ..config.recipe import Recipe, RecipeError, read
-from ..data.datasets import Data, augmentation_of, open_data
+from ..config.recipe import Recipe, RecipeError, read_recipe
+from ..data.datasets import Data, open_data
 from ..data.source import CPU, DataError
 from ..reports import comparison
 from ..run_folder.folder import RunError
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     top1s, shares, drifts = [], [], []
     try:
-        recipe = read(RECIPES[args.method], overrides, data=open_data, augment=augmentation_of)
+        recipe = read_recipe(RECIPES[args.method], overrides)
         ours = accuracies(args.ours, recipe) if args.ours else None
         for seed in range(args.seeds):
             top1, explored, active = train(replace(recipe, seed=seed))
@@ -226,7 +226,7 @@ def accuracies(folder: Path, recipe: Recipe) -> list[float]:
             data may differ.
     """
     for path in folder.glob("seed*/recipe.yaml"):
-        found = read(path, data=open_data, augment=augmentation_of)
+        found = read_recipe(path)
         data = {**found.data, "root": recipe.data["root"]}
         if replace(found, seed=recipe.seed, data=data) != recipe:
             raise RunError(

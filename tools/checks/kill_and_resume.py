@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file
 
+from ..run_folder.labels import counted
 from ..run_folder.metrics import Metrics
 from ..training.checkpoint import Checkpoints, damage
-from ..training.display import counted
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 SETTINGS = (
@@ -145,7 +145,7 @@ def train(folder: Path, ranks: int, resume: bool, limit: float | None) -> int | 
 
 def train_silently(arguments: list[str], rank: int, ranks: int, port: int) -> None:
     """Train in this process as torchrun would start it, without output."""
-    from ..training import loop as runner
+    from ..training import command as runner
 
     if ranks > 1:
         os.environ.update(

@@ -1,12 +1,12 @@
-"""What the sections of a recipe are the keyword arguments of, and whether those calls take them.
+"""Check the sections of a recipe against the calls whose keyword arguments they are.
 
-`section_problems` has them all: for every section the call, and what the runner passes itself,
-which no recipe may.
+`section_calls` lists the call of every section, and the arguments that the runner passes itself.
 """
 
 import functools
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -22,29 +22,37 @@ from accelerate.utils import PrecisionType
 from itop_prune.initial_masks import apply, count_active
 from itop_prune.messages import nearest
 from itop_prune.methods.saliency import SALIENCY
-from itop_prune.patterns import Pattern, parse
+from itop_prune.patterns import parse
 from itop_prune.scheduler import MaskScheduler
 
+from ..data.datasets import augmentation_of, open_data
 from .arguments import argument_problems
 
 Section = dict[str, Any]
+Call = Callable[..., Any]
 
 
-def section_problems(
-    values: Mapping[str, Any],
-    data: Callable[..., Any],
-    augment: Callable[[Section], Callable[..., Any]],
-) -> list[str]:
-    """Return what of all sections does not fit: first against the signatures, then by making the calls.
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """The section `checkpoint`."""
 
-    The model is made on the meta device, where it costs nothing; optimizer and schedules get one
-    small layer.
+    every: int = 1
+    """Epochs between two checkpoints."""
+    keep: int = 2
+    """Checkpoints to keep, the best one not counted."""
+
+
+def section_calls(data: Section) -> dict[str, tuple[Call, tuple[str, ...]]]:
+    """List the call of every section, with the arguments that the runner passes itself.
+
+    Args:
+        data: The section `data`, on which the call of `augment` depends.
     """
-    calls: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    return {
         "model": (timm.create_model, ()),
-        "data": (data, ("device", "seed", "augment")),
+        "data": (open_data, ("device", "seed", "augment")),
         "augment": (
-            augment(values.get("data") or {}),
+            augmentation_of(data),
             ("input_size", "is_training", "use_prefetcher", "separate"),
         ),
         "optimizer": (timm.optim.create_optimizer_v2, ("model_or_params",)),
@@ -58,67 +66,79 @@ def section_problems(
         "mixup": (timm.data.Mixup, ("num_classes",)),
         "ema": (timm.utils.ModelEmaV3, ("model",)),
         "accelerator": (Accelerator, ()),
-        "checkpoint": (_checkpoint, ()),
+        "checkpoint": (CheckpointSettings, ()),
     }
+
+
+def section_problems(values: Mapping[str, Any]) -> list[str]:
+    """Find everything in the sections that does not fit.
+
+    Signatures come first. Then small calls are made with the arguments that passed. The model is
+    made on the meta device, where it costs nothing, the rest for one small layer.
+    """
+    calls = section_calls(values.get("data") or {})
     problems: list[str] = []
     sound: dict[str, Section] = {}
     for name, (call, given) in calls.items():
-        if isinstance(values.get(name), dict):
-            wrong = argument_problems(values[name], call, given)
+        section = values.get(name)
+        if isinstance(section, dict):
+            wrong = argument_problems(section, call, given)
             problems += [f"{name}.{key}: {problem}" for key, problem in wrong.items()]
-            sound[name] = {key: value for key, value in values[name].items() if key not in wrong}
-    return problems + _try(sound, calls["augment"][0])
+            sound[name] = {key: value for key, value in section.items() if key not in wrong}
+    return problems + _trial_problems(sound, calls["augment"][0])
 
 
-def _checkpoint(every: int = 1, keep: int = 2) -> None:
-    """The section `checkpoint`: every so many epochs, keep the last so many."""
-
-
-def _try(sections: Mapping[str, Section], augment: Callable[..., Any]) -> list[str]:
+def _trial_problems(sections: Mapping[str, Section], augment: Call) -> list[str]:
+    """Make the calls, and collect their errors."""
     problems: list[str] = []
 
-    def attempt(name: str, call: Callable[..., Any], **needed: Any) -> Any:
-        """Make a call; if it fails, ask about each argument alone, so that one mistake does not hide another."""
+    def attempt(name: str, call: Call, **needed: Any) -> Any:
+        """Make one call.
+
+        If it fails, try each argument alone too, so that one mistake does not hide another.
+        """
         if name not in sections:
             return None
         try:
             return call(**{**needed, **sections[name]})
         except Exception as error:  # a factory may raise anything at a wrong argument
             found = [str(error)]
-            for key, value in sections[name].items() if needed else ():
-                try:
-                    call(**{**needed, key: value})
-                except Exception as alone:
-                    found.append(str(alone))
-            problems.extend(f"{name}: {problem}" for problem in dict.fromkeys(found))
+
+        for key, value in sections[name].items() if needed else ():
+            try:
+                call(**{**needed, key: value})
+            except Exception as error:
+                found.append(str(error))
+        problems.extend(f"{name}: {problem}" for problem in dict.fromkeys(found))
         return None
 
-    pattern = _pattern_of(sections.get("masks", {}))
-    n, m = pattern or (1, 2)
-    layer, sparsity = torch.nn.Linear(32 * m, 64), 1.0 - n / m
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     model = attempt("model", _make_model) if "model_name" in sections.get("model", {}) else None
+
+    pattern, sparsity, multiple = _pattern_of(sections.get("masks", {}))
+    layer = torch.nn.Linear(32 * multiple, 64)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     attempt("optimizer", functools.partial(_make_optimizer, list(layer.parameters())))
     attempt("lr_schedule", functools.partial(_make_schedule, optimizer))
     attempt("augment", augment)
     attempt("accelerator", _check_precision)
     attempt("mixup", timm.data.Mixup)
     attempt("loss", timm.loss.LabelSmoothingCrossEntropy)
-    attempt("masks", functools.partial(_try_masks, model, layer.in_features), sparsity=sparsity)
-    masks = apply(layer, sparsity, pattern=f"{n}:{m}" if pattern else None)
-    attempt(
-        "regrow", functools.partial(MaskScheduler, masks, optimizer, total_steps=10**9), every=1
-    )
+    # Without the model, name patterns have nothing to match.
+    try_masks = functools.partial(_try_masks, model or layer, model is not None)
+    attempt("masks", try_masks, sparsity=sparsity)
+
+    masks = apply(layer, sparsity, pattern=pattern)
+    scheduler = functools.partial(MaskScheduler, masks, optimizer, total_steps=10**9)
+    attempt("regrow", scheduler, every=1)
     return problems
 
 
 def _make_model(model_name: str, **arguments: Any) -> torch.nn.Module:
     if ":" not in model_name and not timm.is_model(model_name):
         raise ValueError(f"timm knows no {model_name!r}{nearest(model_name, timm.list_models())}")
+    arguments |= {"pretrained": False, "checkpoint_path": ""}
     with torch.device("meta"):
-        return timm.create_model(
-            model_name, **{**arguments, "pretrained": False, "checkpoint_path": ""}
-        )
+        return timm.create_model(model_name, **arguments)
 
 
 def _make_optimizer(
@@ -131,56 +151,76 @@ def _make_optimizer(
 
 
 def _make_schedule(optimizer: torch.optim.Optimizer, **arguments: Any) -> None:
-    if arguments.get("sched") == "plateau":
+    sched = arguments.get("sched")
+    if sched == "plateau":
         raise ValueError("sched plateau depends on the past and could not be resumed; take another")
-    needed = {"multistep": "decay_milestones", "step": "decay_epochs"}.get(
-        str(arguments.get("sched"))
-    )
+
+    needed = {"multistep": "decay_milestones", "step": "decay_epochs"}.get(str(sched))
     if needed and arguments.get(needed) is None:
         raise ValueError(
-            f"sched {arguments['sched']} has no {needed}, and timm's default is of another run, which no multiplier "
-            "stretches; say after how many epochs the learning rate falls"
+            f"sched {sched} has no {needed}, and timm's default is of another run, which no "
+            "multiplier stretches; say after how many epochs the learning rate falls"
         )
+
     schedule, _ = timm.scheduler.create_scheduler_v2(optimizer, **arguments, updates_per_epoch=1)
-    if schedule is None and arguments.get("sched") != "none":
-        raise ValueError(f"timm knows no sched {arguments.get('sched')!r}")
+    if schedule is None and sched != "none":
+        raise ValueError(f"timm knows no sched {sched!r}")
 
 
 def _check_precision(mixed_precision: object = None, **arguments: Any) -> None:
-    """Refuse what no Accelerator takes, without making one: a process has one state for all."""
+    """Refuse an unknown precision without making an Accelerator, whose state is global."""
     known = PrecisionType.list()
-    if mixed_precision is not None and mixed_precision not in known:
-        advice = (
-            '; write "no" in quotes, YAML reads it as false' if mixed_precision is False else ""
-        )
-        raise ValueError(
-            f"unknown mixed_precision {mixed_precision!r}; known are {', '.join(map(repr, known))}"
-            f"{advice or nearest(mixed_precision, known)}"
-        )
+    if mixed_precision is None or mixed_precision in known:
+        return
+    advice = nearest(mixed_precision, known)
+    if mixed_precision is False:
+        advice = '; write "no" in quotes, YAML reads it as false'
+    raise ValueError(
+        f"unknown mixed_precision {mixed_precision!r}; known are {', '.join(map(repr, known))}"
+        f"{advice}"
+    )
 
 
-def _pattern_of(masks: Section) -> Pattern | None:
-    """Return the pattern that masks shall keep; None where there is none, or one that the call itself refuses."""
+def _pattern_of(masks: Section) -> tuple[str | None, float, int]:
+    """Read the N:M pattern of the masks.
+
+    Returns:
+        The pattern, its sparsity, and M. Without a pattern, or if `apply` itself refuses it:
+        None, and a sparsity and M that serve.
+    """
+    pattern = masks.get("pattern")
     try:
-        return parse(masks.get("pattern"))
+        numbers = parse(pattern)
     except ValueError:
-        return None
+        numbers = None
+    if numbers is None:
+        return None, 0.5, 2
+    n, m = numbers
+    return pattern, 1.0 - n / m, m
 
 
-def _try_masks(model: torch.nn.Module | None, inputs: int, **arguments: Any) -> None:
-    """Count as `apply` would; the scores that need data are left to the run, which has them."""
-    for key in ("method", "scores"):
-        if arguments.get(key) in tuple(SALIENCY):
-            del arguments[key]
-    if model is None:  # patterns would have nothing to match
-        model = torch.nn.Linear(inputs, 64)
-        arguments = {
-            key: value for key, value in arguments.items() if key not in ("include", "exclude")
-        }
-    own = {key: arguments.pop(key) for key in ("scores", "seed") if key in arguments}
-    apply(torch.nn.Linear(8, 8), 0.5, **own)
-    if arguments.get("method") == "magnitude":
-        arguments["method"] = "uniform"  # a model on the meta device has no values
+def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> None:
+    """Count active weights as `apply` would, on a model that may have no values."""
+    method, pattern = arguments.get("method"), arguments.get("pattern")
+    if method in tuple(SALIENCY) and pattern is not None:
+        raise ValueError(
+            f"method is {method!r}, and the pattern {pattern} gives every layer the same density; "
+            "leave method out"
+        )
+
+    # Scores are left to the run, which has the data and the values of the weights.
+    if arguments.get("scores") in tuple(SALIENCY):
+        del arguments["scores"]
+    if method in tuple(SALIENCY) or (method == "magnitude" and pattern is None):
+        arguments["method"] = "uniform"
+
+    # `count_active` does not know these two, and any layer will do for them.
+    drawing = {key: arguments.pop(key) for key in ("scores", "seed") if key in arguments}
+    apply(torch.nn.Linear(8, 8), 0.5, **drawing)
+
+    if not by_name:
+        arguments.pop("include", None)
+        arguments.pop("exclude", None)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the run itself says what a pattern leaves out
+        warnings.simplefilter("ignore")  # the run itself warns of left-out layers
         count_active(model, **arguments)

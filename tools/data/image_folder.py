@@ -1,4 +1,4 @@
-"""Large data sets: folders of images, read in worker processes through timm's transforms."""
+"""Large data sets: folders of images, read by worker processes through timm's transforms."""
 
 import signal
 import traceback
@@ -13,12 +13,13 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .source import Batch, DataError, MissingData, seed_everything
+from .seeding import seed_everything
+from .source import Batch, DataError, MissingData
 
 
 @dataclass(frozen=True)
 class Folder(Dataset[tuple[Tensor, int]]):
-    """Images in files, through a transform for training and a plain one."""
+    """Images in files, with one transform for training and one for evaluation."""
 
     files: list[str]
     labels: list[int]
@@ -33,11 +34,10 @@ class Folder(Dataset[tuple[Tensor, int]]):
         return len(self.files)
 
     def take(self, indices: Tensor) -> "Folder":
-        """Return a part of the images."""
-        chosen = indices.tolist()
-        return replace(
-            self, files=[self.files[i] for i in chosen], labels=[self.labels[i] for i in chosen]
-        )
+        """Select some of the images."""
+        files = [self.files[index] for index in indices.tolist()]
+        labels = [self.labels[index] for index in indices.tolist()]
+        return replace(self, files=files, labels=labels)
 
     def __getitem__(self, wanted: tuple[int, int | None]) -> tuple[Tensor, int]:
         index, epoch = wanted
@@ -46,20 +46,22 @@ class Folder(Dataset[tuple[Tensor, int]]):
                 image = file.convert("RGB")
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
             raise DataError(f"{self.files[index]} can't be read as an image: {error}") from None
+
         if epoch is None:
             return self.plain(image), self.labels[index]
+
         seed_everything(self.seed, "augment", epoch, index)
         return self.augmenting(image), self.labels[index]
 
     def load(self, batches: Sequence[Tensor], epoch: int | None) -> Iterator[Batch]:
-        """Yield transformed images and labels."""
+        """Yield transformed images and labels; augmented unless `epoch` is None."""
         wanted: Any = [[(index, epoch) for index in batch.tolist()] for batch in batches]
         loader = DataLoader(
             self,
             batch_sampler=wanted,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=ignore_interrupts,
         )
         try:
             for images, labels in loader:
@@ -67,15 +69,15 @@ class Folder(Dataset[tuple[Tensor, int]]):
                     images.to(self.device, non_blocking=True),
                     labels.to(self.device, non_blocking=True),
                 )
-        except DataError as error:  # from a worker it comes with the worker's traceback before it
-            traceback.clear_frames(
-                error.__traceback__
-            )  # or the loader stays, and its workers with it
+        except DataError as error:
+            # Release the loader that the traceback holds, and with it the workers. From a worker
+            # the message begins with the worker's traceback.
+            traceback.clear_frames(error.__traceback__)
             raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
-    """Let Ctrl-C, which a terminal sends to all processes, be answered by the one that writes the checkpoint."""
+def ignore_interrupts(worker: int) -> None:
+    """Ignore Ctrl-C, which a terminal sends to workers too: the main process answers it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -87,7 +89,12 @@ def read_folder(
     seed: int,
     options: dict[str, Any],
 ) -> Folder:
-    """List the images of a folder, one subfolder a class, with timm's reader."""
+    """List the images of a folder with one subfolder a class, by timm's reader.
+
+    Raises:
+        MissingData: There is no folder, or it holds no images.
+        DataError: It holds images outside of subfolders.
+    """
     if not root.is_dir():
         raise MissingData(
             f"{root} is not a folder; data.root, data.train and data.test say where the images are"
@@ -102,11 +109,12 @@ def read_folder(
         raise DataError(
             f"{root} holds no images in subfolders, one subfolder a class, but images of its own"
         )
+
     files = [reader.filename(index, absolute=True) for index in range(len(reader))]
     labels = [label for _, label in reader.samples]
+    classes = sorted(reader.class_to_idx)
     augmenting, plain = (
-        timm.data.create_transform(image_size, is_training=yes, **options) for yes in (True, False)
+        timm.data.create_transform(image_size, is_training=training, **options)
+        for training in (True, False)
     )
-    return Folder(
-        files, labels, sorted(reader.class_to_idx), augmenting, plain, workers, device, seed
-    )
+    return Folder(files, labels, classes, augmenting, plain, workers, device, seed)

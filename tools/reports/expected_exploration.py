@@ -21,7 +21,7 @@ import numpy as np
 
 from ..run_folder import history
 from ..run_folder.folder import RunError, in_a_line
-from ..training.display import counted
+from ..run_folder.labels import counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +66,7 @@ def summary_line(folder: Path) -> str:
     Raises:
         RunError: There is no run, its masks do not move, or the formula does not apply to them.
     """
-    found = history.read(folder)
+    found = history.read_history(folder)
     masks, regrow = found.masks, found.recipe.get("regrow") or {}
     if masks is None or not masks.updates:
         raise RunError(f"{folder} has made no update of masks, or has no layers.jsonl")

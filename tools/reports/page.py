@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..run_folder.history import History
-from ..training.display import SHOWN, counted
+from ..run_folder.labels import SHOWN, counted
 from .figures import Picture
 from .layer_figures import short
 

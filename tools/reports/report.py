@@ -56,7 +56,7 @@ def write(folder: Path) -> Path:
         ImportError: There is no matplotlib.
         OSError: The report can't be written.
     """
-    found = history.read(folder)
+    found = history.read_history(folder)
     from .figures import draw  # needs matplotlib, without which runs train as well
     from .page import page
 

@@ -1,1 +1,1 @@
-"""The folder of a run: its name, its recipe and the files that record it."""
+"""The folder of a run: its name, its recipe, and the files that record it."""

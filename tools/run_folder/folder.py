@@ -1,12 +1,9 @@
-"""The folder of a run: its name, its recipe, never written over another; and the wish to stop it."""
+"""The folder of a run: its name, and its recipe; a run never writes over another."""
 
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
 import yaml
 
 from ..config.recipe import Recipe
@@ -15,10 +12,10 @@ FREE = {
     "data": ("eval_batch_size", "root", "workers", "download"),
     "accelerator": ("cpu", "log_with"),
 }
-"""Where and how things are read and written: no part of a run's name, and a resumed run may change it."""
+"""Settings that change no number; not part of a run's name, and free to change on resume."""
 FREE_SECTIONS = ("checkpoint", "stop_after_bad_losses")
 SPLIT = {"data": ("batch_size",), "accelerator": ("gradient_accumulation_steps",)}
-"""How the images of a step are shared out, which a resumed run may change too: their number is compared by itself."""
+"""Settings that share out the images of a step; on resume only the number of images must match."""
 
 
 class RunError(Exception):
@@ -26,58 +23,62 @@ class RunError(Exception):
 
 
 def in_a_line(error: Exception) -> str:
-    """Return an error's message without its line breaks."""
+    """Write an error's message without its line breaks."""
     return " ".join(str(error).split())
 
 
 def run_folder(recipe: Path, overrides: Sequence[str], seed: int) -> Path:
-    """Return runs/<recipe>[-key=value...]/seed<k>; the seed and what is free are no part of the recipe's name.
+    """Name the folder of a run: runs/<recipe>[-key=value...]/seed<k>, without free settings.
 
-    >>> str(run_folder(Path("recipes/quickstart.yaml"), ["epochs=3", "seed=7", "data.root=/d", "data.workers=2"], 7))
+    >>> overrides = ["epochs=3", "seed=7", "data.root=/d", "data.workers=2"]
+    >>> str(run_folder(Path("recipes/quickstart.yaml"), overrides, 7))
     'runs/quickstart-epochs=3/seed7'
     """
-    named = [override for override in overrides if not _is_free(override)]
-    safe = [
-        "".join(c if c.isalnum() or c in "=.,-_{}" else "_" for c in override) for override in named
-    ]
-    return Path("runs") / "-".join([recipe.stem, *safe]) / f"seed{seed}"
+    parts = [recipe.stem]
+    for override in overrides:
+        if not _is_free(override):
+            parts.append("".join(c if c.isalnum() or c in "=.,-_{}" else "_" for c in override))
+    return Path("runs") / "-".join(parts) / f"seed{seed}"
 
 
 def _is_free(override: str) -> bool:
-    """Return whether an override changes no number, or the seed alone."""
+    """Tell whether an override changes no number, or the seed alone."""
     names, _, text = override.partition("=")
     section, _, key = names.partition(".")
     if key or section not in FREE:
         return section in ("seed", *FREE_SECTIONS) or key in FREE.get(section, ())
+
     value = yaml.safe_load(text)
     return isinstance(value, dict) and decisive({section: value}) == {}
 
 
 def decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a recipe decides the numbers of a run: its sections without what is free, and none that is empty.
+    """Select the settings of a recipe that decide the numbers of a run, without empty sections.
 
-    >>> decisive({"data": {"name": "digits", "workers": 2}, "accelerator": {"cpu": True}, "masks": None, "epochs": 3})
+    >>> decisive({"data": {"name": "digits", "workers": 2}, "masks": None, "epochs": 3})
     {'data': {'name': 'digits'}, 'epochs': 3}
     """
-    return _without({key: value for key, value in recipe.items() if key not in FREE_SECTIONS}, FREE)
+    sections = {key: value for key, value in recipe.items() if key not in FREE_SECTIONS}
+    return _without(sections, FREE)
 
 
 def _without(recipe: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Return a recipe's sections without these settings, and none that is then empty."""
-    left = {
-        key: {name: setting for name, setting in (value or {}).items() if name not in names[key]}
-        if key in names
-        else value
-        for key, value in recipe.items()
-    }
-    return {key: value for key, value in left.items() if value not in (None, {})}
+    """Drop these settings, and the sections that are then empty."""
+    left = {}
+    for key, value in recipe.items():
+        if key in names:
+            settings = (value or {}).items()
+            value = {name: setting for name, setting in settings if name not in names[key]}
+        if value not in (None, {}):
+            left[key] = value
+    return left
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is there and no folder.
+    """Refuse a path that exists and is no folder.
 
     Raises:
-        RunError: This is a file.
+        RunError: This one is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is no folder; write elsewhere with --out FOLDER")
@@ -92,7 +93,8 @@ def check_free(folder: Path) -> None:
     check_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         raise RunError(
-            f"{folder} exists; continue that run with --resume, or write elsewhere with --out FOLDER"
+            f"{folder} exists; continue that run with --resume, or write elsewhere with "
+            "--out FOLDER"
         )
 
 
@@ -105,9 +107,8 @@ def start(folder: Path, recipe: Recipe) -> None:
     try:
         check_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder.with_name(
-            f"{folder.name}.unfinished"
-        )  # beside: an empty folder may be started in again
+        # Beside the folder, so that a failed start leaves it empty, ready for another.
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
         unfinished.write_text(recipe.as_yaml(), encoding="utf-8")
         unfinished.replace(folder / "recipe.yaml")
     except OSError as error:
@@ -117,7 +118,7 @@ def start(folder: Path, recipe: Recipe) -> None:
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    """Refuse to go on with another recipe than the run began with.
+    """Refuse to resume a run with another recipe than it began with.
 
     Raises:
         RunError: There is no run, or its recipe differs.
@@ -126,15 +127,9 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     path = folder / "recipe.yaml"
     if not path.exists():
         raise RunError(f"{folder} holds no run to resume; start it without --resume")
+
+    before = _read_sections(path)
     now = yaml.safe_load(recipe.as_yaml())
-    try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        before = None
-    if not isinstance(before, dict) or not all(
-        isinstance(before.get(key) or {}, dict) for key in FREE
-    ):
-        raise RunError(f"{path} is damaged; start a new run with --out FOLDER")
     was, must = (_without(decisive(sections), SPLIT) for sections in (before, now))
     differing = [key for key in {**before, **now} if was.get(key) != must.get(key)]
     if differing:
@@ -145,41 +140,16 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-class StopRequest:
-    """Turns SIGINT (Ctrl-C) and SIGTERM into a question that is asked between batches; a second Ctrl-C interrupts."""
+def _read_sections(path: Path) -> dict[str, Any]:
+    """Read the recipe that a run wrote."""
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        sections = None
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, ranks: int = 1) -> None:
-        self._received = False
-        # Ranks agree over gloo, whatever they train on: a byte between hosts at every step, and no device waits for it.
-        self._group: Any = torch.distributed.new_group(backend="gloo") if ranks > 1 else None
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self._group is not None:
-            torch.distributed.destroy_process_group(self._group)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
-        if number == signal.SIGINT:  # SIGTERM may come twice, from a launcher and from who stops it
-            signal.signal(number, signal.default_int_handler)
-
-    def wanted(self) -> bool:
-        """Return whether to stop here, the same on all ranks; all must ask as often."""
-        if self._group is None:
-            return self._received
-        received = torch.tensor(int(self._received))
-        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX, group=self._group)
-        return bool(received)
-
-
-def end_gloo() -> None:
-    """Join gloo's threads before the interpreter ends: one that still works then aborts the process."""
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        torch.distributed.destroy_process_group()
+    sound = isinstance(sections, dict) and all(
+        isinstance(sections.get(key) or {}, dict) for key in FREE
+    )
+    if not sound:
+        raise RunError(f"{path} is damaged; start a new run with --out FOLDER")
+    return sections

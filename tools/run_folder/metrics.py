@@ -1,62 +1,17 @@
-"""The numbers of a run: files of a JSON object a line, added to whole, read as far as they are, cut on a resume."""
+"""Write and read metrics.jsonl: one line per epoch, and one for the test set at the end."""
 
-import contextlib
-import errno
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .folder import RunError
+from .json_lines import JsonLines
 
 
-def _is_test(line: Mapping[str, Any]) -> bool:
-    return "test_top1" in line
+class Metrics(JsonLines):
+    """The numbers of a run."""
 
-
-class Metrics:
-    """metrics.jsonl, or another file of the run that has one JSON object a line, each with `epoch` and `step`."""
-
-    def __init__(self, folder: Path, name: str = "metrics.jsonl") -> None:
-        self.path = folder / name
-
-    def append(self, *lines: dict[str, Any]) -> None:
-        """Add lines, all of them or nothing.
-
-        Raises:
-            RunError: They can't be written, on a full disk for one; the lines before them stay.
-        """
-        text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-        try:
-            with self.path.open(
-                "ab", buffering=0
-            ) as file:  # or closing it would try to write the rest again
-                before = file.tell()
-                try:
-                    if file.write(text) < len(text):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(file.fileno())  # before the checkpoint that counts on the line
-                except OSError:
-                    file.truncate(before)
-                    raise
-        except OSError as error:
-            raise self._not_written(error) from None
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return all lines before the first that is damaged, or was cut off while writing."""
-        lines: list[dict[str, Any]] = []
-        for text in self._texts():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                break
-            if not isinstance(line, dict) or not all(
-                isinstance(line.get(key), int) for key in ("epoch", "step")
-            ):
-                break
-            lines.append(line)
-        return lines
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "metrics.jsonl")
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
@@ -65,14 +20,15 @@ class Metrics:
 
     @property
     def test(self) -> dict[str, Any] | None:
-        """The line of the test set, which a run writes when all its steps are done; None before."""
+        """The line of the test set; None until all steps of the run are done."""
         return next((line for line in reversed(self.read()) if _is_test(line)), None)
 
     def cut(self, epoch: int) -> list[dict[str, Any]]:
-        """Drop the lines past an epoch, of which a resumed run writes its own; return those that stay.
+        """Drop the lines past an epoch, which a resumed run writes again; return the others.
 
-        Raises: RunError: One that must stay is damaged, or the rest can't be written; the file is
-            as it was.
+        Raises:
+            RunError: A line that must stay is damaged, or the rest can't be written. The file
+                is as it was.
         """
         return self.keep(
             lambda line: line["epoch"] <= epoch and not _is_test(line),
@@ -80,49 +36,6 @@ class Metrics:
             f"epoch {epoch}",
         )
 
-    def keep(
-        self,
-        stays: Callable[[dict[str, Any]], bool],
-        is_whole: Callable[[list[dict[str, Any]]], bool],
-        last: str,
-    ) -> list[dict[str, Any]]:
-        """Drop the lines that do not stay; return the others.
 
-        Args:
-            stays: Whether a line does.
-            is_whole: Whether those that stay are all there; asked where a line is damaged.
-            last: After what the run goes on, for the message.
-
-        Raises:
-            RunError: As `cut`.
-        """
-        found = self.read()
-        lines = [line for line in found if stays(line)]
-        if len(found) < self.count() and not is_whole(lines):
-            raise RunError(
-                f"{self.path} is damaged in line {len(found) + 1}, and the run goes on after {last}; put the "
-                "line right, or remove the file to go on without what it holds"
-            )
-        unfinished = self.path.with_suffix(".unfinished")
-        try:
-            unfinished.write_text(
-                "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-            )
-            unfinished.replace(self.path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
-            raise self._not_written(error) from None
-        return lines
-
-    def count(self) -> int:
-        """Return how many lines there are, damaged ones too."""
-        return len(self._texts())
-
-    def _texts(self) -> list[bytes]:
-        return self.path.read_bytes().splitlines() if self.path.exists() else []
-
-    def _not_written(self, error: OSError) -> RunError:
-        return RunError(
-            f"{self.path} could not be written: {error}; once it can be, go on with --resume"
-        )
+def _is_test(line: Mapping[str, Any]) -> bool:
+    return "test_top1" in line

@@ -1,15 +1,15 @@
-"""Checkpoints of a run: each a folder that appears whole or not at all, the last few and the best kept.
+"""Checkpoints of a run: each is a folder that appears whole or not at all.
 
-`model.safetensors` (weights and masks, and what `itop_prune.load` reads), `ema.safetensors` where
-there is an average, `state.pt` with everything else, in tensors and plain Python values, read with
-`weights_only=True`, and `checksums.json` with the SHA-256 of each.
+- `model.safetensors`: weights and masks; `itop_prune.load` reads it.
+- `ema.safetensors`: the same of the average, if the recipe has one.
+- `state.pt`: everything else, read with `weights_only=True`.
+- `checksums.json`: the SHA-256 of each file.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from itop_prune.files import small_files as compact
+from itop_prune.files import small_files
 
 from .sharded import load_model_state
 
-State = dict[str, Tensor]
+StateDict = dict[str, Tensor]
 CHECKSUMS = "checksums.json"
 
 
@@ -31,21 +31,22 @@ class CheckpointError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last, named by optimizer step."""
+    """The checkpoints of one run, named by optimizer step: the last few and the best."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
     def save(
-        self, step: int, models: dict[str, State], state: dict[str, Any], best: bool = False
+        self, step: int, models: dict[str, StateDict], state: dict[str, Any], best: bool = False
     ) -> Path:
-        """Write state dicts of models, and the rest, into a new folder, rename it into place, and drop the oldest.
+        """Write a new checkpoint beside the others, rename it into place, and drop the oldest.
 
-        Raises: CheckpointError: Writing failed, on a full disk for one; the checkpoints before it
-            stay whole.
+        Raises:
+            CheckpointError: Writing failed, for example on a full disk. Earlier checkpoints
+                stay whole.
         """
-        target, unfinished = self.folder / f"step-{step:09d}", self.folder / ".unfinished"
-        copy = self.folder / ".unfinished-best"
+        target = self.folder / f"step-{step:09d}"
+        unfinished, copy = self.folder / ".unfinished", self.folder / ".unfinished-best"
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -54,45 +55,44 @@ class Checkpoints:
             torch.save(state, unfinished / "state.pt")
             sums = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
             (unfinished / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-            if best:  # first: a run that is killed in between goes on from before, and comes by here again
+
+            # The best comes first: a run killed between the two resumes from before both.
+            if best:
                 shutil.rmtree(copy, ignore_errors=True)
-                shutil.copytree(unfinished, copy, copy_function=link)
+                shutil.copytree(unfinished, copy)
                 replace_folder(copy, self.folder / "best")
             replace_folder(unfinished, target)
         except (OSError, RuntimeError, SafetensorError) as error:
-            for folder in (unfinished, copy):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(copy, ignore_errors=True)
             last = self.last()
             kept = f"{last} is whole" if last else "there is none before it"
             raise CheckpointError(f"{target} could not be written: {error}; {kept}") from None
+
         for old in self.all()[: -self.keep]:
             remove_folder(old)
         return target
 
     def all(self) -> list[Path]:
-        """Return the folders, oldest first, the best one not among them."""
+        """List the folders, oldest first, without the best."""
         return sorted(self.folder.glob("step-*"))
 
     def last(self) -> Path | None:
-        """Return the newest, or None."""
+        """Find the newest checkpoint."""
         return next(reversed(self.all()), None)
 
     def last_before(self, step: int) -> Path | None:
-        """Return the newest of this step or an earlier one, or None."""
-        return next(
-            (
-                folder
-                for folder in reversed(self.all())
-                if int(folder.name.removeprefix("step-")) <= step
-            ),
-            None,
-        )
+        """Find the newest checkpoint of this step or an earlier one."""
+        for folder in reversed(self.all()):
+            if int(folder.name.removeprefix("step-")) <= step:
+                return folder
+        return None
 
     def last_whole(self) -> tuple[Path | None, list[str]]:
-        """Return the newest that is as it was written, and what is wrong with newer ones; None if there are none.
+        """Find the newest undamaged checkpoint, and the problems of newer ones.
 
         Raises:
-            CheckpointError: There are some, and all are damaged.
+            CheckpointError: There are checkpoints, and all are damaged.
         """
         problems: list[str] = []
         for folder in reversed(self.all()):
@@ -100,6 +100,7 @@ class Checkpoints:
             if not problem:
                 return folder, problems
             problems.append(problem)
+
         if problems:
             raise CheckpointError(
                 f"no checkpoint is whole: {'; '.join(problems)}; start a new run with --out FOLDER"
@@ -107,8 +108,45 @@ class Checkpoints:
         return None, []
 
 
+def load_checkpoint(folder: Path, models: dict[str, nn.Module]) -> dict[str, Any]:
+    """Load weights and masks into models, and return the rest of the state.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or belongs to another model.
+    """
+    try:
+        path = folder / "state.pt"
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, model in models.items():
+            path = folder / f"{name}.safetensors"
+            load_model_state(model, load_file(path))
+    except Exception as error:  # a damaged file may raise anything
+        raise CheckpointError(
+            f"{path} can't be read: {error}; remove {folder} to use the one before"
+        ) from None
+    return state
+
+
+def damage(folder: Path) -> str:
+    """Describe what differs from the checksums of a checkpoint; "" if nothing does."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        files = {name: folder / name for name in sums if Path(name).name == name}
+        if not files.keys() >= {"model.safetensors", "state.pt"}:
+            return f"{folder / CHECKSUMS} names no model and state"
+
+        for name, path in files.items():
+            if checksum(path) != sums[name]:
+                return f"{path} is damaged"
+        return ""
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except (OSError, ValueError, TypeError) as error:
+        return f"{folder / CHECKSUMS} can't be read: {error}"
+
+
 def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Compute the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -116,33 +154,16 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def damage(folder: Path) -> str:
-    """Return what is wrong with a checkpoint, by the checksums that were written with it, or ""."""
-    try:
-        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        files = {name: folder / name for name in sums if Path(name).name == name}
-        if not files.keys() >= {"model.safetensors", "state.pt"}:
-            return f"{folder / CHECKSUMS} names no model and state"
-        return next(
-            (f"{path} is damaged" for name, path in files.items() if checksum(path) != sums[name]),
-            "",
-        )
-    except FileNotFoundError as error:
-        return f"{error.filename} is missing"
-    except (OSError, ValueError, TypeError) as error:
-        return f"{folder / CHECKSUMS} can't be read: {error}"
-
-
-def save_model(state: State, path: Path) -> None:
-    """Write a state dict as safetensors, all of it or nothing."""
-    tensors: State = {}
+def save_model(state: StateDict, path: Path) -> None:
+    """Write a state dict as safetensors, whole or not at all."""
+    # safetensors refuses shared memory, which a module under two names has.
+    tensors: StateDict = {}
     seen: set[int] = set()
     for name, tensor in state.items():
-        shared = (
-            tensor.data_ptr() in seen
-        )  # a module under two names: safetensors refuses shared memory
+        shared = tensor.data_ptr() in seen
         tensors[name] = tensor.clone() if shared else tensor.contiguous()
         seen.add(tensor.data_ptr())
+
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         save_file(tensors, unfinished)
@@ -152,14 +173,16 @@ def save_model(state: State, path: Path) -> None:
         raise
 
 
-def save_result(state: State, path: Path) -> None:
-    """Write the weights that a run ends with; of a sparse model a small file too, first, for with the other it is over.
+def save_result(state: StateDict, path: Path) -> None:
+    """Write the final weights of a run, of a sparse model also as a small file.
 
     Raises:
-        CheckpointError, OSError: They can't be written, on a full disk for one.
+        CheckpointError, OSError: They can't be written, for example on a full disk.
     """
-    if compact.masked(state):
-        compact.write(state, path.with_name("sparse.safetensors"))
+    # The small file comes first, since the other one marks the run as finished.
+    if small_files.masked(state):
+        small_files.write(state, path.with_name("sparse.safetensors"))
+
     try:
         save_model(state, path)
     except (OSError, SafetensorError) as error:
@@ -169,54 +192,26 @@ def save_result(state: State, path: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Put a finished folder in place, once its files are on the disk."""
+    """Flush a finished folder to the disk and rename it into place."""
     for path in (*source.iterdir(), source):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
     removed = set_aside(target)
     source.rename(target)
     shutil.rmtree(removed, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder if it is there, so that a part of it never has its name."""
+    """Remove a folder, if it exists, so that a part of it never has its name."""
     shutil.rmtree(set_aside(folder), ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path:
-    """Give a folder, if it is there, a name under which nobody looks for it; return that name."""
+    """Rename a folder, if it exists, to a name that nothing reads; return that name."""
     removed = folder.with_name(f".removed-{folder.name}")
     shutil.rmtree(removed, ignore_errors=True)
     if folder.exists():
         folder.rename(removed)
     return removed
-
-
-def link(source: str, target: str) -> None:
-    """Give a file a second name, or copy it where the disk knows no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def load(folder: Path, models: dict[str, nn.Module]) -> dict[str, Any]:
-    """Put a checkpoint's weights and masks into models and return the rest.
-
-    Raises:
-        CheckpointError: A part is missing or damaged, or is of another model.
-    """
-
-    def read(name: str, how: Callable[[Path], Any]) -> Any:
-        try:
-            return how(folder / name)
-        except Exception as error:  # a damaged file may raise anything
-            raise CheckpointError(
-                f"{folder / name} can't be read: {error}; remove {folder} to use the one before"
-            ) from None
-
-    state = read("state.pt", lambda path: torch.load(path, map_location="cpu", weights_only=True))
-    for name, model in models.items():
-        read(f"{name}.safetensors", lambda path: load_model_state(model, load_file(path)))  # noqa: B023  (called at once)
-    return state

@@ -1,4 +1,4 @@
-"""How well a model does: on a split while it trains, and saved weights on the test set."""
+"""Evaluate a model: on a split while it trains, or saved weights on the test set."""
 
 import math
 from collections.abc import Sequence
@@ -12,21 +12,12 @@ from torch import nn
 import itop_prune
 from itop_prune.files.state_dicts import read_state
 
-from ..config.recipe import Recipe, read
-from ..data.datasets import Data, augmentation_of, open_data
+from ..config.recipe import Recipe, read_recipe
+from ..data.datasets import Data
 from ..data.source import Source
-from ..run_folder.folder import RunError, StopRequest
+from ..run_folder.folder import RunError
 from .build import build_model
-
-
-def read_for_weights(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe for weights that lie elsewhere: the model is built without any.
-
-    Raises:
-        RecipeError: As of `itop_prune_tools.config.recipe.read`.
-    """
-    recipe = read(path, [*overrides, "init=null"], data=open_data, augment=augmentation_of)
-    return replace(recipe, model={**recipe.model, "pretrained": False, "checkpoint_path": ""})
+from .stop import StopRequest
 
 
 @torch.no_grad()
@@ -38,54 +29,76 @@ def evaluate(
     split: str,
     stop: StopRequest,
 ) -> dict[str, float] | None:
-    """Return loss and top-1 accuracy in percent over a split, every image once over all ranks; None where stopped."""
+    """Compute loss and top-1 accuracy in percent; each image counts once over all ranks.
+
+    All ranks must call. Returns None if a signal stopped it.
+    """
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    if ranks > 1:  # batch statistics are the first rank's, as in every forward of DDP
+
+    # Batch statistics are those of the first rank, as in every forward of DDP.
+    if ranks > 1:
         for buffer in model.buffers():
             if buffer.is_floating_point():
                 torch.distributed.broadcast(buffer, 0)
+
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    training, stopped = model.training, False
+    training = model.training
     model.eval()
+
+    # The first rank has most batches. The others do as many forwards, with blank images at the
+    # end, since the ranks gather sharded weights together.
     batches = data.evaluation(source, rank=rank, ranks=ranks)
-    of_the_first_rank = math.ceil(math.ceil(len(source) / ranks) / data.eval_batch_size)
-    for _ in range(
-        of_the_first_rank
-    ):  # which has most: ranks with fewer do as many forwards, and ask as often
-        if stopped := stop.wanted():
+    most_batches = math.ceil(math.ceil(len(source) / ranks) / data.eval_batch_size)
+    stopped = False
+    for _ in range(most_batches):
+        stopped = stop.wanted()
+        if stopped:
             break
+
         batch = next(batches, None)
         x = batch[0] if batch else torch.zeros(1, *data.shape, device=accelerator.device)
         with accelerator.autocast():
-            logits = model(
-                x
-            ).float()  # without a batch too: the ranks gather sharded weights together
+            logits = model(x).float()
+
         if batch:
             y = batch[1]
             loss = nn.functional.cross_entropy(logits, y, reduction="sum")
-            sums += torch.stack(
-                [loss, (logits.argmax(1) == y).sum(), torch.tensor(len(y), device=y.device)]
-            )
+            correct = (logits.argmax(1) == y).sum()
+            sums += torch.stack([loss, correct, torch.tensor(len(y), device=y.device)])
+
     model.train(training)
     if stopped:
         return None
-    loss_sum, correct, images = accelerator.reduce(sums).tolist()
-    return {f"{split}_loss": loss_sum / images, f"{split}_top1": 100.0 * correct / images}
+
+    loss_sum, correct_sum, images = accelerator.reduce(sums).tolist()
+    return {f"{split}_loss": loss_sum / images, f"{split}_top1": 100.0 * correct_sum / images}
+
+
+def read_recipe_for_weights(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe for saved weights: its model is built without weights of its own.
+
+    Raises:
+        RecipeError: As `read_recipe`.
+    """
+    recipe = read_recipe(path, [*overrides, "init=null"])
+    return replace(recipe, model={**recipe.model, "pretrained": False, "checkpoint_path": ""})
 
 
 def load_weights(recipe: Recipe, model: nn.Module, path: Path) -> None:
-    """Put saved weights into the model of a recipe, and masks where it has them.
+    """Load saved weights, and masks if the recipe has them, into a model.
 
     Args:
-        recipe: What the model was built by.
-        model: Dense; changed in place.
+        recipe: The recipe that the model was built from.
+        model: A dense model; changed in place.
         path: A file, a checkpoint, or the folder of a run.
 
     Raises:
         RunError: They are missing, damaged, or of another model.
     """
+    # Of the two models of a checkpoint, a run tests the average.
     if recipe.ema and (path / "ema.safetensors").exists():
-        path = path / "ema.safetensors"  # of a checkpoint's two models the one that a run tests
+        path = path / "ema.safetensors"
+
     try:
         if recipe.masks:
             itop_prune.load(model, path)
@@ -103,5 +116,6 @@ def evaluate_only(recipe: Recipe, accelerator: Accelerator, data: Data, path: Pa
         result = evaluate(model, accelerator, data, data.test, "test", stop)
     if result is None:
         return 130
+
     accelerator.print("  ".join(f"{name} {value:.4f}" for name, value in result.items()))
     return 0

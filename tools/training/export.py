@@ -1,25 +1,24 @@
-"""Take a model out of a run into a file for somewhere else, and check that the file computes what the model does.
+"""Export a model from a run to a file, and check that the file computes the same outputs.
 
-  python tools/export.py runs/quickstart/seed0 digits.safetensors --to dense            # a plain
-  timm checkpoint python tools/export.py runs/quickstart/seed0 small.safetensors --to sparse --dtype
-  float16 python tools/export.py runs/quickstart/seed0 digits.onnx --to onnx                    #
-  for any ONNX runtime python tools/export.py runs/quickstart/seed0 digits.pt2 --to torch --deployed
-  # for torch.export.load python tools/export.py weights.pt digits.onnx --to onnx --recipe
-  recipes/quickstart.yaml --shape 1,8,8
+  python tools/export.py runs/quickstart/seed0 digits.safetensors --to dense
+  python tools/export.py runs/quickstart/seed0 small.safetensors --to sparse --dtype float16
+  python tools/export.py runs/quickstart/seed0 digits.onnx --to onnx
+  python tools/export.py runs/quickstart/seed0 digits.pt2 --to torch --deployed
+  python tools/export.py weights.pt digits.onnx --to onnx --recipe recipes/quickstart.yaml
 
-dense    weights under their plain names with zeros where a mask was, as timm's `checkpoint_path`
-    and `load_state_dict` take them: .safetensors or .pth sparse   active weights and masks, as
-    `itop_prune.load` takes them: .safetensors onnx     the graph and dense weights, for any number
-    of images; needs the extra `export` torch    the same as torch.export.save writes it; whoever
-    loads it needs torch alone
+  --to dense    .safetensors or .pth: plain weights with zeros under the masks, for timm's
+                `checkpoint_path` and `load_state_dict`
+  --to sparse   .safetensors: active weights and masks, for `itop_prune.load`
+  --to onnx     .onnx: the graph and dense weights, for any batch size; needs the extra `export`
+  --to torch    .pt2: the same, written by torch.export.save; loading it needs only torch
 
-With --deployed a file of ONNX holds the active weights of most layers alone; onnxruntime makes them
-dense once, when it loads the file, another runtime may do so at every call. One of torch holds the
-active weights alone, and computes with them alone, in the layers where that was faster, as measured
-here on one image.
+With --deployed an ONNX file stores only the active weights of most layers. onnxruntime makes them
+dense once, when it loads the file; another runtime may do so at every call. A torch file stores
+only active weights, and computes with them in the layers where that was faster, measured here on
+one image.
 
-A file appears under its name when it is whole and computes the same, and never in place of another.
-Of a run whose recipe has an average (ema), the average is taken.
+The file gets its name only after it is complete and checked, and never replaces another. If the
+recipe has an average (ema), the average is exported.
 """
 
 import argparse
@@ -28,7 +27,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -45,10 +43,10 @@ from ..data.source import CPU, DataError
 from ..run_folder.folder import RunError, in_a_line
 from .build import build_model
 from .checkpoint import save_model
-from .evaluation import load_weights, read_for_weights
+from .evaluation import load_weights, read_recipe_for_weights
 
 TOLERANCE = 1e-4
-"""How far outputs may be from those of the model, as a share of their norm; rounded values are shown, not judged."""
+"""Largest allowed difference of the outputs, as a share of their norm; not with --dtype."""
 SUFFIXES = {
     "dense": (".safetensors", ".pth"),
     "sparse": (".safetensors",),
@@ -57,7 +55,7 @@ SUFFIXES = {
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_ONNX = 2**31
-"""Bytes of a file of ONNX: what protocol buffers can hold."""
+"""Largest ONNX file in bytes, a limit of protocol buffers."""
 
 Function = Callable[[Tensor], Tensor]
 
@@ -71,23 +69,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "source", type=Path, help="a run folder, one of its checkpoints, or a file of weights"
     )
     parser.add_argument(
-        "out", type=Path, metavar="file", help="what is written; its name ends as its target's does"
+        "out", type=Path, metavar="file", help="the file to write; its suffix must fit --to"
     )
-    parser.add_argument("--to", choices=SUFFIXES, required=True, help="what it is for, see above")
+    parser.add_argument("--to", choices=SUFFIXES, required=True, help="the format, see above")
     parser.add_argument(
-        "--deployed", action="store_true", help="onnx, torch: active weights alone, see above"
+        "--deployed", action="store_true", help="onnx, torch: store only active weights, see above"
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="sparse: round the values to this type")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="sparse: what values are rounded to; as they are without it"
-    )
-    parser.add_argument(
-        "--recipe", type=Path, metavar="YAML", help="of the model, where the source lies in no run"
+        "--recipe",
+        type=Path,
+        metavar="YAML",
+        help="recipe of the model, if the source is not in a run folder",
     )
     parser.add_argument(
         "--shape",
         type=shape,
         metavar="C,H,W",
-        help="of an image, in place of what the run was given",
+        help="shape of an image, instead of that of the run",
     )
     args = parser.parse_args(argv)
     if args.deployed and args.to not in ("onnx", "torch"):
@@ -100,7 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def shape(text: str) -> tuple[int, int, int]:
-    """Read the shape of an image.
+    """Parse the shape of an image.
 
     >>> shape("3,224,224")
     (3, 224, 224)
@@ -112,7 +111,7 @@ def shape(text: str) -> tuple[int, int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the file and say how large it is and how near its outputs are; return 0, or 1 for an error."""
+    """Write the file and print its size and the difference of its outputs; return 0, 1 on error."""
     args = parse(argv)
     try:
         print(export(args))
@@ -123,64 +122,116 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(args: argparse.Namespace) -> str:
-    """Write the file; return what there is to say about it, in a line.
+    """Write the file; return one line about it.
 
     Raises:
         RunError: Something is missing, damaged or does not fit; the message says what.
         RecipeError, DataError, ImportError, OSError: Likewise.
     """
     check_name(args.out, args.to)
-    run = next(
-        (
-            place
-            for place in (args.source, *args.source.parents[:3])
-            if (place / "recipe.yaml").is_file()
-        ),
-        None,
-    )
-    path = args.recipe or (run and run / "recipe.yaml")
     if not args.source.exists():
         raise RunError(
-            f"{args.source} does not exist; give a run folder, one of its checkpoints, or a file of weights"
+            f"{args.source} does not exist; give a run folder, one of its checkpoints, or a file "
+            "of weights"
         )
-    if path is None:
-        raise RunError(
-            f"{args.source} lies in no folder of a run; name the recipe of the model with --recipe YAML"
-        )
-    recipe = read_for_weights(path)
+
+    run = find_run(args.source)
+    recipe = read_recipe_for_weights(recipe_path(args, run))
     model = build_model(recipe, None, CPU).eval()
     load_weights(recipe, model, args.source)
-    image = args.shape or shape_of(run, recipe)
+
+    image = args.shape or image_shape(run, recipe)
     inputs = torch.randn(3, *image, generator=torch.Generator().manual_seed(0))
+    unfinished = args.out.with_name(f"unfinished-{os.getpid()}-{args.out.name}")
     with torch.no_grad():
+        expected = outputs_of(model, inputs)
         try:
-            expected = model(inputs)
-        except Exception as error:  # whatever a model raises at a wrong shape
-            hint = "give the shape of an image with --shape C,H,W"
-            raise RunError(
-                f"the model does not take images of shape {image}: {in_a_line(error)}; {hint}"
-            ) from None
-        unfinished = args.out.with_name(f"unfinished-{os.getpid()}-{args.out.name}")
-        try:
-            again, note = write(args, recipe, model, unfinished, inputs[:2])
-            apart = relative_error(again(inputs), expected) if again else None
-            if apart is not None and not (apart <= TOLERANCE or args.dtype):
-                raise RunError(
-                    f"the outputs would differ by {apart:.1e} of their norm; {args.out} was not written"
-                )
+            written, note = write(args, recipe, model, unfinished, inputs[:2])
+            checked = "not checked, for there is no onnxruntime"
+            if written:
+                checked = check_outputs(written(inputs), expected, args)
             unfinished.replace(args.out)
         finally:
             unfinished.unlink(missing_ok=True)
-    checked = (
-        "not checked, for there is no onnxruntime"
-        if apart is None
-        else f"outputs differ by {apart:.1e} of their norm"
-    )
+
     return f"{args.out}: {args.out.stat().st_size:,} bytes, {note}{checked}"
 
 
+def find_run(source: Path) -> Path | None:
+    """Find the folder of the run that a file or checkpoint belongs to."""
+    for folder in (source, *source.parents[:3]):
+        if (folder / "recipe.yaml").is_file():
+            return folder
+    return None
+
+
+def recipe_path(args: argparse.Namespace, run: Path | None) -> Path:
+    """Find the recipe of the model.
+
+    Raises:
+        RunError: There is none.
+    """
+    if args.recipe:
+        return args.recipe
+    if run:
+        return run / "recipe.yaml"
+    raise RunError(
+        f"{args.source} lies in no folder of a run; name the recipe of the model with --recipe YAML"
+    )
+
+
+def image_shape(run: Path | None, recipe: Recipe) -> tuple[int, ...]:
+    """Read the shape of an image from layers.jsonl of the run, or else from its data.
+
+    Raises:
+        RunError: Neither is there.
+    """
+    if run:
+        try:
+            with (run / "layers.jsonl").open(encoding="utf-8") as lines:
+                return tuple(map(int, json.loads(lines.readline())["image"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # missing or damaged: ask the data
+
+    try:
+        return open_data(**recipe.data, augment=recipe.augment).shape
+    except DataError as error:
+        raise RunError(
+            f"the shape of an image is not known: {error}; give it with --shape C,H,W"
+        ) from None
+
+
+def outputs_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Compute the outputs of the model.
+
+    Raises:
+        RunError: It does not take images of this shape.
+    """
+    try:
+        return model(inputs)
+    except Exception as error:  # a model may raise anything at a wrong shape
+        raise RunError(
+            f"the model does not take images of shape {tuple(inputs.shape[1:])}: "
+            f"{in_a_line(error)}; give the shape of an image with --shape C,H,W"
+        ) from None
+
+
+def check_outputs(outputs: Tensor, expected: Tensor, args: argparse.Namespace) -> str:
+    """Compare the outputs of the file with those of the model; return the result as text.
+
+    Raises:
+        RunError: They differ, although no value was rounded.
+    """
+    apart = relative_error(outputs, expected)
+    if not (apart <= TOLERANCE or args.dtype):
+        raise RunError(
+            f"the outputs would differ by {apart:.1e} of their norm; {args.out} was not written"
+        )
+    return f"outputs differ by {apart:.1e} of their norm"
+
+
 def check_name(out: Path, target: str) -> None:
-    """Refuse a name that tells of another format, is taken, or is in no folder.
+    """Refuse a name that is taken, has the suffix of another format, or is in no folder.
 
     Raises:
         RunError: This one does.
@@ -188,7 +239,8 @@ def check_name(out: Path, target: str) -> None:
     if out.suffix not in SUFFIXES[target]:
         allowed = " or ".join(SUFFIXES[target])
         raise RunError(
-            f"the name of {out} tells of another format; for --to {target} give one that ends in {allowed}"
+            f"the name of {out} tells of another format; for --to {target} give one that ends in "
+            f"{allowed}"
         )
     if out.exists():
         raise RunError(
@@ -198,29 +250,16 @@ def check_name(out: Path, target: str) -> None:
         raise RunError(f"{out.parent} is no folder; make it first")
 
 
-def shape_of(run: Path | None, recipe: Recipe) -> tuple[int, ...]:
-    """Return the shape of an image: what the run noted, or what its data have."""
-    if run:
-        with (
-            suppress(OSError, ValueError, KeyError, TypeError),
-            (run / "layers.jsonl").open(encoding="utf-8") as notes,
-        ):
-            return tuple(map(int, json.loads(notes.readline())["image"]))
-    try:
-        return open_data(**recipe.data, augment=recipe.augment).shape
-    except DataError as error:
-        raise RunError(
-            f"the shape of an image is not known: {error}; give it with --shape C,H,W"
-        ) from None
-
-
 def write(
     args: argparse.Namespace, recipe: Recipe, model: nn.Module, path: Path, example: Tensor
 ) -> tuple[Function | None, str]:
-    """Write the file; return what it computes, read back, or None where nothing here can run it, and a note.
+    """Write the file and read it back.
+
+    Returns:
+        The function that the file computes, None without a runtime for it; and a note.
 
     Raises:
-        RunError: The model can't be exported, or has no masks where they are needed.
+        RunError: The model can't be exported, or has no masks although they are needed.
     """
     if args.to == "dense":
         state = itop_prune.dense_state_dict(model)
@@ -229,54 +268,60 @@ def write(
         else:
             save_model(state, path)
         return loaded(replace(recipe, masks=None), path), ""
+
     if args.to == "sparse":
         try:
             itop_prune.save(model, path, DTYPES.get(args.dtype))
         except ValueError as error:
             raise RunError(f"{args.source} can't be written so: {error}") from None
         return loaded(recipe, path), ""
+
     note = ""
     try:
         if args.deployed:
-            kernels = ("embedding_bag",) if args.to == "onnx" else ("dense", "embedding_bag")
-            model = itop_prune.deploy(model, example[:1], choices=kernels)
-            chosen = [choice.kernel != "dense" for choice in cast(Report, model.report).choices]
-            note = f"{sum(chosen)} of {len(chosen)} masked weights without their zeros, "
+            model, note = deployed(model, example[:1], args.to)
         else:
             itop_prune.remove(model)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about itself
-            return EXPORTS[args.to](model, path, example), note
-    except (
-        ValueError,
-        RuntimeError,
-    ) as error:  # also torch's own, of operations and shapes that it can't follow
+            warnings.simplefilter("ignore")  # torch warns about itself
+            return GRAPHS[args.to](model, path, example), note
+    except (ValueError, RuntimeError) as error:  # also torch's, about operations it can't follow
         raise RunError(f"the model can't be exported: {in_a_line(error)}") from None
 
 
+def deployed(model: nn.Module, image: Tensor, target: str) -> tuple[nn.Module, str]:
+    """Deploy a model; return it with a note about its layers."""
+    kernels = ("embedding_bag",) if target == "onnx" else ("dense", "embedding_bag")
+    model = itop_prune.deploy(model, image, choices=kernels)
+    choices = cast(Report, model.report).choices
+    sparse = sum(choice.kernel != "dense" for choice in choices)
+    return model, f"{sparse} of {len(choices)} masked weights without their zeros, "
+
+
 def loaded(recipe: Recipe, path: Path) -> nn.Module:
-    """Return a new model with the weights of a file."""
+    """Build a new model with the weights of a file."""
     model = build_model(recipe, None, CPU).eval()
     load_weights(recipe, model, path)
     return model
 
 
 def to_torch(model: nn.Module, path: Path, example: Tensor) -> Function:
-    """Write what torch.export makes of a model, for any number of images, and return what it computes."""
-    exported = torch.export.export(
-        model, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
-    )
+    """Write a model with torch.export, for any batch size; return the function it computes."""
+    dynamic_shapes = ({0: torch.export.Dim.DYNAMIC},)
+    exported = torch.export.export(model, (example,), dynamic_shapes=dynamic_shapes)
     torch.export.save(exported, path)
     return torch.export.load(path).module()
 
 
 def to_onnx(model: nn.Module, path: Path, example: Tensor) -> Function | None:
-    """Write a model as ONNX, for any number of images, and return what onnxruntime computes, where there is one."""
+    """Write a model as ONNX, for any batch size; return what onnxruntime, if there, computes."""
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size >= LARGEST_ONNX:
         raise RunError(
-            f"the weights take {size:,} bytes, and a file of ONNX holds {LARGEST_ONNX:,}; use --to torch"
+            f"the weights take {size:,} bytes, and a file of ONNX holds {LARGEST_ONNX:,}; "
+            "use --to torch"
         )
+
     names: dict[str, Any] = {
         "input_names": ["images"],
         "output_names": ["logits"],
@@ -289,6 +334,7 @@ def to_onnx(model: nn.Module, path: Path, example: Tensor) -> Function | None:
             f"{error}; install the extra `export`: pip install -e '.[export]'"
         ) from None
     program.save(path)
+
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -297,7 +343,7 @@ def to_onnx(model: nn.Module, path: Path, example: Tensor) -> Function | None:
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
-EXPORTS: dict[str, Callable[[nn.Module, Path, Tensor], Function | None]] = {
+GRAPHS: dict[str, Callable[[nn.Module, Path, Tensor], Function | None]] = {
     "onnx": to_onnx,
     "torch": to_torch,
 }

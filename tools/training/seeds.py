@@ -1,4 +1,4 @@
-"""Several seeds of one recipe, one after another, and what they come to: mean and spread."""
+"""Train several seeds of one recipe in sequence, and print their mean and spread."""
 
 import dataclasses
 import gc
@@ -13,63 +13,81 @@ from ..reports import comparison as compare
 from ..run_folder.folder import RunError, check_free, check_same_recipe
 from ..run_folder.metrics import Metrics
 from .build import make_accelerator
-from .state import on_main
+from .ranks import on_main
 
-Train = Callable[[Recipe, Path, bool], int]
+TrainRecipe = Callable[[Recipe, Path, bool], int]
 
 
-def train_seeds(recipe: Recipe, count: int, folder: Path, resume: bool, train: Train) -> int:
-    """Train the recipe's seed and those after it, each into folder/seed<k>; return 0, or what stopped one of them.
+def train_seeds(
+    recipe: Recipe, count: int, folder: Path, resume: bool, train_recipe: TrainRecipe
+) -> int:
+    """Train the recipe's seed and those after it, each into folder/seed<k>.
 
-    With `resume` finished runs are left as they are, an unfinished one goes on, and the others
-    begin.
+    With `resume` finished runs stay as they are, an unfinished one goes on, and the rest begin.
 
-    Raises: RunError: A run is there already, and is not to be resumed or began with another recipe;
-        before any training.
+    Returns:
+        0, or the exit status of the run that did not finish.
+
+    Raises:
+        RunError: A run exists and is not to be resumed, or began with another recipe. Raised
+            before any training.
     """
     accelerator = make_accelerator(recipe)
-    recipes = [dataclasses.replace(recipe, seed=recipe.seed + place) for place in range(count)]
-    folders = [folder / f"seed{one.seed}" for one in recipes]
+    recipes = [dataclasses.replace(recipe, seed=recipe.seed + index) for index in range(count)]
+    folders = [folder / f"seed{each.seed}" for each in recipes]
 
-    def look() -> list[str]:
-        if (folder / "recipe.yaml").exists():
-            raise RunError(
-                f"{folder} is a run itself; several seeds go into a folder that holds runs: {folder.parent}"
-            )
-        return [standing(path, one, resume) for path, one in zip(folders, recipes, strict=True)]
+    # The main process decides for all ranks: a shared disk may look different to each.
+    found = on_main(accelerator, check_all, folder, folders, recipes, resume)
+    (statuses,) = broadcast_object_list([found])
 
-    (standings,) = broadcast_object_list(
-        [on_main(accelerator, look)]
-    )  # a disk may show itself differently
-    for one, path, stands in zip(recipes, folders, standings, strict=True):
-        if stands == "finished":
-            on_main(accelerator, lambda: print(f"{path} is finished"))  # noqa: B023  (called at once)
+    for each, path, status in zip(recipes, folders, statuses, strict=True):
+        if status == "finished":
+            on_main(accelerator, print, f"{path} is finished")
             continue
-        if status := train(one, path, stands == "begun"):
-            return status
-        torch.compiler.reset()  # a model is compiled so often, and then no more
-        gc.collect()  # what ranks and hooks hold of it
-    on_main(accelerator, lambda: print(in_words(compare.read(folder, folders))))
+
+        exit_status = train_recipe(each, path, status == "begun")
+        if exit_status:
+            return exit_status
+
+        torch.compiler.reset()  # torch.compile gives up on a model after a few compilations
+        gc.collect()  # tensors that ranks and hooks still hold
+
+    on_main(accelerator, lambda: print(summary_line(compare.read(folder, folders))))
     return 0
 
 
-def standing(folder: Path, recipe: Recipe, resume: bool) -> str:
-    """Return whether the run of a folder is "new", "begun" or "finished".
+def check_all(folder: Path, folders: list[Path], recipes: list[Recipe], resume: bool) -> list[str]:
+    """Find the status of every run.
 
     Raises:
-        RunError: It is there and not to be resumed, or is of another recipe.
+        RunError: As `train_seeds`.
+    """
+    if (folder / "recipe.yaml").exists():
+        raise RunError(
+            f"{folder} is a run itself; several seeds go into a folder that holds runs: "
+            f"{folder.parent}"
+        )
+    return [run_status(path, each, resume) for path, each in zip(folders, recipes, strict=True)]
+
+
+def run_status(folder: Path, recipe: Recipe, resume: bool) -> str:
+    """Tell whether the run of a folder is "new", "begun" or "finished".
+
+    Raises:
+        RunError: It exists and is not to be resumed, or is of another recipe.
     """
     if not resume or not (folder / "recipe.yaml").exists():
         check_free(folder)
         return "new"
+
     check_same_recipe(folder, recipe)
-    return (
-        "finished" if Metrics(folder).test and (folder / "model.safetensors").exists() else "begun"
-    )
+    finished = Metrics(folder).test and (folder / "model.safetensors").exists()
+    return "finished" if finished else "begun"
 
 
-def in_words(runs: compare.Runs) -> str:
-    """Return mean and spread of several seeds in one line."""
+def summary_line(runs: compare.Runs) -> str:
+    """Write mean and spread of several seeds as one line."""
     top1, explored = compare.spread(runs.top1, 2), compare.spread(runs.explored, 4)
     count = len(runs.top1)
-    return f"{count} {'seed' if count == 1 else 'seeds'} of {runs.name}: test top-1 {top1} %  R_s {explored}"
+    seeds = "seed" if count == 1 else "seeds"
+    return f"{count} {seeds} of {runs.name}: test top-1 {top1} %  R_s {explored}"

@@ -1,8 +1,7 @@
-"""Runs under FSDP2: what they can't do is refused at start, and checkpoints are those of any run, whole.
+"""FSDP2: refuse at start what does not work, and write the same checkpoints as any other run.
 
-Weights and optimizer statistics lie in parts on the ranks. They are gathered to be written and laid
-out again when read, so that a run may go on with FSDP2 or without. What is not in parts passes
-through as it is.
+Weights and optimizer statistics are sharded over the ranks. They are gathered to be written, and
+sharded again when read, so a run can go on with or without FSDP2. Unsharded tensors pass through.
 """
 
 from collections.abc import Mapping
@@ -20,28 +19,30 @@ from ..config.recipe import Recipe
 from ..run_folder.folder import RunError
 
 
-def check(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Refuse what can't work on a sharded model.
+def check_sharding(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Refuse settings that do not work on a sharded model.
 
     Raises:
-        RunError: Something can't; all of it is named.
+        RunError: The message names all of them.
     """
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise RunError(
-            f"accelerator: {kind.value} is not supported here; launch data-parallel, or with FSDP version 2"
+            f"accelerator: {kind.value} is not supported here; launch data-parallel, or with "
+            "FSDP version 2"
         )
     if kind != DistributedType.FSDP:
         return
+
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise RunError(
-            f"accelerator: FSDP version {plugin.fsdp_version} flattens parameters, which masks can't follow; launch "
-            "with --fsdp_version 2"
+            f"accelerator: FSDP version {plugin.fsdp_version} flattens parameters, which masks "
+            "can't follow; launch with --fsdp_version 2"
         )
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,  # the import takes long, and other runs do without
-    )
+
+    # A slow import, which other runs do without.
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
     asked = {
         "ema": recipe.ema,
@@ -49,66 +50,73 @@ def check(recipe: Recipe, accelerator: Accelerator) -> None:
         "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing": plugin.activation_checkpointing,
     }
-    if refused := [name for name, wanted in asked.items() if wanted]:
+    refused = [name for name, wanted in asked.items() if wanted]
+    if refused:
         raise RunError(
             f"{', '.join(refused)} can't be had with FSDP2; leave it out, or launch data-parallel"
         )
-    plugin.cpu_ram_efficient_loading = (
-        False  # it sends no buffers, and masks are some; all ranks build the model
-    )
+
+    # Efficient loading sends parameters but no buffers, and masks are buffers. So it is turned
+    # off, and every rank builds the model.
+    plugin.cpu_ram_efficient_loading = False
     _check_optimizer(recipe)
 
 
 def _check_optimizer(recipe: Recipe) -> None:
-    """Try two steps on small sharded layers.
+    """Try two steps of the recipe's optimizer on small sharded layers.
 
-    Raises: RunError: The optimizer fails, or keeps statistics in parts that are not laid out as the
-        weights are.
+    Raises:
+        RunError: The optimizer fails, or shards statistics of another shape than the weights'.
     """
     from torch.distributed.fsdp import fully_shard
 
     layers = nn.Sequential(nn.Linear(256, 256), nn.Conv2d(16, 16, 3))
     fully_shard(layers)
+    problem = ""
     try:
         optimizer = timm.optim.create_optimizer_v2([*layers.parameters()], **recipe.optimizer)
         for _ in range(2):
             for parameter in layers.parameters():
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
-        strange = [
-            f"{name} of shape {tuple(value.shape)} for {tuple(parameter.shape)}"
-            for parameter, values in optimizer.state.items()
-            for name, value in values.items()
-            if is_sharded(value) and value.shape != parameter.shape
-        ]
-        problem = f"it shards {strange[0]}" if strange else ""
-    except Exception as error:  # whatever an optimizer raises at sharded tensors
+
+        for parameter, values in optimizer.state.items():
+            for name, value in values.items():
+                if not problem and is_sharded(value) and value.shape != parameter.shape:
+                    shape = tuple(value.shape)
+                    problem = f"it shards {name} of shape {shape} for {tuple(parameter.shape)}"
+    except Exception as error:  # an optimizer may raise anything at sharded tensors
         problem = f"{type(error).__name__}: {error}"
+
     if problem:
         raise RunError(
-            f"optimizer: {recipe.optimizer['opt']} does not work with FSDP2 ({problem}); take adamw or sgd"
+            f"optimizer: {recipe.optimizer['opt']} does not work with FSDP2 ({problem}); "
+            "take adamw or sgd"
         )
 
 
 def model_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """Return a model's state dict with whole tensors; empty where it is not to be kept. All ranks must ask."""
+    """Gather a model's state dict; empty unless kept. All ranks must call."""
     return _gather(model.state_dict(), keep)
 
 
 def optimizer_state(optimizer: Optimizer, keep: bool) -> dict[str, Any]:
-    """Return an optimizer's state dict with whole tensors; empty where it is not to be kept. All ranks must ask."""
+    """Gather an optimizer's state dict; its statistics are empty unless kept. All ranks must call.
+
+    `get_optimizer_state_dict` of torch does not serve here: without statistics, as at step 0, it
+    takes an optimizer step of its own to make some.
+    """
     state = optimizer.state_dict()
-    return {
-        **state,
-        "state": {index: _gather(values, keep) for index, values in state["state"].items()},
-    }
+    gathered = {index: _gather(values, keep) for index, values in state["state"].items()}
+    return {**state, "state": gathered}
 
 
 def _gather(values: Mapping[str, Any], keep: bool) -> dict[str, Any]:
     gathered = {}
     for name, value in values.items():
-        value = whole(value).cpu() if is_sharded(value) else value
-        if keep:  # one tensor at a time is whole on the other ranks
+        if is_sharded(value):
+            value = whole(value).cpu()
+        if keep:  # the other ranks hold one whole tensor at a time
             gathered[name] = value
     return gathered
 
@@ -122,13 +130,12 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load an optimizer's state dict of whole tensors."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    laid_out = {
-        index: {
-            name: like(value, parameters[index])
-            if getattr(value, "shape", None) == parameters[index].shape
-            else value
-            for name, value in values.items()
-        }
-        for index, values in state["state"].items()
-    }
-    optimizer.load_state_dict({**state, "state": laid_out})
+    sharded: dict[int, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        sharded[index] = {}
+        for name, value in values.items():
+            if getattr(value, "shape", None) == parameters[index].shape:
+                value = like(value, parameters[index])
+            sharded[index][name] = value
+
+    optimizer.load_state_dict({**state, "state": sharded})

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 from itop_prune_tools.checks import authors_procedure as authors
-from itop_prune_tools.config.recipe import Recipe, read
-from itop_prune_tools.data.datasets import augmentation_of, open_data
+from itop_prune_tools.config.recipe import Recipe, read_recipe
 from itop_prune_tools.data.source import CPU
 from itop_prune_tools.reports import comparison
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
 from itop_prune_tools.training.build import build_model
 from torch import nn
 
@@ -49,7 +48,7 @@ def short(tmp_path_factory) -> list[str]:
 
 
 def recipe(*overrides: str) -> Recipe:
-    return read(QUICKSTART, overrides, data=open_data, augment=augmentation_of)
+    return read_recipe(QUICKSTART, overrides)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -214,7 +213,7 @@ def set_itop(trained, monkeypatch) -> Path:
 def test_every_method_is_a_recipe_and_each_is_trained_as_the_runner_trains_it():
     assert list(authors.RECIPES) == ["dense", "static", "SET-ITOP", "RigL-ITOP"]
     for path in authors.RECIPES.values():
-        found = read(path, data=open_data, augment=augmentation_of)
+        found = read_recipe(path)
         assert (found.masks or {}).keys() <= {"sparsity", "method"}
         assert (found.regrow or {}).keys() <= {"every", "rate", "prune", "grow"}
         assert (found.regrow or {}).get("prune") in (None, "magnitude")

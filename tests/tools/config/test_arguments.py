@@ -1,4 +1,4 @@
-"""Keyword arguments of a file against a signature: what is unknown, missing, of the wrong type, or text by accident."""
+"""Keyword arguments against a signature: unknown, missing, of a wrong type, or text by accident."""
 
 import typing
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""Small sets as arrays: normalised, cropped and flipped as by hand, and read from files that may be anything."""
+"""Small sets as arrays: normalised, cropped and flipped as by hand; damaged files are refused."""
 
 import itertools
 import os

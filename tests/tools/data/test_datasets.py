@@ -1,4 +1,4 @@
-"""Data by name: what is in a batch is a function of (seed, epoch, image), whoever asks for it and in what company."""
+"""Data by name: a batch depends only on seed, epoch and images, not on rank or start."""
 
 import random
 from collections.abc import Iterable
@@ -10,7 +10,8 @@ import timm.data
 import torch
 from itop_prune_tools.data.arrays import Augmentation
 from itop_prune_tools.data.datasets import Data, augmentation_of, open_data
-from itop_prune_tools.data.source import CPU, Batch, DataError, seed_everything
+from itop_prune_tools.data.seeding import seed_everything
+from itop_prune_tools.data.source import CPU, Batch, DataError
 
 COUNT = 60
 

@@ -1,4 +1,4 @@
-"""Folders of images: the same batches with and without worker processes, and every damaged file by name."""
+"""Folders of images: equal batches with and without workers; damaged files are named."""
 
 import multiprocessing
 import os
@@ -13,7 +13,8 @@ import pytest
 import torch
 from itop_prune_tools.data.datasets import Data, open_data
 from itop_prune_tools.data.image_folder import read_folder
-from itop_prune_tools.data.source import CPU, DataError, seed_everything
+from itop_prune_tools.data.seeding import seed_everything
+from itop_prune_tools.data.source import CPU, DataError
 from PIL import Image
 
 NEEDS_DATA = pytest.mark.skipif(
@@ -142,7 +143,7 @@ def test_reading_an_augmented_image_leaves_the_global_generators_where_its_words
 
 
 def found(data: Data, expected: torch.Tensor, **place: int) -> list[int]:
-    """Return which of the expected images the batches of epoch 7 hold, sorted; every one must be among them."""
+    """Find which expected images the batches of epoch 7 hold, sorted; each must be one of them."""
     images, _ = batches(data, 7, **place)
     matches = [
         [i for i, image in enumerate(expected) if torch.equal(image, other)] for other in images
@@ -294,7 +295,8 @@ def test_a_missing_folder_names_itself_and_the_keys(root: Path, part: str) -> No
     with pytest.raises(DataError) as caught:
         open_folder(root)
     assert str(caught.value) == (
-        f"{root / part} is not a folder; data.root, data.train and data.test say where the images are"
+        f"{root / part} is not a folder; data.root, data.train and data.test say where the "
+        "images are"
     )
 
 

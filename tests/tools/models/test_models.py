@@ -1,4 +1,4 @@
-"""The papers' models that timm lacks: their sizes, found by name, and without weights that nobody has."""
+"""The papers' models that timm lacks: their sizes, their names, and no pretrained weights."""
 
 import inspect
 
@@ -10,7 +10,7 @@ from torch import nn
 
 import itop_prune
 
-OURS = timm.list_models(module="models")
+OURS = timm.list_models(module="registration")
 SMALL = [name for name in OURS if name != "resnet50_fan_in"]
 
 
@@ -108,8 +108,8 @@ def test_every_convolution_of_a_cifar_resnet_and_its_classifier_are_masked() -> 
     assert sum(itop.active for itop in masks.values()) == round(0.02 * 21_311_168)
 
 
-# Numbers of parameters, by hand: out * in * kernel for a convolution, out * in for a map, out for a bias,
-# 2 * out for batch norm.
+# Numbers of parameters, by hand: out * in * kernel for a convolution, out * in for a map, out for
+# a bias, 2 * out for batch norm.
 
 
 def test_the_mlp_for_cifar_has_3072_1024_512_10_units() -> None:
@@ -228,7 +228,7 @@ def test_every_model_of_the_file_is_found_by_its_name() -> None:
     made = {
         name
         for name, f in vars(models).items()
-        if inspect.isfunction(f) and f.__module__ == "models"
+        if inspect.isfunction(f) and f.__module__ == models.__name__
     }
     assert set(OURS) == {name for name in made if not name.startswith("_")}
     assert len(OURS) >= 8

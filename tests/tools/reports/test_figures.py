@@ -20,13 +20,13 @@ def figure(drawn: Figure | str) -> Figure:
 
 
 def moving(folder: Path) -> tuple[history.History, history.Masks]:
-    found = history.read(folder)
+    found = history.read_history(folder)
     assert found.masks
     return found, found.masks
 
 
 def test_the_lines_of_accuracy_and_loss_are_the_metrics(made: dict[str, Path]) -> None:
-    found, (*lines, test) = history.read(made["moving"]), metrics(made["moving"])
+    found, (*lines, test) = history.read_history(made["moving"]), metrics(made["moving"])
     drawn = {line.get_label(): line for line in figure(figures.accuracy(found)).axes[0].lines}
     points = [[line["step"], line["val_top1"]] for line in lines]
     assert drawn["validation"].get_xydata().tolist() == points
@@ -63,13 +63,13 @@ def test_the_bars_are_the_sparsities(made: dict[str, Path]) -> None:
 
 def test_a_dense_layer_is_marked(tmp_path: Path) -> None:
     assert train(tmp_path / "run", "epochs=1", "masks.exclude=[head]") == 0
-    drawn = figure(layer_figures.sparsity(history.read(tmp_path / "run")))
+    drawn = figure(layer_figures.sparsity(history.read_history(tmp_path / "run")))
     assert [text.get_text() for text in drawn.axes[0].texts][-1] == "no mask"
 
 
 def test_all_pictures_over_steps_reach_the_last_update_of_a_stopped_run(tmp_path: Path) -> None:
     stop_at(39 + 20, tmp_path / "run", *KINDS["moving"])  # 56 is its last update
-    found = history.read(tmp_path / "run")
+    found = history.read_history(tmp_path / "run")
     for picture in (layer_figures.exploration, layer_figures.changes, figures.loss, figures.rates):
         low, high = figure(picture(found)).axes[-1].get_xlim()
         assert low <= 0
@@ -77,7 +77,7 @@ def test_all_pictures_over_steps_reach_the_last_update_of_a_stopped_run(tmp_path
 
 
 def test_300_layers_are_drawn_as_bands_and_maps_with_few_labels(tmp_path: Path) -> None:
-    found = history.read(write_deep_run(tmp_path / "run"))
+    found = history.read_history(write_deep_run(tmp_path / "run"))
     lines = figure(layer_figures.exploration(found))
     assert len(lines.axes[0].lines) == 1
     assert sum(len(legend.texts) for legend in lines.legends) <= 4
@@ -144,7 +144,7 @@ def differ_in_print(one: Line2D, other: Line2D) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_print_lines_that_cross_can_be_told_apart(made: dict[str, Path], kind: str) -> None:
-    found = history.read(made[kind])
+    found = history.read_history(made[kind])
     over_steps = (figures.accuracy, figures.loss, figures.cost)
     for drawing in (*over_steps, layer_figures.exploration, layer_figures.changes):
         drawn = drawing(found)
@@ -162,7 +162,7 @@ def test_a_machine_with_its_own_look_draws_the_same(
     own = {"font.size": 30, "axes.facecolor": "black", "text.parse_math": True}
     with matplotlib.rc_context(own):
         before = dict(matplotlib.rcParams)
-        drawn = figures.draw(history.read(made["moving"]))
+        drawn = figures.draw(history.read_history(made["moving"]))
         assert dict(matplotlib.rcParams) == before
     for picture in drawn:
         file = made["moving"] / "pictures" / f"{picture.name}.png"

@@ -175,7 +175,7 @@ def test_after_a_stop_within_an_epoch_each_number_has_its_step(tmp_path: Path) -
     folder = tmp_path / "run"
     stop_at(39 + 20, folder, *KINDS["moving"])  # in the second epoch, after 20 steps
     report.write(folder)
-    drawn = history.read(folder)
+    drawn = history.read_history(folder)
     assert drawn.masks
     assert (drawn.steps, drawn.end) == ([38], 56)
 
@@ -214,7 +214,7 @@ def test_a_run_that_lost_layers_jsonl_shows_the_updates_after_it(
     (folder / "layers.jsonl").unlink()
     assert train(folder, *KINDS["moving"], "--resume") == 0
     report.write(folder)
-    whole, masks = history.read(made["moving"]).masks, history.read(folder).masks
+    whole, masks = history.read_history(made["moving"]).masks, history.read_history(folder).masks
     assert whole
     assert masks
     assert (masks.updates_before, masks.updates) == (8, whole.updates)

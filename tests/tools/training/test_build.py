@@ -1,4 +1,4 @@
-"""From a recipe to what trains: in the right order, with the learning rates that the recipe says, epoch by epoch."""
+"""Runs are built in the right order, with the learning rates of the recipe in every epoch."""
 
 import math
 from pathlib import Path
@@ -48,7 +48,7 @@ def build_run(**changes: Any) -> Run:
 
 
 def learning_rates(changes: dict[str, Any], steps_per_epoch: int = STEPS) -> list[list[float]]:
-    """Return the learning rate of every step of every epoch, the schedule driven as tools/train.py drives it."""
+    """Drive the schedule as tools/train.py does; return the rate of every step of every epoch."""
     made = recipe(**changes)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     schedule = build_lr_schedule(made, optimizer, steps_per_epoch)
@@ -242,7 +242,7 @@ def test_mixup_knows_the_number_of_classes_of_the_model() -> None:
 
 def test_masks_left_out_is_a_dense_run() -> None:
     run = build_run()
-    assert itop_prune.find_masks(run.bare) == {}
+    assert itop_prune.find_masks(run.unwrapped_model) == {}
     assert run.regrow is None
     assert run.ema is None
     assert run.mixup is None
@@ -250,7 +250,7 @@ def test_masks_left_out_is_a_dense_run() -> None:
 
 def test_regrow_left_out_is_a_static_run() -> None:
     run = build_run(masks={"sparsity": 0.9})
-    assert itop_prune.summarize(run.bare).sparsity == pytest.approx(0.9, abs=1e-4)
+    assert itop_prune.summarize(run.unwrapped_model).sparsity == pytest.approx(0.9, abs=1e-4)
     assert run.regrow is None
 
 
@@ -265,7 +265,7 @@ def test_masks_move_over_the_whole_extended_run(multiplier: int) -> None:
 def test_the_optimizer_holds_every_parameter_of_the_model() -> None:
     run = build_run(masks={"sparsity": 0.9})
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in run.bare.parameters()}
+    assert held == {id(p) for p in run.unwrapped_model.parameters()}
 
 
 def test_weight_decay_is_on_everything_only_where_the_recipe_says_so() -> None:
@@ -286,14 +286,14 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def test_one_seed_gives_the_same_weights_and_masks_again() -> None:
     torch.manual_seed(1)
-    first = build_run(masks={"sparsity": 0.9}, seed=3).bare
+    first = build_run(masks={"sparsity": 0.9}, seed=3).unwrapped_model
     torch.manual_seed(2)
-    assert same(first, build_run(masks={"sparsity": 0.9}, seed=3).bare)
+    assert same(first, build_run(masks={"sparsity": 0.9}, seed=3).unwrapped_model)
 
 
 def test_another_seed_gives_other_weights_and_masks() -> None:
     runs = [build_run(masks={"sparsity": 0.9}, seed=seed) for seed in (0, 1)]
-    first, second = (itop_prune.find_masks(run.bare)["layers.0.weight"] for run in runs)
+    first, second = (itop_prune.find_masks(run.unwrapped_model)["layers.0.weight"] for run in runs)
     assert not torch.equal(first.mask, second.mask)
     assert not torch.equal(
         first.parameter[first.mask & second.mask], second.parameter[first.mask & second.mask]
@@ -306,7 +306,9 @@ def test_masks_and_regrow_may_have_seeds_of_their_own() -> None:
         "regrow": {"every": 1, "seed": 6},
     }
     first, second = (build_run(**changes, seed=seed) for seed in (0, 1))
-    one, other = (itop_prune.find_masks(run.bare)["layers.0.weight"] for run in (first, second))
+    one, other = (
+        itop_prune.find_masks(run.unwrapped_model)["layers.0.weight"] for run in (first, second)
+    )
     assert torch.equal(one.mask, other.mask)
     assert not torch.equal(one.parameter, other.parameter)
 
@@ -314,16 +316,16 @@ def test_masks_and_regrow_may_have_seeds_of_their_own() -> None:
 def test_the_average_starts_as_a_copy_of_the_sparse_model() -> None:
     run = build_run(masks={"sparsity": 0.9}, ema={"decay": 0.5})
     assert run.ema is not None
-    assert same(run.ema.module, run.bare)
-    assert run.averaged is run.ema.module
-    assert run.averaged is not run.bare
-    assert run.models == {"model": run.bare, "ema": run.ema.module}
+    assert same(run.ema.module, run.unwrapped_model)
+    assert run.averaged_model is run.ema.module
+    assert run.averaged_model is not run.unwrapped_model
+    assert run.models == {"model": run.unwrapped_model, "ema": run.ema.module}
 
 
 def test_without_an_average_the_model_itself_is_evaluated() -> None:
     run = build_run()
-    assert run.averaged is run.bare
-    assert run.models == {"model": run.bare}
+    assert run.averaged_model is run.unwrapped_model
+    assert run.models == {"model": run.unwrapped_model}
 
 
 def test_channels_last_is_the_layout_of_the_weights() -> None:
@@ -340,7 +342,7 @@ def test_a_dense_checkpoint_is_loaded_before_the_masks_are_placed(tmp_path: Path
     dense = timm.create_model(**MODEL)
     torch.save(dense.state_dict(), tmp_path / "dense.pt")
     run = build_run(init=str(tmp_path / "dense.pt"), masks={"sparsity": 0.9, "scores": "magnitude"})
-    itop = itop_prune.find_masks(run.bare)["layers.0.weight"]
+    itop = itop_prune.find_masks(run.unwrapped_model)["layers.0.weight"]
     weight = dense.layers[0].weight.detach()
     assert torch.equal(itop.parameter.detach(), weight * itop.mask)
     assert weight[itop.mask].abs().min() >= weight[~itop.mask].abs().max()

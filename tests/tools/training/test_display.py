@@ -1,4 +1,4 @@
-"""What a run shows: a live display on a terminal, one plain line an epoch everywhere else, nothing on other ranks."""
+"""The display of a run: live on a terminal, plain lines elsewhere, nothing on other ranks."""
 
 import io
 import math
@@ -7,7 +7,8 @@ import sys
 
 import pytest
 from helpers import toys
-from itop_prune_tools.training.display import Display, draws, in_words, layers, line, sparkline
+from itop_prune_tools.run_folder.labels import summary_line
+from itop_prune_tools.training.display import Display, is_terminal, layer_table, sparkline
 from rich.console import Console
 
 import itop_prune
@@ -30,7 +31,7 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output that nobody calls a terminal."""
+    """Make the output no terminal."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "20")
@@ -38,8 +39,9 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output that counts as a terminal of 120 columns."""
-    monkeypatch.setattr("itop_prune_tools.training.display.draws", lambda console: True)
+    """Make the output a terminal of 120 columns."""
+    display = "itop_prune_tools.training.display"
+    monkeypatch.setattr(f"{display}.is_terminal", lambda console: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("LINES", "40")
@@ -47,7 +49,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plain(text: str) -> str:
-    """Return what a terminal shows of a text with control codes."""
+    """Remove the control codes of a terminal."""
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
@@ -57,75 +59,37 @@ def summary() -> itop_prune.Summary:
     return itop_prune.summarize(model)
 
 
-# In words
-
-
-def test_metrics_in_words_are_in_one_order_whatever_theirs() -> None:
-    labels = [label for label, _ in in_words(dict(reversed(METRICS.items())))]
-    assert labels == ["loss", "val loss", "val top-1", "lr", "rate", "sparsity", "R_s", "images/s"]
-
-
-def test_a_line_rounds_to_what_can_be_read() -> None:
-    assert line(METRICS) == (
-        "loss 0.5123  val loss 0.7000  val top-1 88.12 %  lr 0.1  "
-        "rate 0.2500  sparsity 0.9800  R_s 0.3100  images/s 12,346"
-    )
-
-
-def test_what_is_not_there_is_left_out() -> None:
-    assert line({"train_loss": 0.5, "rate": None}) == "loss 0.5000"
-
-
-def test_a_loss_of_nan_is_shown() -> None:
-    assert line({"train_loss": math.nan}) == "loss nan"
-
-
 # In a pipe
 
 
 @pytest.mark.usefixtures("pipe")
 def test_in_a_pipe_an_epoch_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
     with Display("runs/x", epochs=3, total_steps=30) as display:
+        assert not display.is_due()
+        display.step(5, METRICS)
         for epoch in (1, 2, 3):
             display.epoch({**METRICS, "epoch": epoch})
+        display.finish({"test_loss": 0.4, "test_top1": 87.5}, seconds=61.4)
     out, err = capsys.readouterr()
-    assert out.splitlines() == [f"epoch {epoch}/3  {line(METRICS)}" for epoch in (1, 2, 3)]
+    assert out.splitlines() == [
+        *(f"epoch {epoch}/3  {summary_line(METRICS)}" for epoch in (1, 2, 3)),
+        "test loss 0.4000  test top-1 87.50 %  in 61 s; runs/x",
+    ]
     assert not CONTROL.search(out)
     assert err == ""
 
 
 @pytest.mark.usefixtures("pipe")
-def test_in_a_pipe_steps_are_not_shown_and_cost_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display("runs/x", epochs=3, total_steps=30) as display:
-        assert not display.is_due()
-        display.step(5, METRICS)
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.usefixtures("pipe")
-def test_in_a_pipe_the_end_is_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display("runs/x", epochs=3, total_steps=30) as display:
-        display.finish({"test_loss": 0.4, "test_top1": 87.5}, seconds=61.4)
-    assert capsys.readouterr().out == "test loss 0.4000  test top-1 87.50 %  in 61 s; runs/x\n"
-
-
-@pytest.mark.usefixtures("pipe")
-def test_in_a_pipe_the_table_of_layers_is_that_of_the_library(
+def test_in_a_pipe_text_and_tables_are_printed_as_they_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Display("runs/x", epochs=3, total_steps=30).table(summary())
-    out = capsys.readouterr().out
-    assert out == f"{summary()}\n"
-    assert not CONTROL.search(out)
+    display = Display("runs/x", epochs=3, total_steps=30)
+    display.table(summary())
+    display.say("a [bold]b[/bold] [/c] :smile:")
+    assert capsys.readouterr().out == f"{summary()}\na [bold]b[/bold] [/c] :smile:\n"
 
 
-@pytest.mark.usefixtures("pipe")
-def test_what_is_said_is_not_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    Display("runs/x", epochs=3, total_steps=30).say("a [bold]b[/bold] [/c] :smile:")
-    assert capsys.readouterr().out == "a [bold]b[/bold] [/c] :smile:\n"
-
-
-def test_a_log_has_plain_lines_whatever_forces_colours(
+def test_a_log_has_plain_lines_even_with_forced_colours(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -136,7 +100,7 @@ def test_a_log_has_plain_lines_whatever_forces_colours(
 
 
 @pytest.mark.parametrize(("terminal_name", "expected"), [("xterm-256color", True), ("dumb", False)])
-def test_a_terminal_is_drawn_on_if_it_can_be(
+def test_only_a_terminal_that_can_be_drawn_on_is_one(
     monkeypatch: pytest.MonkeyPatch, terminal_name: str, expected: bool
 ) -> None:
     class Terminal(io.StringIO):
@@ -145,26 +109,17 @@ def test_a_terminal_is_drawn_on_if_it_can_be(
 
     monkeypatch.setenv("TERM", terminal_name)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
-    assert draws(Console(file=Terminal())) == expected
-    assert not draws(Console(file=io.StringIO(), force_terminal=True))
-    assert not draws(
-        Console(file=Terminal(), force_terminal=False)
-    )  # of which rich is told that it is none
+    assert is_terminal(Console(file=Terminal())) == expected
+    assert not is_terminal(Console(file=io.StringIO(), force_terminal=True))
+    assert not is_terminal(Console(file=Terminal(), force_terminal=False))
 
 
-def test_what_an_encoding_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_that_the_encoding_lacks_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
     Display("runs/x", epochs=3, total_steps=30).say("4×8 ▁█")
     sys.stdout.flush()
     assert written.getvalue().split() == [b"4?8", b"??"]
-
-
-@pytest.mark.usefixtures("pipe")
-def test_an_epoch_of_before_a_resume_is_not_said_again(capsys: pytest.CaptureFixture[str]) -> None:
-    with Display("runs/x", epochs=3, total_steps=30, done=10) as display:
-        display.remember(METRICS)
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("where", ["pipe", "terminal"])
@@ -176,15 +131,12 @@ def test_a_dense_model_has_no_table(
     assert plain(capsys.readouterr().out) == "no masked layers: a dense model\n"
 
 
-# Only the main rank speaks
-
-
 @pytest.mark.parametrize("where", ["pipe", "terminal"])
-def test_a_display_that_does_not_speak_is_silent(
+def test_a_disabled_display_prints_nothing(
     where: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     request.getfixturevalue(where)
-    with Display("runs/x", epochs=3, total_steps=30, speaks=False) as display:
+    with Display("runs/x", epochs=3, total_steps=30, enabled=False) as display:
         assert not display.is_due()
         display.step(5, METRICS)
         display.epoch(METRICS)
@@ -198,50 +150,22 @@ def test_a_display_that_does_not_speak_is_silent(
 
 
 @pytest.mark.usefixtures("terminal")
-def test_on_a_terminal_the_display_shows_where_the_run_stands(
+def test_on_a_terminal_the_display_shows_the_step_over_the_last_epoch(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with Display("runs/x", epochs=3, total_steps=30) as display:
+    numbers = {"epoch": 3, "train_loss": 0.25, "lr": 0.01, "rate": 0.125, "sparsity": 0.98}
+    with Display("runs/[x]/[/y]", epochs=3, total_steps=30) as display:
         display.epoch(METRICS)
-        display.step(
-            25, {"epoch": 3, "train_loss": 0.25, "lr": 0.01, "rate": 0.125, "sparsity": 0.98}
-        )
+        assert capsys.readouterr().out.count("epoch 2/3") == 0
+        display.step(25, numbers)
     out = plain(capsys.readouterr().out)
-    shown = [
-        "runs/x",
-        "epoch 3/3",
-        "loss 0.2500",
-        "lr 0.01",
-        "rate 0.1250",
-        "sparsity 0.9800",
-        "25/30",
-        "left",
-    ]
-    assert [text for text in shown if text not in out] == []
+    of_the_step = ["runs/[x]/[/y]", "epoch 3/3", "loss 0.2500", "lr 0.01", "rate 0.1250", "25/30"]
+    of_the_epoch = ["val top-1 88.12 %", "R_s 0.3100", "images/s 12,346", "sparsity 0.9800"]
+    assert [text for text in of_the_step + of_the_epoch if text not in out] == []
 
 
 @pytest.mark.usefixtures("terminal")
-def test_on_a_terminal_accuracy_and_speed_of_the_last_epoch_stay(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with Display("runs/x", epochs=3, total_steps=30) as display:
-        display.epoch(METRICS)
-        display.step(25, {"epoch": 3, "train_loss": 0.25})
-    out = plain(capsys.readouterr().out)
-    assert [
-        text for text in ("val top-1 88.12 %", "R_s 0.3100", "images/s 12,346") if text not in out
-    ] == []
-
-
-@pytest.mark.usefixtures("terminal")
-def test_on_a_terminal_epochs_are_not_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    display = Display("runs/x", epochs=3, total_steps=30)
-    display.epoch(METRICS)
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.usefixtures("terminal")
-def test_on_a_terminal_epochs_draw_curves_those_of_before_a_resume_too(
+def test_on_a_terminal_epochs_draw_curves_those_from_before_a_resume_too(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with Display("runs/x", epochs=3, total_steps=30, done=20) as display:
@@ -260,27 +184,20 @@ def test_on_a_terminal_drawing_is_due_at_first_and_not_at_once_again() -> None:
 
 
 @pytest.mark.usefixtures("terminal")
-def test_on_a_terminal_a_run_whose_loss_is_not_finite_is_drawn(
+def test_on_a_terminal_a_run_with_losses_that_are_not_finite_is_drawn(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with Display("runs/x", epochs=5, total_steps=30) as display:
         for loss in (2.0, 1.0, math.nan, math.inf):
             display.epoch({**METRICS, "train_loss": loss})
         display.step(25, METRICS)
-    assert "epoch 2/5" in plain(capsys.readouterr().out)
+    out = plain(capsys.readouterr().out)
+    assert "epoch 2/5" in out
+    assert sparkline([2.0, 1.0, math.nan, math.inf]) in out
 
 
 @pytest.mark.usefixtures("terminal")
-def test_on_a_terminal_a_folder_with_brackets_is_shown_as_it_is(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with Display("runs/[x]/[/y]", epochs=3, total_steps=30) as display:
-        display.step(1, METRICS)
-    assert "runs/[x]/[/y]" in plain(capsys.readouterr().out)
-
-
-@pytest.mark.usefixtures("terminal")
-def test_on_a_terminal_the_live_display_is_gone_at_the_end(
+def test_on_a_terminal_the_live_display_is_erased_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with Display("runs/x", epochs=3, total_steps=30) as display:
@@ -305,20 +222,10 @@ def test_on_a_terminal_the_table_of_layers_is_drawn(capsys: pytest.CaptureFixtur
 def test_the_table_of_layers_holds_every_cell_of_the_summary(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    Console(width=100, no_color=True, force_terminal=False).print(layers(summary()))
+    Console(width=100, no_color=True, force_terminal=False).print(layer_table(summary()))
     rows = [text.split() for text in capsys.readouterr().out.splitlines()]
     for cells in summary().cells():
         assert [cell for cell in cells if cell] in rows
-
-
-def test_the_table_of_layers_shows_what_was_explored() -> None:
-    model = toys.mlp()
-    masks = itop_prune.apply(model, 0.75)
-    explored = {name: itop.mask for name, itop in masks.items()}
-    table = layers(itop_prune.summarize(model, explored))
-    assert [column.header for column in table.columns][-1] == "R_s"
-    assert table.columns[-1].footer == "0.2500"
-    assert table.row_count == 3
 
 
 # Sparklines
@@ -326,27 +233,12 @@ def test_the_table_of_layers_shows_what_was_explored() -> None:
 
 def test_a_sparkline_runs_from_the_lowest_to_the_highest() -> None:
     assert sparkline([1.0, 0.0, 3.5, 7.0]) == "▂▁▅█"
-
-
-def test_a_sparkline_of_one_value_or_of_equal_ones_is_flat() -> None:
-    assert sparkline([3.0]) == "▁"
     assert sparkline([3.0, 3.0, 3.0]) == "▁▁▁"
+    assert sparkline([0.0, 7.0, math.nan]) == "▁█×"
 
 
-@pytest.mark.parametrize("count", [1, 39, 40, 41, 80, 81, 1000])
-def test_a_sparkline_is_no_wider_than_asked(count: int) -> None:
-    drawn = sparkline([float(i) for i in range(count)])
+@pytest.mark.parametrize("count", [1, 39, 40, 41, 42, 80, 81, 1000])
+def test_a_sparkline_is_no_wider_than_asked_and_ends_with_the_newest(count: int) -> None:
+    drawn = sparkline([0.0] * (count - 1) + [1.0])
     assert min(count, 20) <= len(drawn) <= 40
-    assert drawn[0] == "▁"
-
-
-@pytest.mark.parametrize("count", [40, 41, 42, 81, 1000])
-def test_a_sparkline_ends_with_the_newest(count: int) -> None:
-    assert sparkline([0.0] * (count - 1) + [1.0]).endswith("▁█")
-
-
-@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
-def test_a_sparkline_has_a_place_for_what_is_not_finite(odd: float) -> None:
-    drawn = sparkline([0.0, 7.0, odd])
-    assert len(drawn) == 3
-    assert drawn[:2] == "▁█"
+    assert drawn.endswith("▁" if count == 1 else "▁█")

@@ -1,7 +1,7 @@
-"""The runner under Accelerate's FSDP2: two ranks of a CPU, where Accelerate leaves the plugin off, so it is put in.
+"""The runner under Accelerate's FSDP2 on two ranks of a CPU.
 
-This file is also the script that the ranks run: several runs one after another, for starting them
-takes longest.
+Accelerate ignores its FSDP plugin on a CPU, so the test sets it. This file is also the script that
+the ranks run. It does several runs in sequence, since starting ranks takes longest.
 """
 
 import json
@@ -17,10 +17,12 @@ import pytest
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import FullyShardedDataParallelPlugin
-from itop_prune_tools.run_folder import folder as runs
+from itop_prune_tools.config.recipe import read_recipe
+from itop_prune_tools.run_folder.folder import RunError
 from itop_prune_tools.training import build, sharded
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
 from itop_prune_tools.training.checkpoint import Checkpoints
+from itop_prune_tools.training.stop import StopRequest
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 from torch.torch_version import TorchVersion
@@ -37,7 +39,7 @@ SETTINGS = (
     "clip_grad_norm=0.5",
     "accelerator={gradient_accumulation_steps: 2}",
     "data.batch_size=16",
-    "data.eval_batch_size=179",  # of 359 test images the first rank has 180: one batch more than the second
+    "data.eval_batch_size=179",  # the first rank has 180 of 359 images: one batch more
     "checkpoint={every: 1, keep: 9}",
 )
 STOP_AT = 31  # of 76; not at the end of an epoch
@@ -55,14 +57,12 @@ JOBS: list[Job] = [
     (False, "to-whole", 0, True),
 ]
 
-gloo = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()),
-    reason="this torch has no gloo",
-)
+has_gloo = distributed.is_available() and distributed.is_gloo_available()
+gloo = pytest.mark.skipif(not has_gloo, reason="this torch has no gloo")
 
 
 def work(folder: str, jobs: list[Job]) -> None:
-    """What every rank does."""
+    """Do the runs; on every rank."""
     for is_shard, name, stop_at, resume in jobs:
         built: list[build.Run] = []
 
@@ -76,7 +76,7 @@ def work(folder: str, jobs: list[Job]) -> None:
                     transformer_cls_names_to_wrap=["Linear"],
                     cpu_ram_efficient_loading=True,  # as accelerate launch has it
                 )
-                sharded.check(recipe, accelerator)
+                sharded.check_sharding(recipe, accelerator)
             return accelerator
 
         def wanted(self: Any, stop_at: int = stop_at, built: list[build.Run] = built) -> bool:
@@ -86,7 +86,7 @@ def work(folder: str, jobs: list[Job]) -> None:
             built.append(build.build(*arguments))
             return built[-1]
 
-        train.make_accelerator, train.build, runs.StopRequest.wanted = (
+        train.make_accelerator, train.build, StopRequest.wanted = (
             make_accelerator,
             built_run,
             wanted,
@@ -106,11 +106,11 @@ def work(folder: str, jobs: list[Job]) -> None:
 
 
 def check_parts(run: build.Run, is_shard: bool) -> None:
-    """Weights and their statistics lie in parts, none of which holds the memory of the whole; or all are whole."""
-    tensors = [*run.bare.parameters()]
+    """Check that weights and statistics are sharded, without the memory of the whole; or not."""
+    tensors = [*run.unwrapped_model.parameters()]
     tensors += [
         run.optimizer.state[p][key]
-        for p in run.bare.parameters()
+        for p in run.unwrapped_model.parameters()
         for key in ("exp_avg", "exp_avg_sq")
     ]
     assert {is_sharded(tensor) for tensor in tensors} == {is_shard}
@@ -128,7 +128,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the runs of all jobs."""
+    """Do the runs of all jobs."""
     folder = tmp_path_factory.mktemp("sharded")
     environment = {
         **os.environ,
@@ -180,11 +180,13 @@ def assert_close(one: Path, other: Path) -> None:
         assert line == pytest.approx(as_expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @gloo
 def test_two_ranks_that_shard_train_as_two_that_do_not(folder: Path) -> None:
     assert_close(folder / "sharded", folder / "whole")
 
 
+@pytest.mark.slow
 @gloo
 def test_a_sharded_run_stopped_and_resumed_is_the_run_that_never_stopped(folder: Path) -> None:
     assert metrics(folder / "stopped") == metrics(folder / "sharded")
@@ -193,15 +195,17 @@ def test_a_sharded_run_stopped_and_resumed_is_the_run_that_never_stopped(folder:
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.slow
 @gloo
 @pytest.mark.parametrize("name", ["to-sharded", "to-whole"])
 def test_a_run_goes_on_sharded_or_not_as_it_was_not_or_was(folder: Path, name: str) -> None:
     assert_close(folder / name, folder / "whole")
 
 
+@pytest.mark.slow
 @gloo
 def test_what_a_sharded_run_wrote_loads_and_is_exactly_sparse(folder: Path) -> None:
-    recipe = train.read(QUICKSTART, data=train.open_data, augment=train.augmentation_of)
+    recipe = read_recipe(QUICKSTART)
     for path in ("sharded", "sharded/model.safetensors", f"stopped/checkpoints/step-{STOP_AT:09d}"):
         model = build.build_model(recipe, None, torch.device("cpu"))
         masks = itop_prune.load(model, folder / path)
@@ -210,12 +214,12 @@ def test_what_a_sharded_run_wrote_loads_and_is_exactly_sparse(folder: Path) -> N
     assert [line["sparsity"] for line in metrics(folder / "sharded")[:-1]] == [0.95] * 4
 
 
-# --- what is refused at start ----------------------------------------------------------------------------------------
+# What is refused at start
 
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    if not (distributed.is_available() and distributed.is_gloo_available()):
+    if not has_gloo:
         pytest.skip("this torch has no gloo")
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     yield
@@ -223,12 +227,12 @@ def one_rank() -> Iterator[None]:
 
 
 def check(*overrides: str, kind: str = "FSDP", **plugin: Any) -> None:
-    recipe = train.read(QUICKSTART, overrides, data=train.open_data, augment=train.augmentation_of)
+    recipe = read_recipe(QUICKSTART, overrides)
     state = SimpleNamespace(
         fsdp_plugin=FullyShardedDataParallelPlugin(**{"fsdp_version": 2, **plugin})
     )
     accelerator: Any = SimpleNamespace(distributed_type=DistributedType[kind], state=state)
-    sharded.check(recipe, accelerator)
+    sharded.check_sharding(recipe, accelerator)
 
 
 @pytest.mark.parametrize(
@@ -242,12 +246,12 @@ def check(*overrides: str, kind: str = "FSDP", **plugin: Any) -> None:
     ],
 )
 def test_what_shards_otherwise_is_refused(arguments: dict[str, Any], words: str) -> None:
-    with pytest.raises(runs.RunError, match=words):
+    with pytest.raises(RunError, match=words):
         check(**arguments)
 
 
 def test_what_a_sharded_model_can_not_have_is_refused_all_at_once() -> None:
-    with pytest.raises(runs.RunError, match=r"^ema, channels_last can't be had with FSDP2"):
+    with pytest.raises(RunError, match=r"^ema, channels_last can't be had with FSDP2"):
         check("ema={decay: 0.9}", "channels_last=true")
 
 
@@ -264,7 +268,7 @@ def test_an_optimizer_that_does_not_work_on_sharded_weights_is_refused(
     optimizer: str, words: str
 ) -> None:
     with pytest.raises(
-        runs.RunError, match=f"^optimizer: {optimizer} does not work with FSDP2 .*{words}"
+        RunError, match=f"^optimizer: {optimizer} does not work with FSDP2 .*{words}"
     ):
         check(f"optimizer={{opt: {optimizer}, lr: 0.01}}")
 
@@ -274,7 +278,7 @@ def test_an_optimizer_that_does_not_work_on_sharded_weights_is_refused(
 def test_others_are_not(optimizer: str) -> None:
     if optimizer == "muon" and TorchVersion(torch.__version__) < (2, 11):
         pytest.skip(
-            "torch 2.10 does not clamp a norm of sharded weights in place, as timm's Muon does; 2.11 does"
+            "torch 2.10 can't clamp a norm of sharded weights in place, as timm's Muon does"
         )
     check(f"optimizer={{opt: {optimizer}, lr: 0.01}}")
 

@@ -1,6 +1,5 @@
-"""Trackers get the numbers of metrics.jsonl, also over a resume; one that is not there is an error before training."""
+"""Trackers get the numbers of metrics.jsonl, over a resume too; a missing one is an early error."""
 
-import itertools
 import json
 import shutil
 import sys
@@ -11,16 +10,14 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
-from helpers.processes import finished, gloo, on_ranks
+from helpers.processes import QUICKSTART, finished, gloo, on_ranks, stopped_at
 from itop_prune_tools.config.recipe import Recipe
-from itop_prune_tools.run_folder import folder as runs
 from itop_prune_tools.run_folder.folder import RunError
-from itop_prune_tools.training import loop as train
+from itop_prune_tools.training import command as train
 from itop_prune_tools.training import trackers
-from itop_prune_tools.training.trackers import Trackers, asked_for
+from itop_prune_tools.training.trackers import Trackers, tracker_names
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-QUICKSTART = str(Path(__file__).parents[3] / "recipes" / "quickstart.yaml")
 TENSORBOARD = "accelerator={log_with: tensorboard}"
 WANDB = "accelerator={log_with: wandb}"
 
@@ -68,13 +65,12 @@ def test_tensorboard_holds_the_numbers_of_the_metrics(tmp_path, dense):
     assert len(found["train_loss"]) == 3
     assert len(found["test_top1"]) == 1
     assert ("rate" in found) == (not dense)
+    assert not (tmp_path / "run" / "wandb_id").exists()
 
 
-@pytest.mark.parametrize("stop_at", [20, 60, 90])
-def test_a_resumed_run_has_each_number_once(tmp_path, monkeypatch, stop_at):
-    with monkeypatch.context() as patch:
-        asked = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == stop_at)
+@pytest.mark.parametrize("stop_at", [20, 60])
+def test_a_resumed_run_has_each_number_once(tmp_path, stop_at):
+    with stopped_at(stop_at):
         assert run(tmp_path / "run", TENSORBOARD) == 130
     assert run(tmp_path / "run", TENSORBOARD, "--resume") == 0
     assert curves(tmp_path / "run") == expected(tmp_path / "run")
@@ -126,17 +122,15 @@ class Wandb:
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    for module in ("trackers", "accelerate.tracking"):
+    for module in ("itop_prune_tools.training.trackers", "accelerate.tracking"):
         monkeypatch.setattr(f"{module}.get_available_trackers", lambda: [LoggerType.WANDB])
     return fake
 
 
-@pytest.mark.parametrize("stop_at", [20, 60, 90])
-def test_of_wandb_a_resumed_run_is_the_same_run(tmp_path, monkeypatch, wandb, stop_at):
+@pytest.mark.parametrize("stop_at", [20, 60])
+def test_of_wandb_a_resumed_run_is_the_same_run(tmp_path, wandb, stop_at):
     folder = tmp_path / "moved" / "run"
-    with monkeypatch.context() as patch:
-        asked = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == stop_at)
+    with stopped_at(stop_at):
         assert run(tmp_path / "run", WANDB) == 130
     folder.parent.mkdir()
     (tmp_path / "run").rename(folder)
@@ -156,15 +150,8 @@ def test_of_wandb_a_new_run_in_a_folder_of_before_is_another(tmp_path, wandb):
     assert len(wandb.runs) == 3
 
 
-def test_no_other_tracker_has_a_file_of_wandb_s(tmp_path):
-    assert run(tmp_path / "run", "epochs=1", TENSORBOARD) == 0
-    assert not (tmp_path / "run" / "wandb_id").exists()
-
-
-def test_a_run_may_get_its_tracker_on_resume(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        asked = itertools.count(1)
-        patch.setattr(runs.StopRequest, "wanted", lambda self: next(asked) == 60)
+def test_a_run_may_get_its_tracker_on_resume(tmp_path):
+    with stopped_at(60):
         assert run(tmp_path / "run") == 130
     assert run(tmp_path / "run", TENSORBOARD, "--resume") == 0
     found = curves(tmp_path / "run")
@@ -177,6 +164,7 @@ def test_a_run_without_trackers_writes_nothing_of_them(tmp_path):
     assert not (tmp_path / "run" / trackers.PROJECT).exists()
 
 
+@pytest.mark.slow
 @gloo
 def test_of_two_ranks_one_tracks(tmp_path):
     finished(
@@ -210,8 +198,8 @@ def test_of_several_trackers_the_missing_one_is_named(monkeypatch):
     with pytest.raises(
         RunError, match="log_with is 'wandb', which is not installed, installed are tensorboard; "
     ):
-        asked_for(recipe(["tensorboard", "wandb"]))
-    assert asked_for(recipe("all")) == ["all"]
+        tracker_names(recipe(["tensorboard", "wandb"]))
+    assert tracker_names(recipe("all")) == ["all"]
 
 
 def test_an_unknown_tracker_is_answered_with_the_nearest(tmp_path, capsys):

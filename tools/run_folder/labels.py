@@ -1,0 +1,42 @@
+"""Write the metrics of a run as text: a label and a format for each."""
+
+from collections.abc import Mapping
+from typing import Any
+
+SHOWN = {  # metric: label, format
+    "train_loss": ("loss", "{:.4f}"),
+    "val_loss": ("val loss", "{:.4f}"),
+    "val_top1": ("val top-1", "{:.2f} %"),
+    "test_loss": ("test loss", "{:.4f}"),
+    "test_top1": ("test top-1", "{:.2f} %"),
+    "lr": ("lr", "{:.5g}"),
+    "rate": ("rate", "{:.4f}"),
+    "sparsity": ("sparsity", "{:.4f}"),
+    "exploration_rate": ("R_s", "{:.4f}"),
+    "survival": ("survival", "{:.4f}"),
+    "train_flops": ("train FLOPs", "{:.4f}"),
+    "images_per_second": ("images/s", "{:,.0f}"),
+}
+
+
+def labelled(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Write label and text of the metrics that are there, in the order of `SHOWN`."""
+    return [
+        (label, form.format(metrics[key]))
+        for key, (label, form) in SHOWN.items()
+        if metrics.get(key) is not None
+    ]
+
+
+def summary_line(metrics: Mapping[str, Any]) -> str:
+    """Write the metrics as one line of text."""
+    return "  ".join(f"{label} {text}" for label, text in labelled(metrics))
+
+
+def counted(number: int, what: str) -> str:
+    """Write a number of things, singular or plural.
+
+    >>> counted(1, "update"), counted(1200, "update")
+    ('1 update', '1,200 updates')
+    """
+    return f"{number:,} {what}{'s' * (number != 1)}"
