@@ -11,7 +11,7 @@ from itop_prune.methods.validation import check_rates, check_steps
 class Plan:
     """Arguments of `MaskScheduler` that are numbers of steps and shares. Steps are counted from 1.
 
-    >>> from itop_prune.schedules import cosine
+    >>> from itop_prune.methods.schedules import cosine
     >>> plan = Plan(total_steps=100, every=30, stop=1.0, rate=0.5, min_rate=0.0, schedule=cosine)
     >>> list(plan.updates()), plan.next_update(60), plan.next_update(90), plan.rate_at(50)
     ([30, 60, 90], 90, None, 0.25)

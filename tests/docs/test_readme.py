@@ -55,7 +55,9 @@ def tool_commands() -> list[list[str]]:
     """Collect every command of tools/ as the script and its arguments, each once."""
     found = []
     for command in commands():
-        script = next((place for place, word in enumerate(command) if word.startswith("tools/")), None)
+        script = next(
+            (place for place, word in enumerate(command) if word.startswith("tools/")), None
+        )
         if script is not None and command[script:] not in found:
             found.append(command[script:])
     return found
@@ -74,13 +76,19 @@ def test_there_are_python_blocks():
     assert len(in_language("python")) >= 5
 
 
-@pytest.mark.parametrize(("heading", "block"), in_language("python"), ids=[name for name, _ in in_language("python")])
+@pytest.mark.parametrize(
+    ("heading", "block"), in_language("python"), ids=[name for name, _ in in_language("python")]
+)
 def test_a_python_block_runs_in_a_process_of_its_own(heading, block, tmp_path):
     imported = {
         name.split(".")[0]
         for node in ast.walk(ast.parse(block))
         if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        for name in (
+            [node.module]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+        )
     }
     missing = {name for name in imported & OPTIONAL if importlib.util.find_spec(name) is None}
     if missing:
@@ -89,7 +97,12 @@ def test_a_python_block_runs_in_a_process_of_its_own(heading, block, tmp_path):
     script = tmp_path / "block.py"
     script.write_text(block, encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "PYTHONIOENCODING": "utf-8",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-W", "default", "block.py"],
         cwd=tmp_path,
@@ -100,7 +113,10 @@ def test_a_python_block_runs_in_a_process_of_its_own(heading, block, tmp_path):
     )
 
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"^.*(?:block\.py|itop_prune/).*Warning.*$", done.stderr, flags=re.MULTILINE) == []
+    assert (
+        re.findall(r"^.*(?:block\.py|itop_prune/).*Warning.*$", done.stderr, flags=re.MULTILINE)
+        == []
+    )
     if "sys.orig_argv" in block:  # the loop that goes on in a second process
         assert re.findall(r"stopped after step (\d+)", done.stdout) == ["200", "400"]
         assert "sparsity 0.9500" in done.stdout
@@ -117,11 +133,15 @@ def test_the_first_screen_has_the_diff_and_the_picture():
 
 
 def test_the_two_commands_are_those_that_the_ci_looks_for():
-    wanted = re.findall(r"command_with \"([^\"]+)\"", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    wanted = re.findall(
+        r"command_with \"([^\"]+)\"", (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    )
     assert len(wanted) == 2
     for pattern in wanted:
         of_screen = [
-            line for line in FIRST_SCREEN.splitlines() if re.search(rf"^python3\.11 -m venv .*{pattern}", line)
+            line
+            for line in FIRST_SCREEN.splitlines()
+            if re.search(rf"^python3\.11 -m venv .*{pattern}", line)
         ]
         of_readme = re.findall(rf"^python3\.11 -m venv .*{pattern}.*$", README, flags=re.MULTILINE)
         assert len(of_screen) == 1
@@ -146,7 +166,9 @@ def test_a_command_of_tools_parses(command, capsys, monkeypatch, tmp_path):
     if tool == "tools/train.py":
         recipe = ROOT / arguments[0]
         monkeypatch.chdir(tmp_path)
-        without_download = ["data.download=false"] if "download" in recipe.read_text(encoding="utf-8") else []
+        without_download = (
+            ["data.download=false"] if "download" in recipe.read_text(encoding="utf-8") else []
+        )
         arguments = [str(recipe), *arguments[1:], *without_download, "--dry-run"]
         flags = []
     else:
@@ -202,7 +224,8 @@ def test_the_first_picture_shows_the_numbers_of_the_results_page():
             accuracy, explored, _ = cell.split(" / ")
             expected[times, every.replace(",", "")] = (explored, accuracy)
     shown = re.findall(
-        r"translate\(([\d.]+) ([\d.]+)\)\">.*?<title>(\d) × as long, every (\d+): R_s ([\d.]+), ([\d.]+) %", svg
+        r"translate\(([\d.]+) ([\d.]+)\)\">.*?<title>(\d) × as long, every (\d+): R_s ([\d.]+), ([\d.]+) %",
+        svg,
     )
 
     assert {(times, every): numbers for _, _, times, every, *numbers in shown} == {
@@ -249,7 +272,9 @@ def test_a_row_of_the_methods_can_be_built(row):
     if every:
         given = {} if to_regrow == "the defaults" else arguments_of(to_regrow)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=12_000, every=int(every), **given)
+        regrow = itop_prune.MaskScheduler(
+            masks, optimizer, total_steps=12_000, every=int(every), **given
+        )
         assert len(regrow.update_steps()) >= 8
     else:
         assert to_regrow == "no scheduler"
@@ -258,11 +283,14 @@ def test_a_row_of_the_methods_can_be_built(row):
 @pytest.mark.parametrize("row", [row for row in methods() if row[2]], ids=lambda row: row[0])
 def test_a_row_of_the_methods_says_what_its_recipe_does(row):
     name, to_apply, every, to_regrow = row
-    (path,) = (ROOT / "recipes").glob(f"fashion_mnist_lenet300_*98_{name.lower().replace('/', '')}.yaml")
+    (path,) = (ROOT / "recipes").glob(
+        f"fashion_mnist_lenet300_*98_{name.lower().replace('/', '')}.yaml"
+    )
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     given = {} if to_regrow == "the defaults" else arguments_of(to_regrow)
     defaults = {
-        key: parameter.default for key, parameter in inspect.signature(itop_prune.MaskScheduler).parameters.items()
+        key: parameter.default
+        for key, parameter in inspect.signature(itop_prune.MaskScheduler).parameters.items()
     }
 
     assert {**defaults, **recipe["regrow"]} == {**defaults, "every": int(every), **given}

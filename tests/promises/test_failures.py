@@ -54,7 +54,7 @@ def failed(tmp_path: Path, change: str, *arguments: str) -> str:
     return one_error(output)
 
 
-# --- two ranks -------------------------------------------------------------------------------------------------------
+# --- two ranks -----------------------------------------------------------------------------------
 
 OTHER_WEIGHTS_AT_THE_START = """
 build = train.build
@@ -196,7 +196,7 @@ torch.nn.CrossEntropyLoss = Bad
     assert whole_checkpoints(tmp_path / "run") == [last]
 
 
-# --- bad losses ------------------------------------------------------------------------------------------------------
+# --- bad losses ----------------------------------------------------------------------------------
 
 
 def bad_from(
@@ -247,7 +247,7 @@ def test_weights_spoiled_in_the_last_step_of_an_epoch_push_out_no_checkpoint(
     assert whole_checkpoints(tmp_path / "run") == [last]
 
 
-# --- the disk --------------------------------------------------------------------------------------------------------
+# --- the disk ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

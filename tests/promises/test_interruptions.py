@@ -36,7 +36,7 @@ from itop_prune_tools.run_folder.metrics import Metrics
 from itop_prune_tools.training import loop as train
 from itop_prune_tools.training.checkpoint import Checkpoints, damage
 
-# --- ranks -----------------------------------------------------------------------------------------------------------
+# --- ranks ---------------------------------------------------------------------------------------
 
 TWO = ("epochs=4", "data.batch_size=8", "accelerator={gradient_accumulation_steps: 2}")
 
@@ -162,7 +162,7 @@ def test_two_ranks_with_mixup_augmentation_and_workers_stopped_in_an_epoch_go_on
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
 
 
-# --- evaluations -----------------------------------------------------------------------------------------------------
+# --- evaluations ---------------------------------------------------------------------------------
 
 SLOW = """
 import pathlib, time
@@ -275,7 +275,7 @@ def test_a_step_wise_learning_rate_in_the_metrics_does_not_tell_of_a_stop(
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
 
 
-# --- one process -----------------------------------------------------------------------------------------------------
+# --- one process ---------------------------------------------------------------------------------
 
 
 def test_sigterm_leaves_a_checkpoint_of_the_step(tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_any_damaged_checkpoint_after_a_kill_is_a_loss(
     assert f"{part} is damaged" in [damage(folder) for folder in survive.checkpoints(tmp_path)]
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- damage --------------------------------------------------------------------------------------
 
 
 def run(folder: Path, *arguments: str) -> int:

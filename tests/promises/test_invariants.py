@@ -143,7 +143,7 @@ def updates_of(run: Run, steps: range) -> Iterator[Update]:
     yield from found
 
 
-# --- 1. the number of active weights -------------------------------------------------------------------------------
+# --- 1. the number of active weights -------------------------------------------------------------
 
 
 def counts_over(run: Run, steps: int = 50) -> set[tuple[int, ...]]:
@@ -201,7 +201,7 @@ def test_counts_are_exact_with_one_active_weight_in_a_layer() -> None:
     assert counts_over(run) == {(1, 1, 1)}
 
 
-# --- 2. what is grown, what is pruned, what stays ------------------------------------------------------------------
+# --- 2. what is grown, what is pruned, what stays ------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", [adam, momentum])
@@ -312,7 +312,7 @@ def test_a_fully_dense_layer_is_left_alone(grow: str) -> None:
     assert run.regrow.updates == 4
 
 
-# --- 3. zeros off the mask, and the same step on every step --------------------------------------------------------
+# --- 3. zeros off the mask, and the same step on every step --------------------------------------
 
 
 def assert_zero_off_mask(model: nn.Module) -> None:
@@ -422,7 +422,7 @@ def test_the_gradient_the_optimizer_sees_on_an_update_step_is_zero_off_the_mask(
         assert not itop.parameter.grad[~itop.mask].any()
 
 
-# --- 4. identity, storage, memory format, order --------------------------------------------------------------------
+# --- 4. identity, storage, memory format, order --------------------------------------------------
 
 
 def places(tensors: Iterator[Tensor]) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -502,7 +502,7 @@ def test_remove_keeps_parameters_in_place_and_order(build: Callable[[], nn.Modul
     assert places(run.model.parameters()) == before
 
 
-# --- 5. the weight is current, whoever reads it --------------------------------------------------------------------
+# --- 5. the weight is current, whoever reads it --------------------------------------------------
 
 
 def test_the_weight_is_current_after_its_parameter_changed_without_a_forward() -> None:
@@ -619,7 +619,7 @@ def test_an_export_has_the_current_weights(grow: str) -> None:
     assert torch.allclose(program.module()(x), twin(x), atol=1e-6)
 
 
-# --- 6. copies -----------------------------------------------------------------------------------------------------
+# --- 6. copies -----------------------------------------------------------------------------------
 
 
 def through_torch_save(model: nn.Module) -> nn.Module:
@@ -769,7 +769,7 @@ def test_an_averaged_model_of_torch_has_the_masks_of_the_model_and_is_independen
     assert torch.isfinite(average(batch(0, 3, 8, 8)[0])).all()
 
 
-# --- 7. resume -----------------------------------------------------------------------------------------------------
+# --- 7. resume -----------------------------------------------------------------------------------
 
 
 def saved(run: Run) -> bytes:
@@ -884,7 +884,7 @@ def test_a_run_resumed_in_a_fresh_process_is_the_same(grow: str, tmp_path: Path)
     assert_same(resumed["numbers"], whole.numbers())
 
 
-# --- 9. numbers that are not finite --------------------------------------------------------------------------------
+# --- 9. numbers that are not finite --------------------------------------------------------------
 
 
 def spoiled_step(run: Run, step: int, spoil: Callable[[Run], object]) -> bool:
@@ -1007,7 +1007,7 @@ def test_a_number_that_is_not_finite_before_an_update_is_due_counts_for_nothing(
     assert run.regrow.skipped == 0
 
 
-# --- 11. remove ----------------------------------------------------------------------------------------------------
+# --- 11. remove ----------------------------------------------------------------------------------
 
 
 def both() -> nn.Module:

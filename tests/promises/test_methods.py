@@ -202,7 +202,7 @@ def test_torch_compile_gives_the_masks_of_an_eager_run(method: str) -> None:
         assert torch.equal(itop.mask, compiled.masks[name].mask)
 
 
-# --- global ----------------------------------------------------------------------------------------------------------
+# --- global --------------------------------------------------------------------------------------
 
 
 def test_global_pruning_takes_the_smallest_of_all_layers() -> None:
@@ -242,7 +242,7 @@ def test_a_floor_keeps_every_layer_above_it() -> None:
     assert sum(counts.values()) == 280
 
 
-# --- redistribution --------------------------------------------------------------------------------------------------
+# --- redistribution ------------------------------------------------------------------------------
 
 
 def test_what_grows_goes_where_the_function_says_in_proportion() -> None:
@@ -329,7 +329,7 @@ def test_an_unknown_redistribution_or_statistic_is_answered_with_the_menu() -> N
         MaskScheduler(run.masks, run.optimizer, **SMALL, redistribute=lambda weight: weight)
 
 
-# --- what criteria are given -----------------------------------------------------------------------------------------
+# --- what criteria are given ---------------------------------------------------------------------
 
 
 def dense_gradients(steps: int) -> list[dict[str, Tensor]]:
@@ -458,7 +458,7 @@ def test_a_mix_that_gives_nan_is_named_with_the_layer() -> None:
         run.train(range(1))
 
 
-# --- density ---------------------------------------------------------------------------------------------------------
+# --- density -------------------------------------------------------------------------------------
 
 
 def test_each_layer_ends_at_what_the_final_method_gives_it() -> None:
@@ -524,7 +524,7 @@ def test_bad_values_are_answered_with_what_is_allowed(
         MaskScheduler(run.masks, run.optimizer, **{**SMALL, **options})
 
 
-# --- survival --------------------------------------------------------------------------------------------------------
+# --- survival ------------------------------------------------------------------------------------
 
 
 def test_survival_is_the_share_of_the_last_grown_that_is_still_there() -> None:

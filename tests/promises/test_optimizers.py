@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import itop_prune
 
-# --- the table: optimizers by name, with every variant that their signatures offer -----------------------------------
+# --- the table: optimizers by name, with every variant that their signatures offer ---------------
 
 TORCH: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 0.1}),
@@ -79,7 +79,7 @@ def test_the_table_has_every_optimizer_in_every_variant() -> None:
     assert sum("foreach=True" in name for name in TABLE) >= 20
 
 
-# --- sparse training under each of them ------------------------------------------------------------------------------
+# --- sparse training under each of them ----------------------------------------------------------
 
 
 class Watch:
@@ -217,7 +217,7 @@ def test_what_an_optimizer_moves_off_the_mask_is_not_seen_and_gone_at_an_update(
     assert off, "it belongs into the table above"
 
 
-# --- groups of parameters --------------------------------------------------------------------------------------------
+# --- groups of parameters ------------------------------------------------------------------------
 
 
 def resnet() -> nn.Module:
@@ -269,7 +269,7 @@ def test_groups_of_timm_hold_the_same_parameters_with_the_same_options_before_an
     assert after == before
 
 
-# --- optimizers that keep their state elsewhere ----------------------------------------------------------------------
+# --- optimizers that keep their state elsewhere --------------------------------------------------
 
 
 def test_lookahead_of_timm_is_refused_with_the_reason() -> None:

@@ -168,7 +168,7 @@ def test_what_the_skipped_step_left_is_not_in_the_gradient_that_grows() -> None:
         )
 
 
-# --- the runner ------------------------------------------------------------------------------------------------------
+# --- the runner ----------------------------------------------------------------------------------
 
 SETTINGS = (QUICKSTART, "epochs=2", "regrow={every: 7, grow: gradient}")
 

@@ -27,7 +27,7 @@ STEPS = 8
 EVERY = 2
 
 
-# --- what runs in each process: module-level functions, for a spawned process imports them by name ------------------
+# --- what runs in each process: module-level functions, for a spawned process imports them by name 
 
 
 def work(rank: int, ranks: int, folder: str) -> None:
@@ -265,7 +265,7 @@ TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 
-# --- what is expected of them ----------------------------------------------------------------------------------------
+# --- what is expected of them --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids="{} ranks".format)

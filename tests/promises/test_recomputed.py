@@ -61,7 +61,7 @@ def centred_by_hand(weight: Tensor, mask: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-# --- weight standardisation ------------------------------------------------------------------------------------------
+# --- weight standardisation ----------------------------------------------------------------------
 
 
 @standardized
@@ -314,7 +314,7 @@ def test_a_class_of_ones_own_is_centred_once_its_name_is_told(
     assert kernel[~itop.mask].abs().max() < 1e-6 * kernel.abs().max()
 
 
-# --- kernels of several experts --------------------------------------------------------------------------------------
+# --- kernels of several experts ------------------------------------------------------------------
 
 
 def test_mixed_kernels_are_masked_and_counted_as_the_kernels_they_are() -> None:
@@ -338,7 +338,7 @@ def test_a_model_with_mixed_kernels_is_covered() -> None:
     assert sum(itop.mask.numel() for itop in masks.values()) > 0.99 * parameters
 
 
-# --- recurrent layers ------------------------------------------------------------------------------------------------
+# --- recurrent layers ----------------------------------------------------------------------------
 
 RECURRENT = {
     "LSTM": lambda: nn.LSTM(6, 5, 2, bidirectional=True, batch_first=True),

@@ -140,7 +140,7 @@ def train_a_little(model: nn.Module, size: int, steps: int = 3) -> None:
     assert regrow.updates == steps // 2
 
 
-# --- coverage and exactness ------------------------------------------------------------------------------------------
+# --- coverage and exactness ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -328,7 +328,7 @@ def test_a_model_fused_after_remove_has_the_same_outputs_however_it_writes_its_w
     assert (wrong - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
-# --- timm's own ways to use and to change a model --------------------------------------------------------------------
+# --- timm's own ways to use and to change a model ------------------------------------------------
 
 
 def test_features_of_a_masked_backbone_are_those_of_its_dense_twin() -> None:
@@ -428,7 +428,7 @@ def test_an_input_of_another_size_leaves_all_masks() -> None:
     train_a_little(model, 64)
 
 
-# --- weights read in places off the common path ----------------------------------------------------------------------
+# --- weights read in places off the common path --------------------------------------------------
 
 
 # timm's ML-Decoder head as a whole does not run with present torch, masked or dense; this is the layer that it is of.
@@ -471,7 +471,7 @@ def test_naflex_patches_of_another_size_are_made_of_the_masked_weights() -> None
     torch.testing.assert_close(itop.parameter.grad, twin.embeds.proj.weight.grad * itop.mask)
 
 
-# --- models that are not timm's --------------------------------------------------------------------------------------
+# --- models that are not timm's ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -501,7 +501,7 @@ def test_a_decoder_of_torch_is_exact() -> None:
         )
 
 
-# --- exports ---------------------------------------------------------------------------------------------------------
+# --- exports -------------------------------------------------------------------------------------
 
 EXPORTED = ["resnet", "vit", "swinv2", "coat", "convnext", "nfnet", "condconv", "sequencer"]
 RECOMPUTED = {
@@ -547,7 +547,7 @@ def test_onnx_export_of_a_masked_model_computes_the_same(
     torch.testing.assert_close(torch.from_numpy(output), expected, atol=1e-4, rtol=1e-4)
 
 
-# --- copies ----------------------------------------------------------------------------------------------------------
+# --- copies --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -663,7 +663,7 @@ def test_a_model_reaches_a_spawned_process_with_its_masks() -> None:
     assert names == list(masks)
 
 
-# --- dense weights in and out, remove --------------------------------------------------------------------------------
+# --- dense weights in and out, remove ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "coat"])

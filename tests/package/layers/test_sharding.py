@@ -1,4 +1,4 @@
-"""Parts and wholes of tensors: what is not sharded is passed on as it is, what is sharded is laid out alike."""
+"""Parts and wholes of tensors: others pass as they are, sharded ones are laid out alike."""
 
 from collections.abc import Iterator
 from typing import Any
