@@ -49,8 +49,8 @@ class Run:
     def statistics(self, name: str) -> list[Tensor]:
         """What the optimizer holds of the shape of a masked weight."""
         parameter = self.masks[name].parameter
-        state = self.optimizer.state[parameter].values()
-        return [value for value in state if value.shape == parameter.shape]
+        tensors = filter(torch.is_tensor, self.optimizer.state[parameter].values())
+        return [value for value in tensors if value.shape == parameter.shape]
 
     def numbers(self) -> dict[str, Tensor]:
         """Everything that training depends on, copied."""
