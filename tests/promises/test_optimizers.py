@@ -1,5 +1,6 @@
 """Any optimizer: exact counts, zeros off the masks, groups that apply does not disturb."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -49,21 +50,22 @@ def variants(accepts: type[torch.optim.Optimizer]) -> Iterator[tuple[str, dict[s
         yield " fused", {"fused": True}
 
 
+def of_torch(model: nn.Module, kind: type[torch.optim.Optimizer], **options: Any) -> Any:
+    return kind(model.parameters(), **options)
+
+
 def table() -> dict[str, Factory]:
     found: dict[str, Factory] = {}
     for decay in (0.0, 0.05):
         for name, (kind, keywords) in TORCH.items():
             for variant, choice in variants(kind):
-                options = {**keywords, **choice, "weight_decay": decay}
-                found[f"{name}{variant} decay={decay}"] = lambda model, kind=kind, options=options: (
-                    kind(model.parameters(), **options)
-                )
+                options = {"kind": kind, **keywords, **choice, "weight_decay": decay}
+                found[f"{name}{variant} decay={decay}"] = functools.partial(of_torch, **options)
         for name, lr in TIMM.items():
             for variant, choice in variants(timm.optim.get_optimizer_info(name).opt_class):
                 options = {"opt": name, "lr": lr, "weight_decay": decay, **choice}
-                found[f"{name}{variant} decay={decay}"] = lambda model, options=options: (
-                    timm.optim.create_optimizer_v2(model, **options)
-                )
+                create = functools.partial(timm.optim.create_optimizer_v2, **options)
+                found[f"{name}{variant} decay={decay}"] = create
     return found
 
 
