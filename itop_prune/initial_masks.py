@@ -1,4 +1,8 @@
-"""Where masks start: `apply` decides how many weights of each layer are active, and which, and places the masks."""
+"""Where masks start: `apply` decides how many weights of each layer are active, and which ones.
+
+Four verbs: find the weights, count the active ones, draw masks, place them. `count_active` stops
+after the second and leaves the model alone.
+"""
 
 import math
 import warnings
@@ -7,172 +11,269 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from itop_prune import distributed as ranks
-from itop_prune import topology
-from itop_prune.layers.handle import ITOP
-from itop_prune.layers.maskable import Place, indivisible, kernel_shape, matching, select
-from itop_prune.layers.masked_layer import effective, standardizes
-from itop_prune.methods import distributions, patterns
-from itop_prune.methods.distributions import Distribution
-from itop_prune.methods.lookup import choose, nearest
-from itop_prune.methods.patterns import Pattern
+from itop_prune import distributed, patterns, topology
+from itop_prune.layers.handle import ITOP, exclude_masks_from_ddp
+from itop_prune.layers.maskable import (
+    Target,
+    find_weights,
+    indivisible,
+    kernel_shape,
+    matching,
+    unwrap,
+)
+from itop_prune.layers.masked_layer import effective, is_standardized
+from itop_prune.messages import nearest
+from itop_prune.methods.distributions import DISTRIBUTIONS, Distribution, active_counts
+from itop_prune.methods.lookup import lookup
 from itop_prune.methods.saliency import ratios
 from itop_prune.methods.validation import checked_seed, is_number
+from itop_prune.patterns import Pattern
 
 SCORES = ("random", "magnitude")
+
+Patterns = str | Iterable[str]
+Scores = Mapping[str, Tensor]
 
 
 def apply(
     model: nn.Module,
     sparsity: float,
-    method: str | Distribution | Mapping[str, Tensor] = "ERK",
+    method: str | Distribution | Scores = "ERK",
     *,
-    scores: str | Mapping[str, Tensor] = "random",
+    scores: str | Scores = "random",
     densities: Mapping[str, float] | None = None,
-    include: str | Iterable[str] = ("*",),
-    exclude: str | Iterable[str] = (),
+    pattern: str | None = None,
+    include: Patterns = ("*",),
+    exclude: Patterns = (),
     strict: bool = False,
     seed: int = 0,
 ) -> dict[str, ITOP]:
-    """Make a model sparse: every weight matrix of a convolution or linear map gets a mask, and is 0 outside it.
+    """Make a model sparse: mask every weight matrix of a convolution or linear map.
 
-    Parameters stay the same objects in the same order, under the name `<name>_orig`; so an
-    optimizer may be built before or after. Biases, norms, embeddings and position tables are left
-    alone. A frozen weight is masked too, but never moved.
+    Weights are 0 where their mask is False. Parameters stay the same objects in the same order,
+    under the name `<name>_orig`, so an optimizer may be built before or after. Biases, norms,
+    embeddings and position tables stay as they are. A frozen weight is masked too, but never moved.
 
-    Args: model: Any module; changed in place. On the meta device there are counts and no positions,
-        for a look ahead. sparsity: Share of zeros over all masked weights together, in [0, 1).
-        Exactly `round((1 - sparsity) * total)` stay active, at least 1 in each layer. method: How
-        they are shared out: "ERK", "ERK+", "ER", "uniform", "uniform+"; a function `(shapes,
-        density) -> densities`; or scores, "magnitude" or tensors by name: each layer gets what the
-        best of all layers together would leave in it. A pattern "N:M", such as "2:4", keeps N of
-        every M consecutive weights along dimension 1 (inputs, input channels), in every layer and
-        at every update; `sparsity` is 1 - N / M then. scores: Which positions start active:
-        "random"; "magnitude", for a pretrained model; or a tensor of the parameter's shape for
-        every masked name, whose largest values stay (see `itop_prune.saliency`). The same scores as
-        `method` make it a choice over all layers together. With a pattern they choose in each group
-        of M. densities: Of some layers, in [0, 1] by pattern, such as {"head": 1.0}; the others
-        share what they leave of the budget. (What `exclude` names is not masked at all and does not
-        count.) They hold where the masks start: MaskScheduler's `final_method` and `redistribute`
-        decide anew. include: Patterns (`fnmatch`) of what to mask. One matches a parameter by its
-        name ("layer1.0.conv1.weight") or by its layer's ("layer1.0.conv1"). exclude: Patterns of
-        what to leave dense, such as "head". It does not count in the budget. strict: Whether a
-        layer that a pattern N:M does not divide is an error; otherwise it stays dense without a
-        mask, and a warning lists it. seed: Of the random positions; equal seeds give equal masks,
-        on every device and rank. Torch's global generators are not touched.
+    Args:
+        model: Any module with values, on any device; changed in place.
+        sparsity: Share of zeros over all masked weights together, in [0, 1). Exactly
+            `round((1 - sparsity) * total)` weights stay active, at least 1 in each layer.
+        method: How the active weights are shared out over the layers: "ERK", "ERK+", "ER",
+            "uniform", "uniform+", or a function `(shapes, density) -> densities`. Or scores:
+            "magnitude", or tensors by name. Each layer then gets what the best scores of all layers
+            together leave in it.
+        scores: Which positions start active: "random"; "magnitude", for a pretrained model; or a
+            tensor of the parameter's shape for every masked name, whose largest values stay (see
+            `itop_prune.saliency`). The same scores as `method` make it one choice over all layers.
+        densities: Densities of some layers, in [0, 1] by pattern, such as {"head": 1.0}. The others
+            share the rest of the budget. These densities hold at the start; `final_method` and
+            `redistribute` of MaskScheduler decide anew.
+        pattern: "N:M", such as "2:4", keeps N of every M consecutive weights along dimension 1
+            (inputs, input channels), in every layer and at every update. `sparsity` is then 1 - N /
+            M, and `method` stays as it is. Scores choose within each group of M.
+        include: Patterns (`fnmatch`) of what to mask. A pattern matches a parameter by its name
+            ("layer1.0.conv1.weight") or by its layer's name ("layer1.0.conv1").
+        exclude: Patterns of what to leave dense, such as "head". It does not count in the budget.
+        strict: Whether a layer that an N:M pattern does not divide is an error. Otherwise it stays
+            dense without a mask, and a warning lists it.
+        seed: Of the random positions. Equal seeds give equal masks, on every device and rank.
+            Torch's global generators are not touched.
 
     Returns:
         The masks, keyed by the names that `model.named_parameters()` gave before.
 
-    Raises: ValueError: A value is out of range, a name unknown, nothing is there to mask, a pattern
-        matches nothing, or a selected weight can't be masked (masked already, tied, parametrized)
-        or divided, with `strict`. The model is then as it was.
+    Raises:
+        ValueError: A value is out of range, a name is unknown, nothing is there to mask, a pattern
+            matches nothing, the model is on the meta device, or a selected weight can't be masked
+            (masked already, tied, parametrized) or divided, with `strict`. The model is then
+            unchanged.
 
     Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv
     2102.02887.
 
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
-    >>> apply(model, sparsity=0.75, method="uniform")
-    {'0.weight': ITOP(Linear.weight, 8 of 32 active), '2.weight': ITOP(Linear.weight, 2 of 8 active)}
+    >>> apply(model, sparsity=0.75, method="uniform", include="0")
+    {'0.weight': ITOP(Linear.weight, 8 of 32 active)}
     """
-    if not is_number(sparsity) or not 0.0 <= sparsity < 1.0:
-        raise ValueError(
-            f"sparsity is {sparsity!r}; allowed is a number in [0, 1), the share of zeros: 0.9 keeps a tenth"
-        )
-    sparsity, seed, pattern = float(sparsity), checked_seed(seed), patterns.parse(method)
-    selected = select(model, include, exclude)
-    if pattern is not None:
-        _check_pattern(pattern, sparsity, densities)
-        selected = _divided(selected, pattern, strict)
-    shapes = {name: kernel_shape(layer, tensor) for name, (layer, tensor) in selected.items()}
-    generators = {name: topology.seeded(torch.device("cpu"), seed, name) for name in selected}
-    ranked: dict[str, Tensor] = {}
-    if method == "magnitude" or isinstance(method, Mapping):
-        ranked = {
-            n: _initial_scores(method, n, place, generators[n]) for n, place in selected.items()
-        }
-        method = (
-            distributions.uniform if any(t.is_meta for t in ranked.values()) else ratios(ranked)
-        )
-    if pattern is None:
-        everything = {**distributions.DISTRIBUTIONS, "magnitude": None, "N:M": None}
-        # A wrong name is answered with these, not with the distributions alone.
-        choose(
-            method,
-            everything,
-            "method",
-            otherwise="; or scores by name, such as itop_prune.saliency makes",
-        )
-        fixed = {} if densities is None else _by_name(densities, selected)
-        counts = distributions.active_counts(shapes, 1.0 - sparsity, method, fixed)
-    else:
-        counts = {
-            name: math.prod(shape) * pattern[0] // pattern[1] for name, shape in shapes.items()
-        }
-    masks = {}
-    for name, place in selected.items():
-        first = _initial_scores(scores, name, place, generators[name])
-        if first.is_meta:
-            masks[name] = first
-        elif pattern is None:
-            masks[name] = topology.best(first, counts[name], generators[name])
-        else:
-            masks[name] = patterns.best_of_groups(first, *pattern, generators[name])
-    applied = {
-        n: ITOP.apply(layer, tensor, masks.pop(n), pattern)
-        for n, (layer, tensor) in selected.items()
-    }
-    for name, (layer, tensor) in selected.items():
-        if applied[name].mask.is_meta:
-            setattr(layer, f"{tensor}_planned", counts[name])
-    ranks.leave_out_of_ddp(model)
-    if scores != "random" or ranked:
-        ranks.check_equal_masks({name: itop.mask for name, itop in applied.items()})
+    seed = checked_seed(seed)
+    groups = _check_budget(sparsity, method, densities, pattern)
+    targets = _find_targets(model, include, exclude, groups, strict)
+    _refuse_meta(targets)
+    _check_scores_name(scores)
+
+    counts = _count(targets, sparsity, method, densities, groups)
+    masks = _draw_masks(targets, counts, scores, groups, seed)
+    applied = {name: ITOP.apply(*targets[name], masks.pop(name), groups) for name in targets}
+
+    exclude_masks_from_ddp(unwrap(model))
+    if scores != "random" or _is_scores(method):
+        distributed.check_equal_masks({name: itop.mask for name, itop in applied.items()})
     return applied
 
 
-def _check_pattern(
-    pattern: Pattern, sparsity: float, densities: Mapping[str, float] | None
-) -> None:
-    n, m = pattern
+def count_active(
+    model: nn.Module,
+    sparsity: float,
+    method: str | Distribution | Scores = "ERK",
+    *,
+    densities: Mapping[str, float] | None = None,
+    pattern: str | None = None,
+    include: Patterns = ("*",),
+    exclude: Patterns = (),
+    strict: bool = False,
+) -> dict[str, int]:
+    """Count the active weights that `apply` would leave in each layer, without touching the model.
+
+    Args:
+        model: Any module, also on the meta device, where `method="magnitude"` has no values to look
+            at.
+        sparsity: As all other arguments, those of `apply`.
+        method: Likewise.
+        densities: Likewise.
+        pattern: Likewise.
+        include: Likewise.
+        exclude: Likewise.
+        strict: Likewise.
+
+    Returns:
+        The counts, keyed by parameter name. They sum to exactly `round((1 - sparsity) * total)`.
+
+    Raises:
+        ValueError: As of `apply`.
+
+    >>> with torch.device("meta"):
+    ...     model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> count_active(model, sparsity=0.75, method="uniform")
+    {'0.weight': 8, '2.weight': 2}
+    """
+    groups = _check_budget(sparsity, method, densities, pattern)
+    targets = _find_targets(model, include, exclude, groups, strict)
+    if _is_scores(method):
+        _refuse_meta(targets)
+    return _count(targets, sparsity, method, densities, groups)
+
+
+def _check_budget(
+    sparsity: float,
+    method: str | Distribution | Scores,
+    densities: Mapping[str, float] | None,
+    pattern: str | None,
+) -> Pattern | None:
+    """Check how the active weights are to be shared out; return N and M of a pattern."""
+    if not is_number(sparsity) or not 0.0 <= sparsity < 1.0:
+        raise ValueError(
+            f"sparsity is {sparsity!r}; allowed is a number in [0, 1), the share of zeros: 0.9 "
+            "keeps a tenth"
+        )
+    if isinstance(method, str) and ":" in method:
+        raise ValueError(
+            f"method is {method!r}; a pattern N:M has an argument of its own: write "
+            f"pattern={method!r} and leave method out"
+        )
+    if not _is_scores(method):
+        known = {**DISTRIBUTIONS, "magnitude": None}
+        lookup(method, known, "method", "; or scores by name, such as itop_prune.saliency makes")
+
+    groups = patterns.parse(pattern)
+    if groups is None:
+        return None
+    n, m = groups
+    if method not in ("ERK", "uniform"):
+        raise ValueError(
+            f"method is {method!r}, and the pattern {pattern} gives every layer the same density; "
+            "leave method out"
+        )
     if abs(sparsity - (1.0 - n / m)) > 5e-5:  # 0.6667 is 1:3
         raise ValueError(
-            f"sparsity is {sparsity!r}, and the pattern {n}:{m} keeps {n} of {m}; allowed is {1.0 - n / m:.4g}: give "
-            "that, or another pattern"
+            f"sparsity is {sparsity!r}, and the pattern {pattern} keeps {n} of {m}; allowed is "
+            f"{1.0 - n / m:.4g}: give that, or another pattern"
         )
     if densities:
         raise ValueError(
-            f"densities is {densities!r}, and the pattern {n}:{m} gives every layer the same; leave densities out, and "
-            "exclude what shall stay dense"
+            f"densities is {densities!r}, and the pattern {pattern} gives every layer the same; "
+            "leave densities out, and exclude what should stay dense"
+        )
+    return groups
+
+
+def _is_scores(method: object) -> bool:
+    return method == "magnitude" or isinstance(method, Mapping)
+
+
+def _check_scores_name(scores: str | Scores) -> None:
+    if not isinstance(scores, Mapping) and scores not in SCORES:
+        raise ValueError(
+            f"unknown scores {scores!r}; known are {', '.join(SCORES)}{nearest(scores, SCORES)}; "
+            "or tensors by name, such as itop_prune.saliency makes"
         )
 
 
-def _divided(selected: Mapping[str, Place], pattern: Pattern, strict: bool) -> dict[str, Place]:
-    """Return the places in which groups of M can be formed; say which are left out."""
-    n, m = pattern
-    reasons = {
-        name: reason for name, place in selected.items() if (reason := indivisible(*place, m))
-    }
-    divided = {name: place for name, place in selected.items() if name not in reasons}
-    lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
-    if not divided:
+def _find_targets(
+    model: nn.Module, include: Patterns, exclude: Patterns, groups: Pattern | None, strict: bool
+) -> dict[str, Target]:
+    """Find the weights to mask; leave out, or refuse, those that a pattern N:M does not divide."""
+    targets = find_weights(model, include, exclude)
+    if groups is None:
+        return targets
+
+    n, m = groups
+    reasons = {name: indivisible(*target, m) for name, target in targets.items()}
+    left_out = {name: reason for name, reason in reasons.items() if reason}
+    lines = "\n".join(f"  {name}: {reason}" for name, reason in left_out.items())
+    if len(left_out) == len(targets):
         raise ValueError(
-            f"the pattern {n}:{m} divides no weight, and nothing is left to mask; give another\n{lines}"
+            f"the pattern {n}:{m} divides no weight, and nothing is left to mask; give "
+            f"another\n{lines}"
         )
-    if reasons and strict:
+    if left_out and strict:
         raise ValueError(
-            f"the pattern {n}:{m} does not divide\n{lines}\nTo leave them dense: exclude={sorted(reasons)}"
+            f"the pattern {n}:{m} does not divide\n{lines}\nTo leave them dense: "
+            f"exclude={sorted(left_out)}"
         )
-    if reasons and ranks.is_first():
+    if left_out and distributed.is_first():
         warnings.warn(
             f"the pattern {n}:{m} does not divide, so these stay dense, without a mask\n{lines}",
             stacklevel=3,
         )
-    return divided
+    return {name: target for name, target in targets.items() if name not in left_out}
+
+
+def _refuse_meta(targets: Mapping[str, Target]) -> None:
+    """Refuse weights without values."""
+    meta = [
+        name for name, (layer, tensor) in targets.items() if layer.get_parameter(tensor).is_meta
+    ]
+    if meta:
+        raise ValueError(
+            f"{meta[0]} is on the meta device, where weights have no values; call "
+            "itop_prune.count_active for the counts alone, or model.to_empty(device=...) and load "
+            "or initialize the weights first"
+        )
+
+
+def _count(
+    targets: Mapping[str, Target],
+    sparsity: float,
+    method: str | Distribution | Scores,
+    densities: Mapping[str, float] | None,
+    groups: Pattern | None,
+) -> dict[str, int]:
+    """Count the active weights of each layer."""
+    shapes = {name: kernel_shape(layer, tensor) for name, (layer, tensor) in targets.items()}
+    if groups is not None:
+        n, m = groups
+        return {name: math.prod(shape) * n // m for name, shape in shapes.items()}
+
+    if isinstance(method, Mapping):
+        method = ratios({name: _given_scores(method, name, targets[name]) for name in targets})
+    elif method == "magnitude":
+        method = ratios({name: _magnitudes(name, target) for name, target in targets.items()})
+    fixed = {} if densities is None else _by_name(densities, targets)
+    return active_counts(shapes, 1.0 - float(sparsity), method, fixed)
 
 
 def _by_name(densities: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """Return the densities of the layers that the patterns match; where several do, of the first."""
+    """Look up the layers that the patterns match; the first pattern that matches decides."""
     if not isinstance(densities, Mapping):
         raise ValueError(
             f"densities is {densities!r}; allowed are shares by pattern, such as {{'head': 1.0}}"
@@ -181,52 +282,74 @@ def _by_name(densities: Mapping[str, float], names: Iterable[str]) -> dict[str, 
     for pattern, density in densities.items():
         if not is_number(density) or not 0.0 <= density <= 1.0:
             raise ValueError(
-                f"densities[{pattern!r}] is {density!r}; allowed is a number in [0, 1], the share kept"
+                f"densities[{pattern!r}] is {density!r}; allowed is a number in [0, 1], the share "
+                "kept"
             )
-        fixed |= {
-            name: float(density)
-            for name in matching([pattern], names, "densities")
-            if name not in fixed
-        }
+        for name in matching([pattern], names, "densities"):
+            fixed.setdefault(name, float(density))
     return fixed
 
 
+def _draw_masks(
+    targets: Mapping[str, Target],
+    counts: Mapping[str, int],
+    scores: str | Scores,
+    groups: Pattern | None,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Draw the mask of each weight: the positions with the largest scores."""
+    masks = {}
+    for name, target in targets.items():
+        generator = topology.seeded(torch.device("cpu"), seed, name)
+        values = _initial_scores(scores, name, target, generator)
+        if groups is None:
+            everywhere = torch.ones_like(values, dtype=torch.bool)
+            masks[name] = topology.select(values, everywhere, counts[name], generator)
+        else:
+            masks[name] = patterns.best_of_groups(values, *groups, generator)
+    return masks
+
+
 def _initial_scores(
-    scores: str | Mapping[str, Tensor], name: str, place: Place, generator: torch.Generator
+    scores: str | Scores, name: str, target: Target, generator: torch.Generator
 ) -> Tensor:
-    layer, tensor = place
-    parameter = layer.get_parameter(tensor)
+    """Score every position of a weight, on the CPU."""
     if isinstance(scores, Mapping):
-        given = scores.get(name)
-        if not isinstance(given, Tensor) or given.shape != parameter.shape:
-            kind = f"{type(given).__name__} of shape {tuple(getattr(given, 'shape', ()))}"
-            seen = kind if name in scores else f"only {sorted(scores)}"
-            raise ValueError(
-                f"scores for {name} must be a tensor of shape {tuple(parameter.shape)}; given: {seen}"
-            )
-        return _numbers(given.detach().float().cpu(), f"scores for {name} hold NaN")
-    if scores not in SCORES:
+        return _given_scores(scores, name, target)
+    if scores == "magnitude":
+        return _magnitudes(name, target)
+    layer, tensor = target
+    return torch.rand(layer.get_parameter(tensor).shape, generator=generator)
+
+
+def _given_scores(scores: Scores, name: str, target: Target) -> Tensor:
+    """Look up the user's scores of a weight."""
+    layer, tensor = target
+    shape = layer.get_parameter(tensor).shape
+    given = scores.get(name)
+    if not isinstance(given, Tensor) or given.shape != shape:
+        seen = f"{type(given).__name__} of shape {tuple(getattr(given, 'shape', ()))}"
+        if name not in scores:
+            seen = f"only {sorted(scores)}"
         raise ValueError(
-            f"unknown scores {scores!r}; known are {', '.join(SCORES)}{nearest(scores, SCORES)}; or tensors by name, "
-            "such as itop_prune.saliency makes"
+            f"scores for {name} must be a tensor of shape {tuple(shape)}; given: {seen}"
         )
-    if parameter.is_meta:  # counts are all there is
-        return parameter.detach()
-    if scores == "random":
-        return torch.rand(parameter.shape, generator=generator)
-    weight = parameter.detach().float()
-    sizes = (
-        effective(weight, torch.ones_like(weight, dtype=torch.bool), standardizes(type(layer)))
-        .abs()
-        .cpu()
-    )
-    return _numbers(sizes, f"magnitude gave NaN for {name}")
+    return _without_nan(given.detach().float().cpu(), f"scores for {name} hold NaN")
 
 
-def _numbers(scores: Tensor, otherwise: str) -> Tensor:
-    """Return scores as they are if they can be ranked, or raise what is otherwise the case."""
+def _magnitudes(name: str, target: Target) -> Tensor:
+    """Compute the sizes of a weight's values as the layer uses them."""
+    layer, tensor = target
+    weight = layer.get_parameter(tensor).detach().float()
+    everywhere = torch.ones_like(weight, dtype=torch.bool)
+    sizes = effective(weight, everywhere, is_standardized(type(layer))).abs().cpu()
+    return _without_nan(sizes, f"magnitude gave NaN for {name}")
+
+
+def _without_nan(scores: Tensor, problem: str) -> Tensor:
     if scores.isnan().any():
         raise ValueError(
-            f"{otherwise}; scores must be numbers: look at the function that made them and at the weight"
+            f"{problem}; scores must be numbers: look at the function that made them and at the "
+            "weight"
         )
     return scores

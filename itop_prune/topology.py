@@ -1,49 +1,59 @@
-"""The algorithm: which weights leave a mask and which enter it. Pure tensors in, a new bool mask out.
+"""The algorithm: which weights leave a mask and which enter it. Tensors in, a new bool mask out.
 
-`prune_and_regrow` is all of it. `MaskScheduler` does the same by `select_each`, which checks no
-counts, and so never makes the host wait for a GPU.
+`prune_and_regrow` is all of it, and `MaskScheduler` calls it for every layer at every update. The
+rest of this file selects the best of many scores without sorting them.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from itop_prune.ranking import NAN, NaNScores, narrowed, ones, ranked, top
+SAMPLE = 1 << 14
+"""About how many scores are sorted to bracket the last score that is selected."""
 
-ANSWERS_AT_ONCE = {"cpu"}
-"""Kinds of devices that can be asked for a count in passing; on others the host would wait for all that is queued."""
+
+class NaNScores(ValueError):
+    """Scores hold NaN, which has no rank."""
+
+    def __init__(self, role: Literal["prune", "grow"] | None = None) -> None:
+        name = f"{role}_scores" if role else "scores"
+        super().__init__(f"{name} hold NaN, which has no rank; check the function that made them")
+        self.role = role
 
 
 def prune_and_regrow(
     mask: Tensor,
     prune_scores: Tensor,
-    grow_scores: Tensor,
+    grow_scores: Tensor | Callable[[Tensor], Tensor],
     n_prune: int,
     n_grow: int,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return a new mask: the `n_prune` worst active positions leave, then the `n_grow` best inactive ones enter.
+    """Compute a new mask: prune `n_prune` active positions, then grow `n_grow` inactive ones.
 
-    A position that has just been pruned is inactive and may grow again at once, as in the authors'
-    code; so the share of active positions that are inactive afterwards is at most `n_prune` over
-    the active ones.
+    A position that has just been pruned is inactive, so it may grow again at once, as in the
+    authors' code. The share of active positions that really leave is therefore at most `n_prune`
+    over all active.
 
     Args:
         mask: Bool, True = active. It is read, never written.
-        prune_scores: Of the mask's shape; among active positions the smallest are pruned.
-        grow_scores: Of the mask's shape; among inactive positions the largest grow.
+        prune_scores: Of the mask's shape. The active positions with the smallest scores are pruned.
+        grow_scores: Of the mask's shape, or a function that makes them from the mask after pruning.
+            The inactive positions with the largest scores grow.
         n_prune: How many to prune, 0 to the number of active positions.
         n_grow: How many to grow, 0 to the number of inactive positions after pruning.
-        generator: Draws among ties, on the mask's device; None takes tied positions in index order.
+        generator: Draws among ties, on the mask's device. None takes tied positions in index order.
 
-    Returns: A bool tensor of the mask's shape with exactly `mask.sum() - n_prune + n_grow` active
+    Returns:
+        A bool tensor of the mask's shape with exactly `mask.sum() - n_prune + n_grow` active
         positions.
 
     Raises:
-        ValueError: A number is out of range, or scores are NaN.
+        ValueError: A number is out of range, or scores are NaN (`NaNScores`).
 
     Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv
     2102.02887.
@@ -55,173 +65,156 @@ def prune_and_regrow(
     tensor([1, 0, 1, 0, 1, 0], dtype=torch.int32)
     """
     kept = prune(mask, prune_scores, n_prune, generator)
+
+    if callable(grow_scores):
+        grow_scores = grow_scores(kept)
     return grow(kept, grow_scores, n_grow, generator)
 
 
 def prune(
     mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return the mask without its `count` active positions of the smallest scores; see `prune_and_regrow`.
+    """Remove the `count` active positions with the smallest scores; see `prune_and_regrow`.
 
     >>> prune(torch.tensor([True, True, False]), torch.tensor([2.0, 1.0, 0.0]), 1)
     tensor([ True, False, False])
     """
-    active = int(ones(mask))
+    active = count_true(mask)
     if not 0 <= count <= active:
         raise ValueError(
             f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}"
         )
-    return mask ^ _whole(select(scores, mask, count, generator, smallest=True), count)
+    try:
+        return mask ^ select(-as_float(scores), mask, count, generator)
+    except NaNScores:
+        raise NaNScores("prune") from None
 
 
 def grow(
     mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return the mask with its `count` inactive positions of the largest scores; see `prune_and_regrow`.
+    """Add the `count` inactive positions with the largest scores; see `prune_and_regrow`.
 
     >>> grow(torch.tensor([True, False, False]), torch.tensor([3.0, 1.0, 2.0]), 1)
     tensor([ True, False,  True])
     """
-    inactive = mask.numel() - int(ones(mask))
+    inactive = mask.numel() - count_true(mask)
     if not 0 <= count <= inactive:
         raise ValueError(
-            f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to that"
+            f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to "
+            "that"
         )
-    return mask ^ _whole(select(scores, ~mask, count, generator), count)
-
-
-def _whole(chosen: Tensor, count: int) -> Tensor:
-    """Return what was selected, if it is as many as asked for."""
-    if ones(chosen) != count:
-        raise NaNScores(NAN)
-    return chosen
-
-
-def best(scores: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return a bool mask of exactly `count` positions: those with the largest scores.
-
-    Positions are chosen by index and never by a threshold, so that ties cannot change the count.
-    Positions that tie for the last places are drawn at random.
-
-    Args: scores: One number per position, of any shape and memory format; NaN is an error. count:
-        How many positions to choose, 0 to `scores.numel()`. generator: Draws among ties, on the
-        device of `scores`; None takes tied positions in index order.
-
-    Raises:
-        ValueError: `count` is out of range, or scores are NaN.
-
-    >>> best(torch.tensor([3.0, 1.0, 2.0, 2.0]), 2)
-    tensor([ True, False,  True, False])
-    """
-    if not 0 <= count <= scores.numel():
-        raise ValueError(
-            f"asked for {count} of {scores.numel()} positions; allowed are 0 to {scores.numel()}"
-        )
-    flat = scores.flatten()
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    return chosen.index_fill_(0, top(flat, count, generator), True).view(scores.shape)
+    try:
+        return mask ^ select(as_float(scores), ~mask, count, generator)
+    except NaNScores:
+        raise NaNScores("grow") from None
 
 
 def select(
-    scores: Tensor,
-    allowed: Tensor,
-    count: int,
-    generator: torch.Generator | None = None,
-    smallest: bool = False,
+    scores: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Return a bool mask of the `count` allowed positions of the largest scores, or of the smallest.
+    """Select exactly `count` allowed positions: those with the largest scores.
 
-    It is what `prune` and `grow` do, without their checks: at least `count` positions must be
-    allowed. So the host need not wait for the device. Where scores are NaN a CPU raises, and on
-    another device none is chosen.
+    Positions are selected by index and never by a threshold, so ties cannot change the count.
+    Positions that tie for the last places are drawn at random.
+
+    Args:
+        scores: One floating-point number per position, of any shape and memory format.
+        allowed: Bool, of the shape of `scores`; at least `count` positions are True.
+        count: How many positions to select.
+        generator: Draws among ties, on the device of `scores`. None takes tied positions in index
+            order.
+
+    Returns:
+        A bool tensor of the shape of `scores`.
+
+    Raises:
+        NaNScores: An allowed score that is looked at closely is NaN.
 
     >>> select(torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([False, True, True, True]), 1)
     tensor([False,  True, False, False])
     """
     if count == 0:
         return torch.zeros_like(allowed)
-    if allowed.device.type not in ANSWERS_AT_ONCE:
-        return select_each([scores], [allowed], count, [generator], smallest)[0]
-    flat, open_ones = as_numbers(scores.flatten()), allowed.flatten()
-    chosen, places, rest = narrowed(flat, open_ones, count, smallest)
-    values = flat.index_select(0, places)
-    places = places[top(-values if smallest else values, rest, generator)]
-    return chosen.index_fill_(0, places, True).view(allowed.shape)
+
+    flat = scores.flatten()
+    certain, candidates, rest = _split_search(flat, allowed.flatten(), count)
+    values = flat.index_select(0, candidates)
+    chosen = candidates.index_select(0, _top(values, rest, generator))
+    return certain.index_fill_(0, chosen, True).view(allowed.shape)
 
 
-def select_each(
-    scores: Iterable[Tensor],
-    allowed: Sequence[Tensor],
-    count: int,
-    generators: Sequence[torch.Generator | None],
-    smallest: bool = False,
-) -> list[Tensor]:
-    """Do what `select` does for each of several layers of one size; where the host would wait, for all at once.
+def _split_search(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
+    """Split the search: certain positions, remaining candidates, how many candidates to select.
 
-    >>> both = [torch.tensor([False, True, True]), torch.tensor([True, True, False])]
-    >>> draws = [seeded(torch.device("cpu"), name) for name in ("a", "b")]
-    >>> select_each([torch.tensor([3.0, 2.0, 1.0])] * 2, both, 1, draws)
-    [tensor([False,  True, False]), tensor([ True, False, False])]
+    A sample brackets the last selected score from above and below. Where the bracket misses it, or
+    where the scores are few, all allowed positions are candidates. NaN is always a candidate.
     """
-    if count and allowed[0].device.type not in ANSWERS_AT_ONCE:
-        return _select_rows(
-            _in_rows(map(as_numbers, scores), len(allowed)), allowed, count, generators, smallest
-        )
-    layers = zip(scores, allowed, generators, strict=True)
-    return [
-        select(part, open_ones, count, generator, smallest) for part, open_ones, generator in layers
-    ]
+    size = len(scores)
+    stride = size // SAMPLE | 1  # odd: an even stride could follow a dimension of the weight
+    if stride > 1:
+        sample = scores[::stride][allowed[::stride]]
+        share = count / size
+        margin = 4.0 * math.sqrt(size / stride * share * (1.0 - share))  # four standard deviations
+        above = math.floor(count / stride - margin)
+        below = math.ceil(count / stride + margin) + 1
+        if below < len(sample):
+            largest = sample.topk(below).values
+            certain = torch.zeros_like(allowed)
+            if above > 0:
+                certain = (scores > largest[above]).bitwise_and_(allowed)
+
+            excluded = (scores <= largest[-1]).bitwise_or_(certain)
+            candidates = _true_positions(excluded.bitwise_not_().bitwise_and_(allowed))
+            rest = count - count_true(certain)
+            if 0 < rest <= len(candidates):
+                return certain, candidates, rest
+
+    return torch.zeros_like(allowed), _true_positions(allowed), count
 
 
-def _select_rows(
-    scores: Tensor,
-    allowed: Sequence[Tensor],
-    count: int,
-    generators: Sequence[torch.Generator | None],
-    smallest: bool,
-) -> list[Tensor]:
-    """Do what `select` does in each row of `scores`, one for each of `allowed`."""
-    open_ones = (
-        allowed[0].flatten()[None]
-        if len(allowed) == 1
-        else torch.stack([mask.flatten() for mask in allowed])
-    )
-    closed, values = ~open_ones, scores
-    values = (
-        (-values).masked_fill_(closed, -math.inf)
-        if smallest
-        else values.masked_fill(closed, -math.inf)
-    )
-    del scores, closed  # where nobody else holds them, they make room
-    chosen = ranked(values, open_ones, count, generators)
-    return [row.view(mask.shape) for row, mask in zip(chosen, allowed, strict=True)]
+def _true_positions(mask: Tensor) -> Tensor:
+    """Find the True positions of a 1-d bool tensor, most of which are False.
+
+    Eight positions are seen as one whole number first, so most of them are passed over at once.
+    """
+    if len(mask) % 8 or mask.storage_offset() % 8:
+        return mask.nonzero().squeeze(1)
+    words = mask.view(torch.int64).nonzero().squeeze(1)
+    found = mask.view(-1, 8).index_select(0, words).flatten().nonzero().squeeze(1)
+    return 8 * words.index_select(0, found >> 3) + (found & 7)
 
 
-def _in_rows(tensors: Iterable[Tensor], count: int) -> Tensor:
-    """Return tensors of one size as rows; each is copied before the next is asked for, and one alone is not copied."""
-    rows = torch.empty(0)
-    for row, tensor in enumerate(tensors):
-        if count == 1:
-            return tensor.flatten()[None]
-        if row == 0:
-            rows = tensor.new_empty(count, tensor.numel())
-        elif tensor.dtype != rows.dtype:
-            rows = rows.to(torch.promote_types(rows.dtype, tensor.dtype))
-        rows[row].view(tensor.shape).copy_(tensor)
-    return rows
+def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """Find the indices of the `count` largest values of a 1-d tensor, exactly; draw among ties."""
+    largest = values.topk(count, sorted=False)
+    threshold = largest.values.amin()  # topk ranks NaN above all numbers, and amin passes it on
+    if threshold.isnan():
+        raise NaNScores
+
+    if count_true(values >= threshold) == count:
+        return largest.indices
+
+    above = (values > threshold).nonzero().squeeze(1)
+    tied = (values == threshold).nonzero().squeeze(1)
+    if generator is not None:
+        tied = tied[torch.randperm(len(tied), generator=generator, device=values.device)]
+    return torch.cat([above, tied[: count - len(above)]])
 
 
 def shares_of_best(
     scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None
 ) -> dict[str, float]:
-    """Return how many of the `count` largest scores of all layers together lie in each layer.
+    """Count how many of the `count` largest scores of all layers together lie in each layer.
 
-    Args: scores: One number per position, by layer; of any shapes, on any devices. count: How many
-        positions to choose, 0 to all. most: Upper bounds by layer; what a full layer may not have
-        goes to the next best of the others.
+    Args:
+        scores: One number per position, by layer; of any shapes, on any devices.
+        count: How many positions to select, 0 to all.
+        most: Upper bounds by layer. The next best of the other layers replace what exceeds them.
 
-    Returns: Numbers that sum to `count`. They are whole, unless positions tie for the last places:
-        then each layer has its share of those.
+    Returns:
+        Numbers that sum to `count`. They are whole unless positions tie for the last places. Each
+        layer then gets its share of the tied positions.
 
     Raises:
         ValueError: Scores are NaN.
@@ -229,44 +222,55 @@ def shares_of_best(
     >>> shares_of_best({"a": torch.tensor([5.0, 4.0, 1.0]), "b": torch.tensor([3.0, 0.0])}, 3)
     {'a': 2.0, 'b': 1.0}
     """
-    full: dict[str, int] = {}
-    most = most or {name: tensor.numel() for name, tensor in scores.items()}
+    if most is None:
+        most = {name: tensor.numel() for name, tensor in scores.items()}
+
+    full: dict[str, int] = {}  # layers at their upper bound
     while True:
         left = count - sum(full.values())
-        open_ones = {name: tensor for name, tensor in scores.items() if name not in full}
-        shares = _shares_of_best(open_ones, left) if left else dict.fromkeys(open_ones, 0.0)
+        open_layers = {name: tensor for name, tensor in scores.items() if name not in full}
+        shares = _shares_of_best(open_layers, left) if left else dict.fromkeys(open_layers, 0.0)
         above = {name: most[name] for name, share in shares.items() if share > most[name]}
         if not above:
-            return {name: float(full[name]) if name in full else shares[name] for name in scores}
+            shares |= full
+            return {name: float(shares[name]) for name in scores}
         full |= above
 
 
 def _shares_of_best(scores: Mapping[str, Tensor], count: int) -> dict[str, float]:
-    flat = torch.cat([tensor.detach().flatten().float().cpu() for tensor in scores.values()])
-    threshold = flat.topk(count, sorted=False).values.amin()
+    flat = {name: tensor.detach().flatten().float().cpu() for name, tensor in scores.items()}
+    threshold = torch.cat([*flat.values()]).topk(count, sorted=False).values.amin()
     if threshold.isnan():
         names = [name for name, tensor in scores.items() if tensor.isnan().any()]
         raise ValueError(
             f"scores of {', '.join(names)} hold NaN, which has no rank; scores must be numbers"
         )
-    parts = flat.split([tensor.numel() for tensor in scores.values()])
-    above = {name: int(ones(part > threshold)) for name, part in zip(scores, parts, strict=True)}
-    tied = {name: int(ones(part == threshold)) for name, part in zip(scores, parts, strict=True)}
+
+    above = {name: count_true(tensor > threshold) for name, tensor in flat.items()}
+    tied = {name: count_true(tensor == threshold) for name, tensor in flat.items()}
     share = (count - sum(above.values())) / sum(tied.values())
     return {name: above[name] + share * tied[name] for name in scores}
 
 
-def as_numbers(scores: Tensor) -> Tensor:
-    """Return scores that can be negated: whole numbers and bools as float64."""
+def count_true(mask: Tensor) -> int:
+    """Count the True positions of a bool tensor."""
+    return int(mask.count_nonzero())
+
+
+def as_float(scores: Tensor) -> Tensor:
+    """Convert whole numbers and bools to float64, so that scores can be negated."""
     return scores if scores.is_floating_point() else scores.double()
 
 
-def seeded(device: torch.device, *words: object) -> torch.Generator:
-    """Return a generator seeded by words alone, such as (seed, update, name): equal on all ranks and after a resume.
+def seeded(device: torch.device, *stream: object) -> torch.Generator:
+    """Make a generator seeded by the values of `stream` alone, such as (seed, update, name).
 
-    >>> a, b = (torch.rand(2, generator=seeded(torch.device("cpu"), 0, "fc.weight")) for _ in range(2))
-    >>> torch.equal(a, b)
+    So every rank and every resumed run draws the same numbers.
+
+    >>> cpu = torch.device("cpu")
+    >>> one, two = seeded(cpu, 0, "fc.weight"), seeded(cpu, 0, "fc.weight")
+    >>> torch.equal(torch.rand(2, generator=one), torch.rand(2, generator=two))
     True
     """
-    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr(stream).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from itop_prune.analysis.flops import FLOPs, flops
-from itop_prune.counting import count_each
 from itop_prune.layers.handle import active_weights, find_masks
 from itop_prune.layers.maskable import refuse_deployed, unwrap, walk
+from itop_prune.topology import count_true
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,10 @@ def summarize(
     """
     refuse_deployed(model)
     rows, masks = [], find_masks(model)
-    active, seen = active_weights(masks), count_each(explored or {})
+    active, seen = (
+        active_weights(masks),
+        {name: count_true(tensor) for name, tensor in (explored or {}).items()},
+    )
     for name, layer, tensor in walk(model):
         if itop := masks.get(name):
             rows.append(

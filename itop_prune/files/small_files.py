@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.files.positions import Packed
-from itop_prune.layers.handle import find_masks
 from itop_prune.layers.maskable import plain_name, unwrap
-from itop_prune.layers.sharding import whole
+from itop_prune.sharding import whole
 
 FORMAT, VERSION = "itop_prune", "2"
 BEFORE_CHECKSUM = f'"{FORMAT}":"{VERSION} '.encode()
@@ -45,8 +44,6 @@ def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -
         fit into the dtype. RuntimeError: A mask was made on the meta device and has no positions
         yet. OSError: The file can't be written.
     """
-    for itop in find_masks(model).values():
-        itop.check_drawn()
     write(
         {plain_name(name): tensor for name, tensor in unwrap(model).state_dict().items()},
         path,

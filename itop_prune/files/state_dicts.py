@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itop_prune import distributed as ranks
 from itop_prune.files import small_files as compact
 from itop_prune.files.positions import Packed
-from itop_prune.layers.handle import ITOP, find_masks
+from itop_prune.layers.handle import ITOP, exclude_masks_from_ddp, find_masks
 from itop_prune.layers.maskable import obstacles, plain_name, refuse_deployed, unwrap, walk
-from itop_prune.layers.masked_layer import BROKEN, breaks_pattern, masked_names, pattern_of
-from itop_prune.layers.sharding import is_sharded, whole
-from itop_prune.methods.lookup import nearest
+from itop_prune.layers.masked_layer import BROKEN_PATTERN as BROKEN
+from itop_prune.layers.masked_layer import breaks_pattern, masked_names, pattern_of
+from itop_prune.messages import nearest
+from itop_prune.sharding import is_sharded, whole
 
 State = dict[str, Tensor]
 Shapes = dict[str, set[tuple[int, ...]]]
@@ -158,7 +158,7 @@ def load(
         name: versions.get(plain_name(name), own) for name, own in own_versions.items()
     }
     model.load_state_dict(named, strict=strict)
-    ranks.leave_out_of_ddp(model)
+    exclude_masks_from_ddp(model)
     return find_masks(model) if masked_here else placed
 
 

@@ -26,7 +26,7 @@ from itop_prune.inference.measurement import (
 from itop_prune.inference.sparse_layers import SparseLinear, obstacle, replace, sparse
 from itop_prune.layers.handle import find_masks, remove
 from itop_prune.layers.maskable import unwrap
-from itop_prune.methods.lookup import nearest
+from itop_prune.messages import nearest
 
 CHOICES = ("dense", *KERNELS)
 TOLERANCE = 1e-5
@@ -128,8 +128,6 @@ def _check(model: nn.Module, choices: Sequence[str]) -> None:
             f"{type(unwrap(model)).__name__} has a `report` of its own, where the table of a deployed model goes; give "
             "it another name"
         )
-    for itop in masks.values():
-        itop.check_drawn()
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) != 1 or {device.type for device in devices} - {"cpu", "cuda"}:
         where = ", ".join(sorted(map(str, devices)))

@@ -1,1 +1,5 @@
-"""What a masked layer is: which layers can have a mask, how it is attached, and the dense gradient."""
+"""What a masked layer is: which layers can have a mask, how it is attached, the dense gradient."""
+
+from itop_prune.layers.masked_layer import STANDARDIZED
+
+__all__ = ["STANDARDIZED"]

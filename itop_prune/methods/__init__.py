@@ -1,1 +1,1 @@
-"""The menus: small functions of plain numbers or plain tensors, by which methods of papers differ."""
+"""The menus: small functions of plain numbers or tensors, in which methods of papers differ."""

@@ -1,87 +1,74 @@
-"""Picking from a menu by name, or taking a function instead: what it is called and what it asks for."""
+"""Menus: look a function up by its name, or take the user's own, and read what it asks for."""
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
+
+from itop_prune.messages import describe, nearest
 
 T = TypeVar("T")
 
 
-class Asked(NamedTuple):
-    """A function from a menu or of one's own, and the names of what it asks for."""
+class CheckedFunction(NamedTuple):
+    """A function of a menu or the user's own, with the names of the arguments it asks for."""
 
     function: Callable[..., Any]
     needs: tuple[str, ...]
 
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """Return " (nearest: 'x')" for the known name most like `name`, or "" where none is alike."""
-    by_letters = {other.lower(): other for other in known}
-    match = difflib.get_close_matches(str(name).lower(), by_letters, n=1, cutoff=0.5)
-    return f" (nearest: {by_letters[match[0]]!r})" if match else ""
+    @property
+    def name(self) -> str:
+        """The function's name, for messages."""
+        return describe(self.function)
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """Return names in a line, for a message; of many the first.
+def lookup(wanted: object, menu: Mapping[str, T], argument: str, more: str = "") -> T:
+    """Find `menu[wanted]`, or return `wanted` itself if it is a function.
 
-    >>> listed(["a", "b", "c"], most=2)
-    'a, b and others'
-    """
-    return f"{', '.join(names[:most])}{' and others' if names[most:] else ''}"
+    Raises:
+        ValueError: `wanted` is neither a name on the menu nor callable; the message ends with
+            `more`.
 
-
-def choose(wanted: object, menu: Mapping[str, T], what: str, otherwise: str = "") -> T:
-    """Return `menu[wanted]`, or `wanted` itself where it is a function.
-
-    Raises: ValueError: `wanted` is neither a name on the menu nor callable; the message ends with
-        `otherwise`.
-
-    >>> choose("two", {"one": 1, "two": 2}, "number")
+    >>> lookup("two", {"one": 1, "two": 2}, "number")
     2
     """
     if callable(wanted):
-        return wanted  # type: ignore[return-value]  # a function of one's own in place of one from the menu
+        return wanted  # type: ignore[return-value]  # the user's own function
     if isinstance(wanted, str) and wanted in menu:
         return menu[wanted]
     raise ValueError(
-        f"unknown {what} {wanted!r}; known are {', '.join(menu)}{nearest(wanted, menu)}{otherwise}"
+        f"unknown {argument} {wanted!r}; known are {', '.join(menu)}{nearest(wanted, menu)}{more}"
     )
 
 
-def needed(
-    function: Callable[..., object], offered: Mapping[str, object], what: str
+def needed_arguments(
+    function: Callable[..., object], offered: Iterable[str], role: str
 ) -> tuple[str, ...]:
-    """Return the names that a function asks for: its parameters without a default, which are its own.
+    """List the arguments that a function asks for: its parameters without a default.
 
     Args:
-        function: Of some of what is offered.
-        offered: What it may ask for, by name.
-        what: The part it plays, for the message.
+        function: Of some of the arguments offered.
+        offered: The names that it may ask for.
+        role: What the function is, for the message.
 
     Raises:
         ValueError: It asks for something that is not offered, or has no signature to read.
 
-    >>> needed(lambda weight, grad, strength=0.1: weight, {"weight": 0, "mask": 0, "grad": 0}, "criterion")
+    >>> needed_arguments(lambda weight, grad, strength=0.1: weight, ["weight", "grad"], "criterion")
     ('weight', 'grad')
     """
+    known = dict.fromkeys(offered)
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # many that are written in C, torch's own among them
+    except (TypeError, ValueError):  # many functions written in C, torch's own among them
         raise ValueError(
-            f"the {what} {describe(function)} has no signature to read what it asks for; known are "
-            f"{', '.join(offered)}: wrap it in a function whose parameters have some of these names"
+            f"the {role} {describe(function)} has no signature that says which arguments it needs; "
+            f"known are {', '.join(known)}: wrap it in a function whose parameters have some of "
+            "these names"
         ) from None
-    needs = tuple(p.name for p in parameters if p.default is p.empty)
+
+    needs = tuple(
+        parameter.name for parameter in parameters if parameter.default is parameter.empty
+    )
     for name in needs:
-        choose(name, offered, f"parameter of the {what} {describe(function)}")
+        lookup(name, known, f"parameter of the {role} {describe(function)}")
     return needs
-
-
-def describe(function: object) -> str:
-    """Return the name of a function, for a `repr` or a message.
-
-    >>> describe(describe)
-    'describe'
-    """
-    return getattr(function, "__name__", repr(function))

@@ -1,12 +1,12 @@
-"""Redistribution: which layers get the weights that grow at an update, in place of those that each has pruned.
+"""Redistribution: which layers get the weights that grow at an update.
 
-A redistribution is a function whose parameter names say what it needs, each a mapping by layer;
-back comes a number by layer, from 0. The total is shared out in proportion to them, exactly, and no
-layer gets more than it has room for.
+A redistribution is a function whose parameter names say what it needs, each a mapping by layer. It
+returns a number from 0 by layer. The weights that grow are shared out in proportion to these
+numbers, exactly, and no layer gets more than it has room for.
 
 | name | what it is |
 |---|---|
-| `weights` | how many weights it has |
+| `weights` | how many weights the layer has |
 | `active` | how many are active, before the update |
 | `pruned` | how many this update prunes |
 | `magnitude` | mean abs(weight) of the active ones |
@@ -22,10 +22,10 @@ OFFERED = ("weights", "active", "pruned", "magnitude", "momentum")
 
 
 def momentum(momentum: Statistics) -> Statistics:
-    """Return the mean momentum: to layers whose weights would reduce the loss most.
+    """Share by mean momentum: layers whose weights would reduce the loss most get most.
 
-    Reference: sparse momentum (SNFS), Dettmers & Zettlemoyer, 2019, arXiv 1907.04840; their code
-    calls it momentum.
+    Reference: sparse momentum (SNFS), Dettmers & Zettlemoyer, 2019, arXiv 1907.04840; the name is
+    that of their code.
 
     >>> momentum({"conv": 0.3, "fc": 0.1})
     {'conv': 0.3, 'fc': 0.1}
@@ -34,7 +34,7 @@ def momentum(momentum: Statistics) -> Statistics:
 
 
 def magnitude(magnitude: Statistics) -> Statistics:
-    """Return the mean magnitude: to layers whose weights have grown large.
+    """Share by mean magnitude: layers whose weights have grown large get most.
 
     Reference: in the code of sparse momentum, Dettmers & Zettlemoyer, 2019, arXiv 1907.04840.
 
@@ -45,7 +45,7 @@ def magnitude(magnitude: Statistics) -> Statistics:
 
 
 def nonzeros(active: Statistics) -> Statistics:
-    """Return the number of active weights: to layers that have many.
+    """Share by the number of active weights: layers that have many get most.
 
     Reference: in the code of sparse momentum, Dettmers & Zettlemoyer, 2019, arXiv 1907.04840.
 

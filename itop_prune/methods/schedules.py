@@ -1,21 +1,22 @@
-"""Schedules: progress in [0, 1] -> factor in [0, 1]. They say how a number falls from its first value to its last.
+"""Schedules: progress in [0, 1] -> factor in [0, 1], by which a number falls to its last value.
 
-The rate is `min_rate + (rate - min_rate) * factor`, progress counted in steps up to `stop`. The
-density is `last + (first - last) * factor`, progress counted up to the last update, where it is the
-last one whatever the factor.
+The rate is `min_rate + (rate - min_rate) * factor`, with progress counted in steps up to `stop`.
+The density is `last + (first - last) * factor`, with progress counted up to the last update. There
+it is the last density whatever the factor.
 """
 
 import math
 from collections.abc import Callable
 from numbers import Real
 
-from itop_prune.methods.lookup import choose, describe
+from itop_prune.messages import describe
+from itop_prune.methods.lookup import lookup
 
 Schedule = Callable[[float], float]
 
 
 def factor(schedule: Schedule, progress: float) -> float:
-    """Return what a schedule says, checked.
+    """Ask a schedule for its factor, and check it.
 
     Raises:
         ValueError: It is not a number in [0, 1].
@@ -25,15 +26,15 @@ def factor(schedule: Schedule, progress: float) -> float:
     """
     value = schedule(progress)
     if not isinstance(value, Real) or not -1e-9 <= float(value) <= 1.0 + 1e-9:
-        name = describe(schedule)
         raise ValueError(
-            f"the schedule {name} gave {value!r} at progress {progress:g}; it must give a number in [0, 1]"
+            f"the schedule {describe(schedule)} gave {value!r} at progress {progress:g}; it must "
+            "give a number in [0, 1]"
         )
     return min(1.0, max(0.0, float(value)))
 
 
 def constant(progress: float) -> float:
-    """Return 1: it never falls (SET: Mocanu et al., 2018, arXiv 1707.04780).
+    """Stay at 1 (SET: Mocanu et al., 2018, arXiv 1707.04780).
 
     >>> constant(0.5)
     1.0
@@ -42,7 +43,7 @@ def constant(progress: float) -> float:
 
 
 def linear(progress: float) -> float:
-    """Return 1 - progress: it falls evenly (one of RigL's schedules: Evci et al., 2020, arXiv 1911.11134, appendix).
+    """Fall evenly: 1 - progress (RigL's appendix: Evci et al., 2020, arXiv 1911.11134).
 
     >>> linear(0.25)
     0.75
@@ -51,7 +52,9 @@ def linear(progress: float) -> float:
 
 
 def cosine(progress: float) -> float:
-    """Return (1 + cos(pi * progress)) / 2: slow, fast, slow (Dettmers & Zettlemoyer, 2019, arXiv 1907.04840).
+    """Fall slowly, fast, slowly: (1 + cos(pi * progress)) / 2.
+
+    Reference: Dettmers & Zettlemoyer, 2019, arXiv 1907.04840.
 
     >>> [round(cosine(p), 3) for p in (0.0, 0.25, 0.5, 1.0)]
     [1.0, 0.854, 0.5, 0.0]
@@ -60,7 +63,7 @@ def cosine(progress: float) -> float:
 
 
 def exponential(progress: float, last: float = 0.01) -> float:
-    """Return last ** progress: the same share is lost in equal times, down to `last`. Ours.
+    """Lose the same share in equal times, down to `last`: last ** progress. Ours.
 
     >>> [round(exponential(p), 3) for p in (0.0, 0.5, 1.0)]
     [1.0, 0.1, 0.01]
@@ -69,7 +72,9 @@ def exponential(progress: float, last: float = 0.01) -> float:
 
 
 def cubic(progress: float) -> float:
-    """Return (1 - progress) ** 3: fast while much is left, then slower (GMP: Zhu & Gupta, 2017, arXiv 1710.01878).
+    """Fall fast while much is left: (1 - progress) ** 3.
+
+    Reference: GMP, Zhu & Gupta, 2017, arXiv 1710.01878.
 
     >>> cubic(0.5)
     0.125
@@ -78,10 +83,12 @@ def cubic(progress: float) -> float:
 
 
 def alternating(progress: float, cycles: int = 4) -> float:
-    """Return 1 and 0 in turns, each as long, 0 last (AC/DC: Peste et al., 2021, arXiv 2106.12379).
+    """Alternate between 1 and 0 in equal phases, 0 last.
 
-    The paper's first dense and last sparse phase are longer than the others; here all are the same.
-    For another number: `functools.partial(alternating, cycles=8)`.
+    The paper's first dense and last sparse phase are longer than the others. Here all are equal.
+    For another number of cycles: `functools.partial(alternating, cycles=8)`.
+
+    Reference: AC/DC, Peste et al., 2021, arXiv 2106.12379.
 
     >>> [alternating(p, cycles=2) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
     [1.0, 0.0, 1.0, 0.0, 0.0]
@@ -100,17 +107,17 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def find(schedule: str | Schedule, what: str) -> Schedule:
-    """Return the schedule behind a name or a function, tried at the beginning, the middle and the end.
+def find(schedule: str | Schedule, argument: str) -> Schedule:
+    """Look up a schedule, and try it at the beginning, the middle and the end.
 
     Args:
         schedule: A key of `SCHEDULES`, or a function of progress in [0, 1].
-        what: What it is for, in a message.
+        argument: Its name, for a message.
 
     Raises:
         ValueError: The name is unknown, or the function leaves [0, 1].
     """
-    found = choose(schedule, SCHEDULES, what)
+    found = lookup(schedule, SCHEDULES, argument)
     for progress in (0.0, 0.5, 1.0):
         factor(found, progress)
     return found

@@ -1,107 +1,124 @@
-"""What is odd at an update, in words, each said once: layers that are unused, deaf or starved."""
+"""Warnings about layers that get no gradient, no dense gradient, or too few weights."""
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 
-from itop_prune.distributed import State, is_first
+from itop_prune.distributed import UpdateInputs, is_first
 from itop_prune.layers.handle import ITOP
-from itop_prune.methods.lookup import listed
+from itop_prune.messages import listed
 
 MISSES = 3
-"""So many updates in a row without a gradient are no accident."""
+"""After so many updates in a row without a gradient, a layer is reported."""
 
 
-class Notices:
-    """Warnings that wait until a step is over, lest one stops it halfway; each once, and on the first rank alone."""
+class PendingWarnings:
+    """Collects warnings during a step and issues them afterwards.
+
+    So a warning turned into an error can't interrupt an update. Each warning is issued once, on the
+    first rank only.
+    """
 
     def __init__(self) -> None:
         self._known: set[str] = set()
         self._waiting: list[str] = []
-        self._rows: dict[str, int] = {}
+        self._streaks: dict[str, int] = {}
 
-    def in_a_row(self, key: str, now: bool) -> int:
-        """Return how many times in a row, this one included, something was so."""
-        self._rows[key] = self._rows.get(key, 0) + 1 if now else 0
-        return self._rows[key]
+    def streak(self, key: str, happened: bool) -> int:
+        """Count how many times in a row something happened, this time included."""
+        self._streaks[key] = self._streaks.get(key, 0) + 1 if happened else 0
+        return self._streaks[key]
 
-    def missed(self, has_gradient: Mapping[str, bool]) -> list[str]:
-        """Count an update, and return the names of those that several in a row have found without a gradient."""
+    def often_without_gradient(self, has_gradient: Mapping[str, bool]) -> list[str]:
+        """Count an update, and list the layers without a gradient at several updates in a row."""
         return [
             name
             for name, has in has_gradient.items()
-            if self.in_a_row(f"missed {name}", not has) >= MISSES
+            if self.streak(f"missed {name}", not has) >= MISSES
         ]
 
     def add(self, key: str, message: str) -> None:
-        """Keep a message to be given, if none of its key was before."""
+        """Keep a message, if its key is new."""
         if key not in self._known and is_first():
             self._waiting.append(message)
         self._known.add(key)
 
-    def give(self) -> None:
-        """Warn of what was kept; the warning points at the line that called the caller."""
+    def issue(self) -> None:
+        """Issue what was kept; the warning points at the line that called the caller."""
         while self._waiting:
             warnings.warn(self._waiting.pop(0), stacklevel=3)
 
 
-def deaf(step: int) -> str:
-    """Return what to say where gradients are there and nothing was heard."""
+def no_dense_gradient(step: int) -> str:
+    """Explain that gradients are there, and no dense gradient was collected."""
     return (
-        f"an update is due at step {step}, and waits: weights have gradients, and no dense gradient was seen. It is "
-        "collected where loss.backward() goes through the model; what is set by hand or made by torch.func is not"
+        f"an update is due at step {step}, and waits: weights have gradients, and no dense "
+        "gradient was seen. It is collected where loss.backward() goes through the model; a "
+        "gradient that is set by hand or made by torch.func is not"
     )
 
 
-def odd_layers(
-    state: State,
+def layer_warnings(
+    inputs: UpdateInputs,
     masks: Mapping[str, ITOP],
     without_gradient: Collection[str],
-    missed: Collection[str],
-    listened: bool,
+    often_missed: Collection[str],
+    needs_dense: bool,
     step: int,
-    ends: bool = False,
+    last_update: bool = False,
 ) -> Iterator[tuple[str, str]]:
-    """Yield a key and a message for every layer that is not used, hears nothing or has too few active weights.
+    """Yield a key and a message for every layer with a problem at an update.
 
     Args:
-        state: Of all ranks.
-        masks: Those that can move.
-        without_gradient: Names of those that got none since the last update.
-        missed: Names of those that got none at each of the last updates, this one included.
-        listened: Whether the dense gradient was asked for.
+        inputs: Of all ranks.
+        masks: The masks that can move.
+        without_gradient: Layers that got no gradient since the last update.
+        often_missed: Layers without a gradient at each of the last updates, this one included.
+        needs_dense: Whether growth needs the dense gradient.
         step: For the message.
-        ends: Whether the density must be the final one after this update.
+        last_update: Whether the final density must be reached now.
     """
     for name in sorted(without_gradient):
         yield (
             name,
-            f"{name} got no gradient since the last update: is its layer still used by the model? Where another "
-            "took its place (reset_classifier, set_input_size), mask that one by apply(model, ..., include=[...]), "
-            "then build optimizer and MaskScheduler anew with find_masks(model)",
+            f"{name} got no gradient since the last update: is its layer still used by the model? "
+            "Where another took its place (reset_classifier, set_input_size), mask that one by "
+            "apply(model, ..., include=[...]), then build optimizer and MaskScheduler anew with "
+            "find_masks(model)",
         )
-    if used := [name for name in missed if name not in without_gradient]:
+
+    used = [name for name in often_missed if name not in without_gradient]
+    if used:
         yield (
             "missed",
-            f"{listed(used)} got no gradient at step {step} and the updates before it, though between them: the masks "
-            "stay as they are. Where layers are used in turn (experts, heads), choose `every` so that it meets all",
+            f"{listed(used)} got no gradient at step {step} and the updates before it, though "
+            "between them: the masks stay as they are. Where layers take turns (experts, heads), "
+            "choose `every` so that an update meets all",
         )
-    absent = [name for name, has in state.has_gradient.items() if not has]
-    if absent and ends:
+
+    absent = [name for name, has in inputs.has_gradient.items() if not has]
+    if absent and last_update:
         yield (
             "final",
-            f"the final sparsity is missed: these got no gradient at the last update, step {step}, and stay as they "
-            f"are: {listed(absent)}. Choose `every`, `stop` and total_steps so that all layers are used in that step",
+            "the final sparsity is missed: these got no gradient at the last update, "
+            f"step {step}, and stay as they are: {listed(absent)}. Choose `every`, `stop` and "
+            "total_steps so that all layers are used in that step",
         )
-    for name in state.silent if listened and state.any_gradient else ():
-        yield (
-            f"silent {name}",
-            f"the dense gradient of {name} is 0 everywhere at step {step}, so growth there is by chance: is "
-            "a layer near it so sparse that nothing passes, or a scale behind it still 0?",
-        )
+
+    if needs_dense and inputs.any_gradient:
+        for name in inputs.zero_gradient:
+            yield (
+                f"zero {name}",
+                f"the dense gradient of {name} is 0 everywhere at step {step}, so growth there is "
+                "by chance: is a layer near it so sparse that nothing passes, or a scale behind it "
+                "still 0?",
+            )
+
     for name, itop in masks.items():
-        if state.active[name] < itop.outputs:
+        active = inputs.active[name]
+        if active < itop.outputs:
             yield (
                 f"few {name}",
-                f"{name} has fewer active weights than outputs, {state.active[name]} and {itop.outputs}, so some have "
-                "none: lower the sparsity, or take a method that gives small layers more (ERK)",
+                f"{name} has fewer active weights than outputs, {active} and {itop.outputs}, so "
+                "some have none: lower the sparsity, or take a method that gives small layers more "
+                "(ERK)",
             )

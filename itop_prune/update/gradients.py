@@ -1,4 +1,4 @@
-"""What criteria may ask of the dense gradient: that of the last steps before an update, and its moving average."""
+"""The dense gradients that criteria ask for: of the last steps, and their moving average."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -6,21 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itop_prune import distributed as ranks
+from itop_prune import distributed
 from itop_prune.layers.handle import ITOP
 from itop_prune.methods.validation import is_count
 
 DECAY = 0.9
-"""Of the moving average: what stays of it at each step."""
+"""The share of the moving average that stays at each step."""
 
 
 class DenseGradients:
-    """The dense gradients of masked weights, listened for on the steps on which somebody will ask.
+    """The dense gradients of masked weights, collected on the steps that an update needs.
 
-    What is kept from step to step is the mean over ranks, taken at each of them, so that it is
-    equal everywhere and survives a resume: 4 bytes per weight for a sum over several steps, 4 more
-    for the moving average. On a step that listens the gradient itself takes 4 as well, until the
-    step is over.
+    What is kept from step to step is the mean over ranks, taken at each step. So it is equal on all
+    ranks and survives a resume. It takes 4 bytes per weight for a sum over several steps, and 4
+    more for the moving average. A step that collects takes 4 more until it is over.
     """
 
     def __init__(
@@ -28,97 +27,106 @@ class DenseGradients:
     ) -> None:
         if not is_count(steps) or steps > every:
             raise ValueError(
-                f"gradient_steps is {steps!r}; allowed are whole numbers from 1 to every, {every}: the steps before an "
-                "update"
+                f"gradient_steps is {steps!r}; allowed are whole numbers from 1 to every, {every}: "
+                "the steps before an update"
             )
-        self.wanted = "grad" in needs or "momentum" in needs
-        self._masks, self._steps, self._averages_wanted = masks, steps, "momentum" in needs
-        self._sums_wanted = "grad" in needs and steps > 1
-        self.listens = self._near = False
-        self._heard: dict[str, Tensor | None] = {}
-        self._elsewhere: dict[str, Tensor] = {}
-        """The mean of what other ranks heard, where this one heard nothing; where it did, it is in what was heard."""
+        self.needed = "grad" in needs or "momentum" in needs
+        self._masks, self._steps = masks, steps
+        self._needs_average = "momentum" in needs
+        self._needs_sum = "grad" in needs and steps > 1
+
+        self.collecting = False
+        """Whether the next step collects."""
+        self._update_is_near = False
+        self.collected: dict[str, Tensor | None] = {}
+        """What this rank collected in the last step, by name."""
+        self._from_other_ranks: dict[str, Tensor] = {}  # the mean where this rank collected nothing
         self._sums: dict[str, Tensor] = {}
         self._averages: dict[str, Tensor] = {}
 
-    def plan_next(self, steps_left: int | None) -> bool:
-        """Take note of how far the next update is; return whether the gradient of the next step is needed.
+    def plan_next_step(self, steps_left: int | None) -> bool:
+        """Tell whether the next step has to collect.
 
-        Args: steps_left: To the next update, 1 if it comes after the next step; None if there is
-            none.
+        Args:
+            steps_left: To the next update, 1 if it follows the next step; None if there is none.
         """
-        self._near = steps_left is not None and steps_left <= self._steps
-        return self.wanted and steps_left is not None and (self._averages_wanted or self._near)
+        self._update_is_near = steps_left is not None and steps_left <= self._steps
+        if not self.needed or steps_left is None:
+            return False
+        return self._needs_average or self._update_is_near
 
-    def listen(self, names: Collection[str]) -> None:
-        """Listen in the next step to the weights of these names, and to no others; let go of what was heard before."""
-        self.listens = bool(names)
-        self._heard, self._elsewhere = {}, {}
-        for name, itop in self._masks.items() if self.wanted else ():
-            itop.listen() if name in names else itop.take_gradient()
+    def collect_from(self, names: Collection[str]) -> None:
+        """Let the next step collect from these layers only; drop what was collected."""
+        self.collecting = bool(names)
+        self.collected, self._from_other_ranks = {}, {}
+        if not self.needed:
+            return
+        for name, itop in self._masks.items():
+            if name in names:
+                itop.collect_dense_gradient()
+            else:
+                itop.take_dense_gradient()
 
-    def collect(self, names: Collection[str]) -> dict[str, Tensor | None]:
-        """Return what this rank heard in the step by name, and add it to what is kept; what is not finite is not."""
-        self._heard = {name: self._masks[name].take_gradient() for name in names}
-        if self.listens and (
-            self._averages_wanted or self._sums_wanted
-        ):  # alike on all ranks, heard or not
-            for name, heard in self._heard.items():
-                self._add(name, heard)
-        return self._heard
+    def end_step(self, names: Collection[str]) -> None:
+        """Take what this rank collected, and add it to the sums and averages if it is finite."""
+        self.collected = {name: self._masks[name].take_dense_gradient() for name in names}
+        if self.collecting and (self._needs_average or self._needs_sum):  # the same on all ranks
+            for name, collected in self.collected.items():
+                self._add(name, collected)
 
     @torch.no_grad()
-    def _add(self, name: str, heard: Tensor | None) -> None:
-        mean = ranks.mean(heard, self._masks[name].mask)
-        if heard is None:
-            self._elsewhere[name] = mean
-        finite, nothing = mean.isfinite().all(), torch.zeros_like(mean)
-        if self._sums_wanted and self._near:
-            before = self._sums.get(name, nothing).to(mean.device)
+    def _add(self, name: str, collected: Tensor | None) -> None:
+        mean = distributed.mean(collected, self._masks[name].mask)
+        if collected is None:
+            self._from_other_ranks[name] = mean
+
+        finite, zeros = mean.isfinite().all(), torch.zeros_like(mean)
+        if self._needs_sum and self._update_is_near:
+            before = self._sums.get(name, zeros).to(mean.device)
             self._sums[name] = torch.where(finite, before + mean, before)
-        if self._averages_wanted:
-            before = self._averages.get(name, nothing).to(mean.device)
-            self._averages[name] = torch.where(
-                finite, DECAY * before + (1.0 - DECAY) * mean, before
-            )
+        if self._needs_average:
+            before = self._averages.get(name, zeros).to(mean.device)
+            after = DECAY * before + (1.0 - DECAY) * mean
+            self._averages[name] = torch.where(finite, after, before)
 
     def gradient(self, name: str) -> Tensor:
-        """Return the dense gradient for an update, mean over ranks: of its step, or the sum over the last steps."""
+        """Compute the gradient for an update: of its step, or the sum over the last steps."""
         if name not in self._sums:
-            heard = self._heard.pop(name)
-            heard = self._elsewhere.pop(name, None) if heard is None else heard
-            self._sums[name] = ranks.mean(heard, self._masks[name].mask)
+            collected = self.collected.pop(name)
+            if collected is None:
+                collected = self._from_other_ranks.pop(name, None)
+            self._sums[name] = distributed.mean(collected, self._masks[name].mask)
         return self._sums[name]
 
-    def forget(self, name: str) -> None:
-        """Give back the gradient of a layer whose update is made."""
-        self._sums.pop(name, None)
-        self._heard.pop(name, None)
-        self._elsewhere.pop(name, None)
-
-    def forget_all(self) -> None:
-        """Begin the next sums at 0, also of layers that took no part in the update."""
-        self._sums.clear()
-
     def momentum(self, name: str) -> Tensor:
-        """Return the moving average of the dense gradient."""
+        """Look up the moving average of the dense gradient."""
         return self._averages[name]
 
+    def forget(self, name: str) -> None:
+        """Free the gradient of a layer whose update is done."""
+        self._sums.pop(name, None)
+        self.collected.pop(name, None)
+        self._from_other_ranks.pop(name, None)
+
+    def end_update(self) -> None:
+        """Begin the next sums at 0, also in layers that took no part in the update."""
+        self._sums.clear()
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what is kept from step to step."""
-        kept = {"sums": self._sums, "averages": self._averages}
+        """Copy what is kept from step to step."""
         return {
-            key: {name: tensor.clone() for name, tensor in tensors.items()}
-            for key, tensors in kept.items()
+            "sums": {name: tensor.clone() for name, tensor in self._sums.items()},
+            "averages": {name: tensor.clone() for name, tensor in self._averages.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        self._sums, self._averages = (
-            {
-                name: tensor.to(self._masks[name].mask.device, copy=True)
-                for name, tensor in state[key].items()
-                if wanted
-            }
-            for key, wanted in (("sums", self._sums_wanted), ("averages", self._averages_wanted))
-        )
+        """Continue from what `state_dict` copied."""
+        self._sums = self._placed(state["sums"]) if self._needs_sum else {}
+        self._averages = self._placed(state["averages"]) if self._needs_average else {}
+
+    def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors to the devices of their masks."""
+        return {
+            name: tensor.to(self._masks[name].mask.device, copy=True)
+            for name, tensor in tensors.items()
+        }

@@ -1,6 +1,7 @@
-"""What the package needs of an optimizer, whichever it is: that it holds the weights, and where its statistics lie."""
+"""What an update needs of any optimizer: it holds the weights, and their statistics are found."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +9,12 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from itop_prune.layers.handle import ITOP
-from itop_prune.layers.sharding import local
-from itop_prune.methods.lookup import listed
+from itop_prune.messages import listed
+from itop_prune.sharding import local
 
 
 def statistics(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return what the optimizer remembers of every single weight: by shape, whatever the optimizer."""
+    """Find what the optimizer keeps of every single weight: tensors of the parameter's shape."""
     state = optimizer.state.get(parameter, {})
     return {
         key: value
@@ -22,70 +23,92 @@ def statistics(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tenso
     }
 
 
-def check_holds(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
-    """Refuse an optimizer that does not hold every masked parameter that can be trained."""
+def check_holds_parameters(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
+    """Refuse an optimizer that does not hold every masked parameter that can be trained.
+
+    Raises:
+        ValueError: It does not, or a parameter was flattened or moved away from its mask.
+    """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [
-        n
-        for n, itop in masks.items()
+        name
+        for name, itop in masks.items()
         if itop.parameter.requires_grad and id(itop.parameter) not in held
     ]
     if missing:
         raise ValueError(
-            f"the optimizer does not hold {listed(missing)}; build it from model.parameters() of the masked model, and "
-            "the MaskScheduler after accelerator.prepare; or pass only the masks that this optimizer holds; after a "
-            "forward of an FSDP2 model call model.reshard() first"
+            f"the optimizer does not hold {listed(missing)}; build it from model.parameters() of "
+            "the masked model, and the MaskScheduler after accelerator.prepare; or pass only the "
+            "masks that this optimizer holds; after a forward of an FSDP2 model call "
+            "model.reshard() first"
         )
+
     for name, itop in masks.items():
-        if itop.parameter.shape != itop.mask.shape:
+        parameter, mask = itop.parameter, itop.mask
+        if parameter.shape != mask.shape:
             raise ValueError(
-                f"{name} has the shape {tuple(itop.parameter.shape)}, its mask {tuple(itop.mask.shape)}: FSDP1 and "
-                "ZeRO-3 flatten parameters, which masks can't follow; FSDP2 (fully_shard) does not"
+                f"{name} has the shape {tuple(parameter.shape)}, its mask {tuple(mask.shape)}: "
+                "FSDP1 and ZeRO-3 flatten parameters, which masks can't follow; FSDP2 "
+                "(fully_shard) does not"
             )
-        if itop.parameter.device != itop.mask.device:
+        if parameter.device != mask.device:
             raise ValueError(
-                f"{name} is on {itop.parameter.device}, its mask on {itop.mask.device}; both must be on one device: "
-                "move the whole model, and leave out FSDP2's CPUOffloadPolicy"
+                f"{name} is on {parameter.device}, its mask on {mask.device}; both must be on one "
+                "device: move the whole model, and leave out FSDP2's CPUOffloadPolicy"
             )
 
 
 def has_any_gradient(optimizer: Optimizer) -> bool:
-    """Return whether any gradient, of a bias or norm too, is not 0: after `zero_grad` none is."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return any(
-        bool(local(parameter.grad).any()) for parameter in parameters if parameter.grad is not None
-    )
+    """Tell whether any gradient is not 0, of biases and norms too: after `zero_grad` none is."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and bool(local(parameter.grad).any()):
+                return True
+    return False
 
 
 def check_statistics(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
-    """Refuse an optimizer whose statistics can't be set to 0: kept out of `optimizer.state`, quantized, a step size."""
+    """Refuse an optimizer whose statistics of single weights can't be set to 0.
+
+    Raises:
+        ValueError: They are step sizes, quantized, or kept outside of `optimizer.state`.
+    """
     if isinstance(optimizer, torch.optim.Rprop):
         raise ValueError(
-            "Rprop keeps a step size of each weight, and with 0 a weight that has grown would stand still; pass an "
-            "optimizer whose statistics may begin at 0, such as SGD or AdamW"
+            "Rprop keeps a step size of each weight, and with 0 a weight that has grown would "
+            "stand still; pass an optimizer whose statistics may begin at 0, such as SGD or AdamW"
         )
+
     parameters = [itop.parameter for itop in masks.values()]
     for name, part in vars(optimizer).items():
         if isinstance(part, Optimizer):
             check_statistics(part, masks)
             hidden = part.state is not optimizer.state
         else:
-            kept = part if isinstance(part, Mapping) and part is not optimizer.state else {}
-            hidden = any(
-                isinstance(leaf, Tensor)
-                for p in parameters
-                if p in kept
-                for leaf in tree_leaves(kept[p])
-            )
+            hidden = part is not optimizer.state and _holds_tensors(part, parameters)
         if hidden:
             raise ValueError(
-                f"{type(optimizer).__name__} keeps statistics of weights in its {name}, out of reach: pruned weights "
-                "would come back; pass an optimizer whose statistics are all in its own state"
+                f"{type(optimizer).__name__} keeps statistics of weights in its {name}, out of "
+                "reach: pruned weights would come back; pass an optimizer whose statistics are all "
+                "in its own state"
             )
+
     for name, itop in masks.items():
         for key, value in statistics(optimizer, itop.parameter).items():
             if not value.is_floating_point() and value.dtype != torch.bool:
                 raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key} of {name} as {value.dtype}, where 0 may mean anything; "
-                    "pass an optimizer with statistics in floating point"
+                    f"{type(optimizer).__name__} keeps {key} of {name} as {value.dtype}, where 0 "
+                    "may mean anything; pass an optimizer with statistics in floating point"
                 )
+
+
+def _holds_tensors(attribute: Any, parameters: list[nn.Parameter]) -> bool:
+    """Tell whether an attribute of an optimizer maps parameters to tensors."""
+    if not isinstance(attribute, Mapping):
+        return False
+    for parameter in parameters:
+        if parameter in attribute:
+            leaves = tree_leaves(attribute[parameter])
+            if any(isinstance(leaf, Tensor) for leaf in leaves):
+                return True
+    return False

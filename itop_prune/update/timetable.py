@@ -1,19 +1,22 @@
-"""The plan of a training: after which steps the masks move, and what share of its weights an update exchanges."""
+"""When masks move: the steps of the updates, and the share of active weights exchanged."""
 
 import math
 from dataclasses import dataclass
 
 from itop_prune.methods.schedules import Schedule, factor
-from itop_prune.methods.validation import check_rates, check_steps
+from itop_prune.methods.validation import is_count, is_number
 
 
 @dataclass(frozen=True)
-class Plan:
+class Timetable:
     """Arguments of `MaskScheduler` that are numbers of steps and shares. Steps are counted from 1.
 
+    Raises:
+        ValueError: A number is out of range.
+
     >>> from itop_prune.methods.schedules import cosine
-    >>> plan = Plan(total_steps=100, every=30, stop=1.0, rate=0.5, min_rate=0.0, schedule=cosine)
-    >>> list(plan.updates()), plan.next_update(60), plan.next_update(90), plan.rate_at(50)
+    >>> table = Timetable(100, every=30, stop=1.0, rate=0.5, min_rate=0.0, schedule=cosine)
+    >>> list(table.updates()), table.next_update(60), table.next_update(90), table.rate_at(50)
     ([30, 60, 90], 90, None, 0.25)
     """
 
@@ -23,29 +26,48 @@ class Plan:
     rate: float
     min_rate: float
     schedule: Schedule
-    may_rest: bool = False
+    rate_may_be_zero: bool = False
     """Whether the rate may be 0, since the density moves."""
 
     def __post_init__(self) -> None:
-        check_steps(self.total_steps, self.every)
-        check_rates(self.stop, self.rate, self.min_rate, self.may_rest)
+        for name, steps in {"total_steps": self.total_steps, "every": self.every}.items():
+            if not is_count(steps):
+                raise ValueError(
+                    f"{name} is {steps!r}; allowed are whole numbers from 1: it counts optimizer "
+                    "steps"
+                )
+        if not is_number(self.stop) or not 0.0 < self.stop <= 1.0:
+            raise ValueError(f"stop is {self.stop!r}; allowed is a number in (0, 1]")
+        positive = is_number(self.rate) and 0.0 < self.rate <= 1.0
+        zero = is_number(self.rate) and self.rate == 0.0 and self.rate_may_be_zero
+        if not (positive or zero):
+            raise ValueError(
+                f"rate is {self.rate!r}; allowed is a number in (0, 1], or 0 with final_sparsity"
+            )
+        if not is_number(self.min_rate) or not 0.0 <= self.min_rate <= self.rate:
+            raise ValueError(
+                f"min_rate is {self.min_rate!r}; allowed is a number in [0, rate], and rate is "
+                f"{self.rate}"
+            )
 
     def updates(self) -> range:
-        """Return the steps after which the masks move."""
+        """List the steps after which the masks move."""
         last = math.floor(self.stop * self.total_steps + 1e-9)  # 0.29 * 100 is 28.999999999999996
         return range(self.every, last + 1, self.every)
 
     def next_update(self, step: int) -> int | None:
-        """Return the first of them after a step, None if there is none."""
+        """Find the first update after a step, or None."""
         coming = (step // self.every + 1) * self.every
         return coming if coming in self.updates() else None
 
     def rate_at(self, step: int) -> float:
-        """Return the share of active weights that an update at a step exchanges."""
+        """Compute the share of active weights that an update at a step exchanges."""
         progress = min(1.0, step / (self.stop * self.total_steps))
-        return float(self.min_rate + (self.rate - self.min_rate) * factor(self.schedule, progress))
+        span = self.rate - self.min_rate
+        return float(self.min_rate + span * factor(self.schedule, progress))
 
     def progress(self, step: int) -> float:
-        """Return the share of the way to the last update, in [0, 1]; 1 past it, where one may still be due."""
-        last = (self.updates() or (step,))[-1]
+        """Compute the share of the way to the last update, in [0, 1]."""
+        updates = self.updates()
+        last = updates[-1] if updates else step
         return min(1.0, step / last)

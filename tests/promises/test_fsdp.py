@@ -320,7 +320,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
         "build": "mlp",
         "grow": "gradient",
         "sparsity": 0.5,
-        "method": "2:4",
+        "pattern": "2:4",
         "exclude": "2",
     },
 }

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import itop_prune
-from itop_prune.layers.masked_layer import STANDARDIZED as STANDARDIZED_NAMES
+from itop_prune.layers import STANDARDIZED as STANDARDIZED_NAMES
 from itop_prune.methods import distributions
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from itop_prune.methods.lookup import nearest
+from itop_prune.messages import nearest
 
 
 def argument_problems(

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from itop_prune.methods.lookup import nearest
+from itop_prune.messages import nearest
 
 from .arguments import type_problem
 from .sections import Section, section_problems

@@ -19,11 +19,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import PrecisionType
 
-from itop_prune.initial_masks import apply
-from itop_prune.layers.handle import remove
-from itop_prune.methods.lookup import nearest
-from itop_prune.methods.patterns import Pattern, parse
+from itop_prune.initial_masks import apply, count_active
+from itop_prune.messages import nearest
 from itop_prune.methods.saliency import SALIENCY
+from itop_prune.patterns import Pattern, parse
 from itop_prune.scheduler import MaskScheduler
 
 from .arguments import argument_problems
@@ -106,7 +105,7 @@ def _try(sections: Mapping[str, Section], augment: Callable[..., Any]) -> list[s
     attempt("mixup", timm.data.Mixup)
     attempt("loss", timm.loss.LabelSmoothingCrossEntropy)
     attempt("masks", functools.partial(_try_masks, model, layer.in_features), sparsity=sparsity)
-    masks = apply(layer, sparsity, f"{n}:{m}" if pattern else "ERK")
+    masks = apply(layer, sparsity, pattern=f"{n}:{m}" if pattern else None)
     attempt(
         "regrow", functools.partial(MaskScheduler, masks, optimizer, total_steps=10**9), every=1
     )
@@ -163,21 +162,25 @@ def _check_precision(mixed_precision: object = None, **arguments: Any) -> None:
 def _pattern_of(masks: Section) -> Pattern | None:
     """Return the pattern that masks shall keep; None where there is none, or one that the call itself refuses."""
     try:
-        return parse(masks.get("method"))
+        return parse(masks.get("pattern"))
     except ValueError:
         return None
 
 
 def _try_masks(model: torch.nn.Module | None, inputs: int, **arguments: Any) -> None:
+    """Count as `apply` would; the scores that need data are left to the run, which has them."""
     for key in ("method", "scores"):
-        if arguments.get(key) in tuple(SALIENCY):  # they need data, which the runner has
+        if arguments.get(key) in tuple(SALIENCY):
             del arguments[key]
     if model is None:  # patterns would have nothing to match
         model = torch.nn.Linear(inputs, 64)
         arguments = {
             key: value for key, value in arguments.items() if key not in ("include", "exclude")
         }
+    own = {key: arguments.pop(key) for key in ("scores", "seed") if key in arguments}
+    apply(torch.nn.Linear(8, 8), 0.5, **own)
+    if arguments.get("method") == "magnitude":
+        arguments["method"] = "uniform"  # a model on the meta device has no values
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says what a pattern leaves out
-        apply(model, **arguments)
-    remove(model)
+        count_active(model, **arguments)

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import itop_prune
-from itop_prune.counting import count_each
 from itop_prune.layers.handle import active_weights
 from itop_prune.layers.maskable import walk
+from itop_prune.topology import count_true
 
 from ..training.build import Run
 from .metrics import Metrics
@@ -103,7 +103,9 @@ class Layers:
 
     def _explored(self) -> list[int]:
         explored = self._run.regrow.explored if self._run.regrow else {}
-        return self._by_layer(count_each(explored), self._weights)
+        return self._by_layer(
+            {name: count_true(mask) for name, mask in explored.items()}, self._weights
+        )
 
     def _by_layer(
         self, counts: dict[str, int], otherwise: dict[str, int] | None = None

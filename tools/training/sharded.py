@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from itop_prune.layers.sharding import is_sharded, like, whole
+from itop_prune.sharding import is_sharded, like, whole
 
 from ..config.recipe import Recipe
 from ..run_folder.folder import RunError

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from itop_prune.layers.sharding import local
+from itop_prune.sharding import local
 
 from ..run_folder.folder import RunError
 from .build import Run

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers, get_available_trackers
 from accelerate.utils import LoggerType
 
-from itop_prune.methods.lookup import nearest
+from itop_prune.messages import nearest
 
 from ..config.recipe import Recipe
 from ..run_folder.folder import RunError

@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 
 import itop_prune
 from itop_prune.layers.masked_layer import masked_names
-from itop_prune.layers.sharding import zero_off_mask
+from itop_prune.sharding import zero_off_mask
 
 
 def masked(layer: nn.Module, density: float = 0.5) -> nn.Module:

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from itop_prune.update.new_masks import Layer, Rules
 from torch import Tensor, nn
 
 import itop_prune
 from itop_prune import MaskScheduler
 from itop_prune.update import turnover
 from itop_prune.update.gradients import DenseGradients
-from itop_prune.update.new_masks import Layer, Rules
 
 
 def layers(**weights: list[float]) -> dict[str, Layer]:

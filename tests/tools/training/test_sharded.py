@@ -26,7 +26,7 @@ from torch import Tensor, distributed
 from torch.torch_version import TorchVersion
 
 import itop_prune
-from itop_prune.layers.sharding import is_sharded
+from itop_prune.sharding import is_sharded
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from itop_prune.layers.sharding import is_sharded, like, local, whole
+from itop_prune.sharding import is_sharded, like, local, whole
 
 
 def test_a_tensor_that_is_not_sharded_is_passed_on_as_it_is() -> None:

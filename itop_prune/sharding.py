@@ -1,6 +1,7 @@
-"""Tensors of which every rank holds a part (FSDP2's DTensors): seen whole where masks are decided, written in parts.
+"""Tensors of which every rank holds a part (FSDP2's DTensors): read whole, written in parts.
 
-Masks themselves are whole on every rank: a byte per weight, and no exchange before a forward.
+Masks themselves are whole on every rank. They take a byte per weight and no exchange before a
+forward.
 """
 
 from typing import Any
@@ -9,29 +10,32 @@ import torch
 from torch import Tensor
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers, by how many bytes they take."""
+"""Whole-number types by their size in bytes."""
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Return whether a rank holds only a part of the tensor; told by what it can do, for the import takes long."""
+    """Tell whether a rank holds only a part of the tensor.
+
+    The method tells a DTensor apart, since importing torch.distributed.tensor takes long.
+    """
     return isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Any) -> Tensor:
-    """Return the tensor whole on every rank: all of them must ask."""
+    """Gather the tensor on every rank; all ranks must call."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor: Any) -> Tensor:
-    """Return the part that this rank holds, the same memory."""
+    """Take the part that this rank holds; it shares memory with the tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def like(tensor: Tensor, other: Any) -> Tensor:
-    """Return a tensor that is whole on every rank laid out as another one of its shape is; nothing is sent."""
+    """Shard a tensor that is whole on every rank as `other` is sharded; nothing is sent."""
     if not is_sharded(other):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import distribute_tensor  # slow to import
 
     return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
@@ -40,7 +44,8 @@ def like(tensor: Tensor, other: Any) -> Tensor:
 def zero_off_mask(tensor: Tensor, mask: Tensor) -> None:
     """Set `tensor` to 0 in place wherever `mask` is False, NaN too.
 
-    Its bits are multiplied by the mask, which takes an eighth of the time of a fill.
+    The bits are multiplied by the mask as whole numbers, which takes an eighth of the time of a
+    fill.
 
     >>> weight = torch.tensor([1.0, torch.nan, -torch.inf, 2.0])
     >>> zero_off_mask(weight, torch.tensor([True, False, False, True]))

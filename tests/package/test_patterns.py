@@ -19,9 +19,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import itop_prune
-from itop_prune import MaskScheduler
-from itop_prune.methods import patterns
-from itop_prune.methods.patterns import best_of_groups, grow_in_groups, holds
+from itop_prune import MaskScheduler, patterns
+from itop_prune.patterns import best_of_groups, grow_in_groups, holds
 
 
 def bits(text: str) -> Tensor:
@@ -220,7 +219,7 @@ NAMES = ("0.weight", "3.weight", "7.weight")
 
 def placed(pattern: str = "2:4", seed: int = 0) -> tuple[nn.Sequential, dict[str, itop_prune.ITOP]]:
     network, (n, m) = net(seed), map(int, pattern.split(":"))
-    return network, itop_prune.apply(network, 1 - n / m, method=pattern)
+    return network, itop_prune.apply(network, 1 - n / m, pattern=pattern)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "1:2", "3:8"])
@@ -239,14 +238,14 @@ def test_every_layer_gets_the_pattern_exactly(pattern: str) -> None:
 
 def test_other_layers_with_inputs_along_dimension_1_get_it_too() -> None:
     layers = [nn.MultiheadAttention(8, 2), nn.LSTM(8, 4), nn.Conv1d(4, 6, 5), nn.Conv3d(4, 6, 2)]
-    masks = itop_prune.apply(nn.ModuleList(layers), 0.5, method="2:4")
+    masks = itop_prune.apply(nn.ModuleList(layers), 0.5, pattern="2:4")
     assert [per_group(itop.mask, 4) for itop in masks.values()] == [{2}] * 6
 
 
 def test_positions_are_drawn_by_the_seed_and_the_same_in_every_memory_format() -> None:
     _, one = placed()
-    other = itop_prune.apply(net(), 0.5, method="2:4", seed=1)
-    last = itop_prune.apply(net().to(memory_format=torch.channels_last), 0.5, method="2:4")
+    other = itop_prune.apply(net(), 0.5, pattern="2:4", seed=1)
+    last = itop_prune.apply(net().to(memory_format=torch.channels_last), 0.5, pattern="2:4")
     for name in one:
         assert torch.equal(one[name].mask, last[name].mask)
         assert not torch.equal(one[name].mask, other[name].mask)
@@ -256,16 +255,16 @@ def test_scores_choose_the_best_of_each_group() -> None:
     network, nothing = net(), {}
     weights = {name: network.get_parameter(name).detach().clone() for name in NAMES}
     nothing = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    masks = itop_prune.apply(network, 0.5, method="2:4", scores="magnitude")
+    masks = itop_prune.apply(network, 0.5, pattern="2:4", scores="magnitude")
     scores = {name: -weight for name, weight in weights.items()}
-    given = itop_prune.apply(net(), 0.75, method="1:4", scores=scores)
+    given = itop_prune.apply(net(), 0.75, pattern="1:4", scores=scores)
     for name, weight in weights.items():
         assert torch.equal(masks[name].mask, simple(nothing[name], weight.abs(), 2, 4))
         assert torch.equal(given[name].mask, simple(nothing[name], -weight, 1, 4))
 
     network, scores = net(), {name: torch.full_like(w, math.nan) for name, w in weights.items()}
     with pytest.raises(ValueError, match=r"scores for 0\.weight hold NaN"):
-        itop_prune.apply(network, 0.5, method="2:4", scores=scores)
+        itop_prune.apply(network, 0.5, pattern="2:4", scores=scores)
     assert not itop_prune.find_masks(network)
 
 
@@ -279,7 +278,7 @@ def test_a_layer_that_the_pattern_does_not_divide_is_left_out_and_listed() -> No
     )
     before = [parameter.detach().clone() for parameter in model[:4].parameters()]
     with pytest.warns(UserWarning, match="2:4 does not divide, so these stay dense") as caught:
-        masks = itop_prune.apply(model, 0.5, method="2:4")
+        masks = itop_prune.apply(model, 0.5, pattern="2:4")
     assert str(caught[0].message).splitlines()[1:] == [
         "  0.weight: dimension 1 of (8, 3, 3, 3) is no multiple of 4",
         "  1.weight: dimension 1 of (8, 1, 3, 3) is no multiple of 4",
@@ -295,9 +294,9 @@ def test_with_strict_it_is_an_error_that_says_what_to_exclude() -> None:
     model = convnet()
     message = r"(?s)the pattern 2:4 does not divide\n  0\.weight: .*exclude=\['0\.weight'\]$"
     with pytest.raises(ValueError, match=message):
-        itop_prune.apply(model, 0.5, method="2:4", strict=True)
+        itop_prune.apply(model, 0.5, pattern="2:4", strict=True)
     assert not itop_prune.find_masks(model)
-    masks = itop_prune.apply(model, 0.5, method="2:4", strict=True, exclude=["0.weight"])
+    masks = itop_prune.apply(model, 0.5, pattern="2:4", strict=True, exclude=["0.weight"])
     assert list(masks) == ["3.weight", "7.weight"]
 
 
@@ -305,14 +304,14 @@ def test_with_strict_it_is_an_error_that_says_what_to_exclude() -> None:
 def test_a_pattern_that_divides_nothing_is_an_error(strict: bool) -> None:
     message = r"3:7 divides no weight, and nothing is left to mask; give another\n  0\.weig"
     with pytest.raises(ValueError, match=message):
-        itop_prune.apply(mlp(), 1 - 3 / 7, method="3:7", strict=strict)
+        itop_prune.apply(mlp(), 1 - 3 / 7, pattern="3:7", strict=strict)
 
 
 @pytest.mark.parametrize("pattern", ["4:2", "4:4", "0:4", "2:4:8", "a:b", "2:", "-1:4", "2.5:4"])
 def test_a_pattern_that_can_not_be_says_what_can(pattern: str) -> None:
     message = f"method is {pattern!r}; allowed in a pattern N:M are whole numbers"
     with pytest.raises(ValueError, match=re.escape(message)):
-        itop_prune.apply(mlp(), 0.5, method=pattern)
+        itop_prune.apply(mlp(), 0.5, pattern=pattern)
 
 
 def test_a_number_is_what_yaml_makes_of_a_pattern_without_quotes() -> None:
@@ -334,12 +333,12 @@ def test_what_does_not_go_with_a_pattern_is_refused(
 ) -> None:
     model = mlp()
     with pytest.raises(ValueError, match=message):
-        itop_prune.apply(model, sparsity, method=pattern, **options)
+        itop_prune.apply(model, sparsity, pattern=pattern, **options)
     assert not itop_prune.find_masks(model)
 
 
 def test_a_sparsity_may_be_rounded_to_four_digits() -> None:
-    assert itop_prune.apply(nn.Linear(9, 5), 0.6667, method="1:3")["weight"].active == 15
+    assert itop_prune.apply(nn.Linear(9, 5), 0.6667, pattern="1:3")["weight"].active == 15
 
 
 def test_a_mask_of_ones_own_must_hold_the_pattern_that_it_is_said_to_have() -> None:
@@ -386,7 +385,7 @@ def test_every_update_keeps_the_pattern_exactly_and_counts_what_was_explored(
     pattern: str, kind: str, options: dict[str, Any]
 ) -> None:
     (n, m), network = map(int, pattern.split(":")), KINDS[kind](net())
-    masks = itop_prune.apply(network, 1 - n / m, method=pattern)
+    masks = itop_prune.apply(network, 1 - n / m, pattern=pattern)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
     regrow = MaskScheduler(masks, optimizer, **{"total_steps": 12, "every": 1, **options})
     union = {name: itop.mask.clone() for name, itop in masks.items()}
@@ -418,7 +417,7 @@ def test_an_update_prunes_the_lowest_of_the_layer_and_grows_the_best_of_each_gro
 ) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(8, 6, 3, bias=False) if convolution else nn.Linear(8, 6, bias=False)
-    masks = itop_prune.apply(layer, 0.5, method="2:4")
+    masks = itop_prune.apply(layer, 0.5, pattern="2:4")
     itop = masks["weight"]
     gradient = torch.randn(itop.mask.shape)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
@@ -456,7 +455,7 @@ def test_where_all_scores_tie_the_pattern_holds(rate: float) -> None:
 
 def test_layers_with_and_without_a_pattern_move_side_by_side() -> None:
     model = mlp()
-    masks = itop_prune.apply(model, 0.5, method="2:4", include=["0", "2"])
+    masks = itop_prune.apply(model, 0.5, pattern="2:4", include=["0", "2"])
     masks |= itop_prune.apply(model, 0.7, include=["4"])
     regrow = scheduler(masks, model, grow="gradient")
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), regrow)
@@ -559,7 +558,7 @@ def test_load_refuses_masks_that_do_not_hold_it_and_leaves_the_model(
     source: Callable[[nn.Module], Any],
 ) -> None:
     other = net(1)
-    itop_prune.apply(other, 0.5, method="2:4", include=["7"])
+    itop_prune.apply(other, 0.5, pattern="2:4", include=["7"])
     itop_prune.apply(other, 0.5, "uniform", include=["0", "3"])
     network, _ = placed()
     before = copy.deepcopy(network.state_dict())

@@ -1,0 +1,21 @@
+"""Names of what a mask adds to its layer; the first two are those of `torch.nn.utils.prune`."""
+
+
+def parameter_name(name: str) -> str:
+    """Name the parameter that the optimizer holds: "weight" -> "weight_orig"."""
+    return f"{name}_orig"
+
+
+def mask_name(name: str) -> str:
+    """Name the bool buffer: "weight" -> "weight_mask"."""
+    return f"{name}_mask"
+
+
+def pattern_name(name: str) -> str:
+    """Name the attribute with N and M of an N:M pattern: "weight" -> "weight_pattern"."""
+    return f"{name}_pattern"
+
+
+def dense_backward_name(name: str) -> str:
+    """Name the switch that lets the backward pass the dense gradient."""
+    return f"{name}_dense_backward"

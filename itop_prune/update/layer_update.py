@@ -1,0 +1,113 @@
+"""One layer at an update: the tensors that criteria ask for, their scores, and the new mask."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from itop_prune import patterns, topology
+from itop_prune.layers.handle import ITOP
+from itop_prune.methods.lookup import CheckedFunction
+from itop_prune.methods.validation import check_scores
+from itop_prune.sharding import whole
+from itop_prune.update.gradients import DenseGradients
+from itop_prune.update.rules import Rules
+
+
+class LayerUpdate(NamedTuple):
+    """One layer that takes part in an update. It reads the layer and changes nothing."""
+
+    name: str
+    itop: ITOP
+    explored: Tensor
+    gradients: DenseGradients
+    stream: tuple[object, ...]
+    """Seeds the generators: the run's seed and the number of the update."""
+
+    def new_mask(self, rules: Rules, n_prune: int, n_grow: int) -> Tensor:
+        """Compute the layer's mask after the update, by `topology.prune_and_regrow`.
+
+        A pattern N:M fills its groups instead of growing anywhere.
+
+        Raises:
+            ValueError: Scores are NaN; the message names criterion and layer.
+        """
+        mask, pattern = self.itop.mask, self.itop.pattern
+        ties = self.generator("ties")
+
+        def grow_scores(kept: Tensor) -> Tensor:
+            return self.scores(rules.grow, kept)
+
+        try:
+            if pattern is None:
+                scores = self.prune_scores(rules.prune)
+                return topology.prune_and_regrow(mask, scores, grow_scores, n_prune, n_grow, ties)
+
+            kept = topology.prune(mask, self.prune_scores(rules.prune), n_prune, ties)
+            return patterns.grow_in_groups(kept, grow_scores(kept), *pattern, ties)
+        except topology.NaNScores as error:
+            criterion = rules.prune if error.role == "prune" else rules.grow
+            raise ValueError(
+                f"{criterion.name} gave NaN for {self.name}; scores must be numbers"
+            ) from None
+
+    def prune_scores(self, criterion: CheckedFunction) -> Tensor:
+        """Score every position for pruning."""
+        return self.scores(criterion, self.itop.mask, "prune")
+
+    def scores(self, criterion: CheckedFunction, mask: Tensor, *stream: object) -> Tensor:
+        """Score every position by a criterion.
+
+        Args:
+            criterion: Of the run.
+            mask: What the criterion gets as the mask.
+            stream: Tells its random draws from those of other criteria.
+
+        Raises:
+            RuntimeError: The criterion failed, or wrote into a tensor that it may only read.
+            ValueError: It did not give one number per position on the mask's device.
+        """
+        offered: dict[str, Callable[[], Any]] = {
+            "weight": lambda: whole(self.itop.weight).float(),
+            "mask": lambda: mask,
+            "grad": lambda: self.gradients.gradient(self.name),
+            "momentum": lambda: self.gradients.momentum(self.name),
+            "explored": lambda: self.explored,
+            "generator": lambda: self.generator(*stream),
+        }
+        given = {need: offered[need]() for need in criterion.needs}
+        versions = {
+            need: value._version for need, value in given.items() if isinstance(value, Tensor)
+        }
+
+        try:
+            scores = criterion.function(**given)
+        except Exception as error:
+            raise RuntimeError(f"{criterion.name} failed for {self.name}: {error}") from error
+
+        written = [need for need, version in versions.items() if given[need]._version != version]
+        if written:
+            raise RuntimeError(
+                f"{criterion.name} wrote into {', '.join(written)} of {self.name}; a criterion may "
+                "only read: copy the tensor first (and go back to a checkpoint, for it is changed)"
+            )
+        check_scores(scores, mask, criterion.function, f" for {self.name}")
+        return scores
+
+    def generator(self, *stream: object) -> torch.Generator:
+        """Make a generator of this layer and update.
+
+        The strings of `stream` tell random streams apart. Changing one changes the results for
+        every seed.
+        """
+        return topology.seeded(self.itop.mask.device, *self.stream, self.name, *stream)
+
+    def mean_size(self, statistic: str) -> float:
+        """Compute the mean size of the active weights ("magnitude") or of their momentum."""
+        if statistic == "magnitude":
+            sizes = whole(self.itop.weight).float()
+        else:
+            sizes = self.gradients.momentum(self.name)
+        total = (sizes * self.itop.mask).abs().sum()
+        return float(total / max(1, self.itop.active))
