@@ -17,15 +17,9 @@ PACKAGE = Path(itop_prune.__file__).parent
 ROOT = PACKAGE.parent
 TOOLS, TESTS = ROOT / "tools", ROOT / "tests"
 
-# Each part may import its own row and those above it.
-PACKAGE_ORDER = [
-    {"ranking", "topology", "counting"},
-    {"distributed", "layers", "methods"},
-    {"update"},
-    {"initial_masks", "scheduler"},
-    {"analysis"},
-    {"files", "inference"},
-]
+# Each part may import those of the rows below it, and of its own row those that need no circle.
+MAP = (PACKAGE / "README.md").read_text(encoding="utf-8").partition("## Imports")[2]
+PACKAGE_ORDER = [set(line.split(", ")) for line in MAP.split("```")[1].split("\n") if line][::-1]
 TOOLS_ORDER = [
     {"config", "data", "models"},
     {"run_folder", "training", "reports"},

@@ -309,14 +309,16 @@ def test_a_pattern_that_divides_nothing_is_an_error(strict: bool) -> None:
 
 @pytest.mark.parametrize("pattern", ["4:2", "4:4", "0:4", "2:4:8", "a:b", "2:", "-1:4", "2.5:4"])
 def test_a_pattern_that_can_not_be_says_what_can(pattern: str) -> None:
-    message = f"method is {pattern!r}; allowed in a pattern N:M are whole numbers"
+    message = (
+        f"pattern is {pattern!r}; allowed is text N:M with whole numbers, N from 1 and below M"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         itop_prune.apply(mlp(), 0.5, pattern=pattern)
 
 
 def test_a_number_is_what_yaml_makes_of_a_pattern_without_quotes() -> None:
-    with pytest.raises(ValueError, match=r'method is 124, a number; .* so write method: "2:4"'):
-        itop_prune.apply(mlp(), 0.5, method=124)
+    with pytest.raises(ValueError, match=r'pattern is 124, a number; .* so write pattern: "2:4"'):
+        itop_prune.apply(mlp(), 0.5, pattern=124)
 
 
 @pytest.mark.parametrize(

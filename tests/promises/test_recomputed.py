@@ -129,9 +129,9 @@ def test_the_dense_gradient_is_the_sparse_one_on_the_mask_and_says_what_a_grown_
     layer(images()).square().sum().backward()
     sparse = itop.parameter.grad.clone()
     layer.zero_grad()
-    itop.listen()
+    itop.collect_dense_gradient()
     layer(images()).square().sum().backward()
-    dense = itop.take_gradient()
+    dense = itop.take_dense_gradient()
     torch.testing.assert_close(itop.parameter.grad, sparse)
     torch.testing.assert_close(dense * itop.mask, sparse)
 

@@ -192,6 +192,6 @@ def test_torch_func_works_on_steps_that_collect_the_dense_gradient_too() -> None
 
     parameters = dict(layer.named_parameters())
     sparse = torch.func.grad(loss)(parameters)["weight_orig"]
-    itop.listen()
+    itop.collect_dense_gradient()
     assert torch.equal(torch.func.grad(loss)(parameters)["weight_orig"], sparse)
     assert torch.equal(torch.func.vmap(layer)(x), layer(x))

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
+from itop_prune.messages import describe, listed, nearest
 from itop_prune.methods import criteria, distributions, redistribution, saliency, schedules
-from itop_prune.methods.lookup import choose, describe, nearest, needed
+from itop_prune.methods.lookup import lookup, needed_arguments
 
 MENUS: dict[str, dict[str, Callable]] = {
     "prune": criteria.PRUNE,
@@ -18,9 +19,9 @@ MENUS: dict[str, dict[str, Callable]] = {
 }
 
 
-def test_choose_takes_a_name_or_a_function() -> None:
-    assert choose("b", {"a": 1, "b": 2}, "letter") == 2
-    assert choose(len, {"a": 1}, "letter") is len
+def test_lookup_takes_a_name_or_a_function() -> None:
+    assert lookup("b", {"a": 1, "b": 2}, "letter") == 2
+    assert lookup(len, {"a": 1}, "letter") is len
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_what_is_not_known_is_answered_with_the_menu_and_the_nearest(
     wanted: object, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        choose(wanted, {"ER": 1, "uniform": 2}, "method")
+        lookup(wanted, {"ER": 1, "uniform": 2}, "method")
 
 
 def test_nearest_is_the_most_similar_name_if_one_is_similar() -> None:
@@ -48,13 +49,13 @@ def test_nearest_is_the_most_similar_name_if_one_is_similar() -> None:
 def test_needed_are_the_parameters_without_a_default() -> None:
     def mine(weight: int, grad: int, strength: float = 0.1) -> None: ...
 
-    assert needed(mine, {"weight": 1, "mask": 1, "grad": 1}, "criterion") == ("weight", "grad")
+    assert needed_arguments(mine, ["weight", "mask", "grad"], "criterion") == ("weight", "grad")
 
 
 def test_a_function_without_a_signature_is_refused_with_its_part_and_name() -> None:
     message = r"^the redistribution max has no signature .*; known are active, pruned: wrap"
     with pytest.raises(ValueError, match=message):
-        needed(max, {"active": 1, "pruned": 1}, "redistribution")
+        needed_arguments(max, ["active", "pruned"], "redistribution")
 
 
 def test_describe_is_the_name_or_else_the_repr() -> None:
@@ -62,8 +63,13 @@ def test_describe_is_the_name_or_else_the_repr() -> None:
         def __repr__(self) -> str:
             return "Nameless(2)"
 
-    assert describe(choose) == "choose"
+    assert describe(lookup) == "lookup"
     assert describe(Nameless()) == "Nameless(2)"
+
+
+def test_a_long_list_of_names_is_shortened() -> None:
+    assert listed(["a", "b"], most=2) == "a, b"
+    assert listed(["a", "b", "c"], most=2) == "a, b and others"
 
 
 @pytest.mark.parametrize("menu", MENUS)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import itop_prune
 from itop_prune.methods import redistribution
-from itop_prune.methods.lookup import needed
+from itop_prune.methods.lookup import needed_arguments
 from itop_prune.methods.redistribution import REDISTRIBUTIONS
 
 
@@ -55,11 +55,10 @@ def active_after(
 
 
 def test_a_redistribution_asks_for_one_statistic_and_gives_it_as_it_is() -> None:
-    offered = dict.fromkeys(redistribution.OFFERED)
     asked = {}
     for name, function in REDISTRIBUTIONS.items():
         assert function({"a": 3.0, "b": 1.0}) == {"a": 3.0, "b": 1.0}
-        asked[name] = needed(function, offered, "redistribution")
+        asked[name] = needed_arguments(function, redistribution.OFFERED, "redistribution")
     expected = {"momentum": ("momentum",), "magnitude": ("magnitude",), "nonzeros": ("active",)}
     assert asked == expected
 

@@ -7,15 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from itop_prune.methods.validation import (
-    check_rates,
-    check_scores,
-    check_steps,
-    checked_seed,
-    is_count,
-    is_number,
-)
+import itop_prune
+from itop_prune.methods.validation import check_scores, checked_seed, is_count, is_number
 
 NO_NUMBERS = [True, False, "1", None, 1j, torch.tensor(1), [1]]
 LEAST = math.ulp(0.0)  # the smallest float above 0
@@ -43,35 +38,45 @@ def test_whole_numbers_are_seeds_and_become_plain() -> None:
             checked_seed(seed)
 
 
+def schedule(**given: Any) -> itop_prune.MaskScheduler:
+    layer = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    options = {"total_steps": 10, "every": 1, "rate": 0.5, "min_rate": 0.1, **given}
+    return itop_prune.MaskScheduler(itop_prune.apply(layer, 0.5), optimizer, **options)
+
+
+def refused(message: str, **given: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        schedule(**given)
+
+
 @pytest.mark.parametrize("name", ["total_steps", "every"])
 def test_steps_are_counted_from_1(name: str) -> None:
-    check_steps(**{"total_steps": 1, "every": 1, name: 2})
+    schedule(**{"total_steps": 1, "every": 1, name: 1})
     for value in (0, 1.0, math.nan, True, "1"):
-        message = f"{name} is {value!r}; allowed are whole numbers from 1: it counts optimizer step"
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}s$"):
-            check_steps(**{"total_steps": 1, "every": 1, name: value})
+        allowed = "allowed are whole numbers from 1: it counts optimizer steps"
+        refused(f"{name} is {value!r}; {allowed}", **{name: value})
 
 
-RATES: dict[str, Any] = {"stop": 1.0, "rate": 0.5, "min_rate": 0.1, "may_rest": False}
+MOVING = {"density": "linear", "final_sparsity": 0.9}
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        {"stop": LEAST},
         {"stop": 1},
         {"rate": LEAST, "min_rate": 0},
         {"rate": 1, "min_rate": 1},
         {"min_rate": 0.0},
         {"min_rate": 0.5},
-        {"rate": 0, "min_rate": 0, "may_rest": True},
+        {"rate": 0, "min_rate": 0, **MOVING},
     ],
 )
 def test_rates_are_allowed_up_to_their_ends(given: dict[str, Any]) -> None:
-    check_rates(**RATES | given)
+    assert schedule(**given).rate == given.get("rate", 0.5)
 
 
-@pytest.mark.parametrize("may_rest", [False, True])
+@pytest.mark.parametrize("moving", [{}, MOVING], ids=["", "moving"])
 @pytest.mark.parametrize(
     ("name", "allowed", "beyond"),
     [
@@ -81,19 +86,17 @@ def test_rates_are_allowed_up_to_their_ends(given: dict[str, Any]) -> None:
     ],
 )
 def test_rates_beyond_their_ends_are_refused_with_the_range(
-    name: str, allowed: str, beyond: list[float], may_rest: bool
+    name: str, allowed: str, beyond: list[float], moving: dict[str, Any]
 ) -> None:
     for value in [*beyond, math.nan, *NO_NUMBERS]:
         message = f"{name} is {value!r}; allowed is a number in {allowed}"
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            check_rates(**RATES | {name: value, "may_rest": may_rest})
+        refused(message, **{name: value, **moving})
 
 
 def test_a_rate_of_0_is_refused_where_nothing_else_moves() -> None:
     for rate in (0, 0.0, -0.0):
         message = f"rate is {rate!r}; allowed is a number in (0, 1], or 0 with final_sparsity"
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            check_rates(**RATES | {"rate": rate, "min_rate": 0})
+        refused(message, rate=rate, min_rate=0)
 
 
 def one_per_layer() -> None:
