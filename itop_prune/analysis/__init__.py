@@ -1,1 +1,1 @@
-"""Numbers about a sparse model: a table of its layers, and its FLOPs."""
+"""Count: the active weights of a model, layer by layer, and its FLOPs."""

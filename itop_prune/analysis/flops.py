@@ -1,7 +1,7 @@
-"""FLOPs of a forward and of training, at any masks: each operation is attributed to the masked weight that it reads.
+"""Count the FLOPs of a forward and of training, by the masked weight that each operation reads.
 
-The operations are watched where torch executes them, over torch's own formulas. So a layer whose
-weight its parent reads counts, and one that is called twice counts twice.
+The count is taken where torch executes the operations, with torch's own formulas. So a layer whose
+weight is read by its parent counts, and a layer that is called twice counts twice.
 """
 
 import contextlib
@@ -22,41 +22,44 @@ from itop_prune.layers.maskable import refuse_deployed, unwrap
 
 @dataclass(frozen=True)
 class FLOPs:
-    """The cost of one forward, multiply-adds counted as 2, with sparse kernels that skip every zero."""
+    """The cost of one forward with sparse kernels that skip every zero; a multiply-add is 2."""
 
     by_weight: Mapping[str, int]
-    """Of operations that read a masked weight, by its name, were it dense."""
+    """Dense cost of the operations that read a masked weight, by its name."""
     others: int
-    """Of all other operations: attention between tokens, layers without a mask."""
+    """Cost of all other operations: attention between tokens, layers without a mask."""
     densities: Mapping[str, float]
-    """Of the masks when it was counted."""
+    """Densities of the masks at the time of counting."""
 
     @property
     def dense_forward(self) -> int:
-        """Without masks."""
+        """The cost without masks."""
         return sum(self.by_weight.values()) + self.others
 
     @property
     def sparse_forward(self) -> float:
-        """With the masks as they were."""
+        """The cost with the masks at the time of counting."""
         return self.forward(self.densities)
 
     def forward(self, densities: Mapping[str, float]) -> float:
-        """Return the cost at other densities: masks that moved since."""
-        return sum(flops * densities[name] for name, flops in self.by_weight.items()) + self.others
+        """Compute the cost at other densities, of masks that moved since."""
+        sparse = sum(flops * densities[name] for name, flops in self.by_weight.items())
+        return sparse + self.others
 
     def training_step(
         self, every: int | None = None, densities: Mapping[str, float] | None = None
     ) -> float:
-        """Return the cost of a forward and a backward, the latter twice a forward.
+        """Compute the cost of a forward and a backward, which is twice a forward.
 
-        Args: every: Growth by gradient: one of so many steps computes the dense gradient of the
-            weights, a forward of the dense model more than a sparse step has for it. 1: each of
-            them, as for momentum. None: no step. densities: At which; None: as they were.
+        Args:
+            every: For growth by gradient: one step of so many computes the dense gradient of the
+                weights. It costs as much as a dense forward, in place of a sparse one. With 1 each
+                step does, as for momentum; with None no step does.
+            densities: Densities of the masks; None takes those at the time of counting.
 
-        Reference: RigL, Evci et al., 2020, arXiv 1911.11134, which counts the update as a step of
-        its own: (3 f_S every + 2 f_S + f_D) / (every + 1). Here it uses the backward of a step that
-        is made anyway.
+        Reference: RigL, Evci et al., 2020, arXiv 1911.11134. The paper counts the update as a step
+        of its own: (3 f_S every + 2 f_S + f_D) / (every + 1). Here an update uses the backward of a
+        step that is made anyway.
 
         >>> cost = FLOPs({"fc.weight": 100}, 0, {"fc.weight": 0.1})
         >>> cost.training_step(), cost.training_step(every=10)
@@ -70,9 +73,11 @@ class FLOPs:
 def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
     """Count the FLOPs of one forward of a model, at its present masks.
 
-    Args: model: Masked or not, on any device, the meta device too; in a wrapper or not. It is run
-        once in evaluation mode and left as it was. example_inputs: What its forward takes: a
-        tensor, or a tuple of arguments. The cost is that of the whole batch.
+    Args:
+        model: Masked or not, on any device; wrapped or not. It is run once in evaluation mode and
+            left as it was.
+        example_inputs: What its forward takes: a tensor, or a tuple of arguments. The cost is that
+            of the whole batch.
 
     Raises:
         ValueError: The model can't be run with these inputs, or was made by `deploy`.
@@ -80,7 +85,10 @@ def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
     >>> import itop_prune
     >>> model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Flatten(), nn.Linear(8, 5))
     >>> masks = itop_prune.apply(model, sparsity=0.5, method="uniform")
-    >>> cost = flops(model, torch.zeros(1, 1, 4, 4))  # 4 places * 18 weights and 40 weights, each multiplied and added
+    >>> cost = flops(model, torch.zeros(1, 1, 4, 4))
+
+    The convolution uses its 18 weights at 4 places, the linear layer its 40 weights once:
+
     >>> cost.dense_forward, cost.sparse_forward
     (224, 112.0)
     """
@@ -88,48 +96,42 @@ def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
     model, masks = unwrap(model), find_masks(model)
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     modes = [(module, module.training) for module in model.modules()]
-    counter = _Watch({itop.parameter: name for name, itop in masks.items()})
+    counter = _Counter({itop.parameter: name for name, itop in masks.items()})
+    attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     try:
-        with contextlib.ExitStack() as settings:
-            settings.enter_context(torch.no_grad())
-            settings.enter_context(
-                torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-            )
-            settings.enter_context(_no_fused_layers())
-            settings.enter_context(counter)
+        with torch.no_grad(), attention, _no_fused_layers(), counter:
             run(model.eval(), arguments)
     finally:
         for module, training in modes:
             module.training = training
-    densities = {
-        name: active / masks[name].mask.numel() for name, active in active_weights(masks).items()
-    }
+
+    densities = {}
+    for name, active in active_weights(masks).items():
+        densities[name] = active / masks[name].mask.numel()
     return FLOPs({name: counter.flops[name] for name in masks}, counter.flops[""], densities)
 
 
 def run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:
-    """Return what a model makes of an example.
+    """Run a model on an example.
 
     Raises:
-        ValueError: It can't be run with it.
+        ValueError: The model can't be run with it.
     """
     try:
         return model(*arguments)
-    except Exception as error:  # whatever a model raises at inputs that are not its own
+    except Exception as error:  # of any kind, as the model raises it
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
         raise ValueError(
-            f"{type(model).__name__} can't be run with inputs of shape "
-            f"{[tuple(leaf.shape) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]}: {error}; give what "
-            "its forward takes, a tensor or a tuple of arguments"
+            f"{type(model).__name__} can't be run with inputs of shape {shapes}: {error}; give "
+            "what its forward takes, a tensor or a tuple of arguments"
         ) from error
 
 
 @contextlib.contextmanager
 def _no_fused_layers() -> Iterator[None]:
-    """Keep torch from running an RNN or attention as one operation whose cost nobody knows."""
-    mkldnn, attention = (
-        torch.backends.mkldnn.set_flags(False)[0],
-        torch.backends.mha.get_fastpath_enabled(),
-    )
+    """Keep torch from running an RNN or attention as one operation without a formula."""
+    mkldnn = torch.backends.mkldnn.set_flags(False)[0]
+    attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
@@ -138,14 +140,13 @@ def _no_fused_layers() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(attention)
 
 
-class _Watch(TorchDispatchMode):
-    """Counts the FLOPs of every operation, by the weight whose values it reads; "" for none."""
+class _Counter(TorchDispatchMode):
+    """Counts the FLOPs of every operation by the weight whose values it reads; "" for none."""
 
     def __init__(self, names: Mapping[nn.Parameter, str]) -> None:
         super().__init__()
-        from torch.utils.flop_counter import (
-            flop_registry,  # it imports triton where that is installed
-        )
+        # Imported late: it imports triton if that is installed.
+        from torch.utils.flop_counter import flop_registry
 
         self._formulas: Mapping[Any, Callable[..., int]] = flop_registry
         self.flops: Counter[str] = Counter()
@@ -159,17 +160,19 @@ class _Watch(TorchDispatchMode):
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
+
         out = func(*args, **kwargs)
-        read = next(
-            (
-                self._names[t]
-                for t in tree_leaves((args, kwargs))
-                if isinstance(t, Tensor) and t in self._names
-            ),
-            "",
-        )
+        read = self._weight_in((args, kwargs))
         if formula is not None:
             self.flops[read] += formula(*args, **kwargs, out_val=out)
         elif read:  # a product with the mask, a transpose, a cast, a slice: still that weight
-            self._names.update({t: read for t in tree_leaves(out) if isinstance(t, Tensor)})
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._names[leaf] = read
         return out
+
+    def _weight_in(self, arguments: Any) -> str:
+        for leaf in tree_leaves(arguments):
+            if isinstance(leaf, Tensor) and leaf in self._names:
+                return self._names[leaf]
+        return ""

@@ -1,4 +1,4 @@
-"""Numbers of a sparse model, and their table as text. Nothing is drawn here."""
+"""Count the active weights of a sparse model, and lay them out as a table of text."""
 
 import math
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ class Row:
     weights: int
     active: int
     explored: int | None
-    """How many were active at least once; None where nobody kept count."""
+    """How many were active at least once; None if it was not recorded."""
     masked: bool = True
 
     @property
     def density(self) -> float:
-        """Active over all, in (0, 1]."""
+        """Active over all weights, in (0, 1]."""
         return self.active / self.weights
 
     @property
@@ -38,13 +38,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summarize` found; `str(summary)` is a table."""
+    """The counts of a model; `str(summary)` is a table."""
 
     rows: tuple[Row, ...]
     parameters: int
-    """All parameters of the model, the unmasked ones (biases, norms, embeddings) too."""
+    """All parameters of the model, also biases, norms and embeddings."""
     flops: FLOPs | None = None
-    """Of a forward, where example inputs were given."""
+    """Cost of a forward, if example inputs were given."""
 
     @property
     def weights(self) -> int:
@@ -53,12 +53,12 @@ class Summary:
 
     @property
     def active(self) -> int:
-        """Active among them."""
+        """Active weights in all rows."""
         return sum(row.active for row in self.rows)
 
     @property
     def density(self) -> float:
-        """Active over all weights of the rows; 1 where there are none."""
+        """Active over all weights of the rows; 1 without rows."""
         return self.active / self.weights if self.rows else 1.0
 
     @property
@@ -68,64 +68,59 @@ class Summary:
 
     @property
     def exploration_rate(self) -> float | None:
-        """R_s: the share of masked weights active at least once; None where nobody kept count."""
+        """R_s: the share of masked weights active at least once; None if it was not recorded."""
         masked = [row for row in self.rows if row.masked]
         counts = [row.explored for row in masked if row.explored is not None]
-        return (
-            sum(counts) / sum(row.weights for row in masked)
-            if masked and len(counts) == len(masked)
-            else None
-        )
+        if not masked or len(counts) < len(masked):
+            return None
+        return sum(counts) / sum(row.weights for row in masked)
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return the table as text: a header, a line per row, the total; for whoever draws it."""
+        """Make the cells of the table: a header, a line per row, the total."""
         lines: list[tuple[str, ...]] = [("weight", "shape", "weights", "active", "density")]
         for row in self.rows:
             shape = "×".join(map(str, row.shape))
             name = row.name if row.masked else f"{row.name} (no mask)"
             lines.append((name, shape, f"{row.weights:,}", f"{row.active:,}", f"{row.density:.4f}"))
         lines.append(("total", "", f"{self.weights:,}", f"{self.active:,}", f"{self.density:.4f}"))
+
         if self.exploration_rate is None:
             return lines
-        rates = [*(row.exploration_rate for row in self.rows), self.exploration_rate]
-        column = ["R_s", *("" if rate is None else f"{rate:.4f}" for rate in rates)]
+        column = ["R_s"]
+        for rate in (*(row.exploration_rate for row in self.rows), self.exploration_rate):
+            column.append("" if rate is None else f"{rate:.4f}")
         return [(*line, rate) for line, rate in zip(lines, column, strict=True)]
 
     def __str__(self) -> str:
         lines = self.cells()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-            for line in lines
-        ]
+
+        text = []
+        for name, *cells in lines:
+            numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            text.append("  ".join([name.ljust(widths[0]), *numbers]))
+
         others = self.parameters - self.weights
-        return "\n".join(
-            [
-                *text,
-                f"sparsity {self.sparsity:.4f}; {others:,} other parameters are dense",
-                *self.cost(),
-            ]
-        )
+        text.append(f"sparsity {self.sparsity:.4f}; {others:,} other parameters are dense")
+        return "\n".join([*text, *self.cost()])
 
     def cost(self) -> list[str]:
-        """Return what a forward costs as a line of text, none where nobody counted."""
+        """Describe the cost of a forward in a line; without example inputs there is none."""
         if self.flops is None:
             return []
         dense, sparse = self.flops.dense_forward, self.flops.sparse_forward
-        return [
-            f"forward {sparse:.4g} FLOPs, {sparse / max(1, dense):.4f} of the {dense:.4g} of the dense model"
-        ]
+        share = sparse / max(1, dense)
+        return [f"forward {sparse:.4g} FLOPs, {share:.4f} of the {dense:.4g} of the dense model"]
 
 
 def summarize(
     model: nn.Module, explored: Mapping[str, Tensor] | None = None, example_inputs: Any = None
 ) -> Summary:
-    """Return how many weights of every masked layer are active, and how many were explored.
+    """Count the active weights of every masked layer, and those that were explored.
 
-    Weights without a mask are counted by their zeros: all of them where nothing is masked,
-    otherwise those with 1 % of zeros or more, which is what fusing masked branches leaves (timm's
-    `reparameterize_model`). One that is 0 everywhere is one that has not been trained yet, and is
-    left out.
+    Weights without a mask are counted by their zeros. In a model with masks only those with 1 % of
+    zeros or more are listed, as fusing masked branches leaves them (timm's
+    `reparameterize_model`). A weight of zeros alone is left out: it was not trained yet.
 
     Args:
         model: Masked by `itop_prune.apply`; wrapped (DDP, torch.compile, AveragedModel) or not.
@@ -133,7 +128,7 @@ def summarize(
         example_inputs: As `itop_prune.flops` takes them, for the cost of a forward.
 
     Raises:
-        ValueError: It was made by `deploy`.
+        ValueError: The model was made by `deploy`.
 
     >>> import itop_prune
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -146,23 +141,26 @@ def summarize(
     sparsity 0.7500; 6 other parameters are dense
     """
     refuse_deployed(model)
-    rows, masks = [], find_masks(model)
-    active, seen = (
-        active_weights(masks),
-        {name: count_true(tensor) for name, tensor in (explored or {}).items()},
-    )
+    masks = find_masks(model)
+    active = active_weights(masks)
+    seen = {name: count_true(tensor) for name, tensor in (explored or {}).items()}
+    most_active = 0.99 if masks else 1.0
+
+    rows = []
     for name, layer, tensor in walk(model):
-        if itop := masks.get(name):
-            rows.append(
-                Row(name, tuple(itop.mask.shape), itop.mask.numel(), active[name], seen.get(name))
-            )
-        elif (weight := layer._parameters.get(tensor)) is not None and not weight.is_meta:
-            count = int(weight.count_nonzero())
-            if 0 < count <= (0.99 if masks else 1.0) * weight.numel():
-                rows.append(
-                    Row(name, tuple(weight.shape), weight.numel(), count, None, masked=False)
-                )
+        if name in masks:
+            shape = tuple(masks[name].mask.shape)
+            rows.append(Row(name, shape, math.prod(shape), active[name], seen.get(name)))
+            continue
+
+        weight = layer._parameters.get(tensor)
+        if weight is None or weight.is_meta:
+            continue
+        count = int(weight.count_nonzero())
+        if 0 < count <= most_active * weight.numel():
+            shape = tuple(weight.shape)
+            rows.append(Row(name, shape, weight.numel(), count, None, masked=False))
+
     parameters = sum(math.prod(p.shape) for p in unwrap(model).parameters())
-    return Summary(
-        tuple(rows), parameters, None if example_inputs is None else flops(model, example_inputs)
-    )
+    cost = None if example_inputs is None else flops(model, example_inputs)
+    return Summary(tuple(rows), parameters, cost)

@@ -1,1 +1,1 @@
-"""Weights in and out: state dicts and files that others read, and small ones of our own."""
+"""Save and load sparse models: small files of our own, and state dicts of others."""

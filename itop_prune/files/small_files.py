@@ -1,60 +1,116 @@
-"""Small files of sparse models: of a masked weight the active values and where they are, of the rest all.
+"""Small files of sparse models: active weights alone, and where they are.
 
-A file is safetensors. A tensor that is not masked stands in it as in a state dict; of a masked
-weight `<name>_orig` holds the active values and `<name>_mask` their positions, as
-`itop_prune.files.positions` writes them. The metadata say under "itop_prune" the version of the
-format, the CRC-32 of the whole file but its own eight digits, and as JSON the shapes of the masked
-weights. Equal models give equal files.
+A file is safetensors. A tensor without a mask stands in it as in a state dict. Of a masked weight
+`<name>_orig` holds the active values, row by row, and `<name>_mask` their positions as bytes (see
+`itop_prune.files.positions`).
+
+The metadata have one entry, "itop_prune", of three words: the version of the format, a checksum,
+and the masked weights as JSON: `{"fc.weight": {"shape": [4, 12], "positions": "gaps"}}`. The
+checksum is the CRC-32 of the file in which its eight hexadecimal digits are 0. Equal models give
+equal files.
 """
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from itop_prune.files.positions import Packed
 from itop_prune.layers.maskable import plain_name, unwrap
+from itop_prune.layers.names import mask_name, parameter_name
 from itop_prune.sharding import whole
 
-FORMAT, VERSION = "itop_prune", "2"
-BEFORE_CHECKSUM = f'"{FORMAT}":"{VERSION} '.encode()
+FORMAT, VERSION = "itop_prune", "3"
 DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
+NO_CHECKSUM = "00000000"
+BEFORE_CHECKSUM = f'"{FORMAT}":"{VERSION} '.encode()
+"""What stands before the digits of the checksum in a file."""
 
 
-def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write weights and masks of a sparse model into a small file, which `itop_prune.load` reads.
+@dataclass(frozen=True)
+class ActiveWeights:
+    """A masked weight: its active values, and where they are among all, row by row."""
 
-    What is loaded is what was saved, bit for bit: active weights, masks, every other parameter and
-    buffer. The file appears under its name when it is whole; where that fails, what had the name
-    before stays.
+    values: Tensor
+    positions: Tensor
+    shape: tuple[int, ...]
 
-    Args: model: Masked by `itop_prune.apply`; wrapped (DDP, torch.compile, AveragedModel) or not,
-        on any device. Of one that FSDP2 shards the tensors are gathered, one at a time, on every
-        rank: all must call, and each writes the whole file. Of any other model one rank is enough;
-        which one calls is up to the caller. path: Of the file; its name ends in .safetensors.
-        dtype: What every floating-point tensor is rounded to, those of dense layers and buffers
-        too: torch.float32, float16 or bfloat16; None keeps each as it is. The model that loads the
-        file keeps its own.
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Make the weight, 0 wherever the mask is False, and the mask.
 
-    Raises: ValueError: The model has no masks, a name or dtype is not allowed, or a number does not
-        fit into the dtype. RuntimeError: A mask was made on the meta device and has no positions
-        yet. OSError: The file can't be written.
-    """
-    write(
-        {plain_name(name): tensor for name, tensor in unwrap(model).state_dict().items()},
-        path,
-        dtype,
-    )
+        Raises:
+            ValueError: So large a weight does not fit into memory.
+        """
+        try:
+            weight = self.values.new_empty(self.shape)
+            mask = self.values.new_empty(self.shape, dtype=torch.bool)
+        except (RuntimeError, TypeError) as error:  # of a file that was made by hand
+            raise ValueError(f"a weight of shape {self.shape} can't be made: {error}") from None
+
+        self.write_into(weight, mask)
+        return weight, mask
+
+    @torch.no_grad()
+    def write_into(self, weight: Tensor, mask: Tensor) -> None:
+        """Write weight and mask into contiguous tensors of the shape, on any device."""
+        places = self.positions.to(weight.device)
+        weight.view(-1).zero_().scatter_(0, places, self.values.to(weight))
+        mask.view(-1).zero_().index_fill_(0, places, True)
+
+
+Entry = Tensor | ActiveWeights
 
 
 def masked(state: Mapping[str, object]) -> set[str]:
-    """Return the names of the masked weights of a state dict."""
-    stems = {name.removesuffix("_mask") for name in state if name.endswith("_mask")}
-    return {stem for stem in stems if f"{stem}_orig" in state}
+    """Find the names of the masked weights in a state dict."""
+    names = {entry.removesuffix("_mask") for entry in state if entry.endswith("_mask")}
+    return {name for name in names if parameter_name(name) in state}
+
+
+def entries_by_weight(state: Mapping[str, object]) -> dict[str, list[str]]:
+    """List the entries of a state dict by plain name: a masked weight has two, others one.
+
+    >>> entries_by_weight({"fc.weight_orig": 0, "fc.bias": 0, "fc.weight_mask": 0})
+    {'fc.weight': ['fc.weight_orig', 'fc.weight_mask'], 'fc.bias': ['fc.bias']}
+    """
+    names = masked(state)
+    owners = {parameter_name(name): name for name in names}
+    owners |= {mask_name(name): name for name in names}
+    found: dict[str, list[str]] = {}
+    for entry in state:
+        found.setdefault(owners.get(entry, entry), []).append(entry)
+    return found
+
+
+def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a sparse model into a small file, which `itop_prune.load` reads.
+
+    Active weights, masks, and every other parameter and buffer come back bit for bit. The file
+    appears under its name when it is whole; if writing fails, the file of before stays. Needs
+    safetensors and numpy.
+
+    Args:
+        model: Masked by `itop_prune.apply`, on any device; wrapped (DDP, torch.compile,
+            AveragedModel) or not. If FSDP2 shards it, all ranks must call: the tensors are
+            gathered, and each rank writes the whole file. Otherwise one rank is enough.
+        path: Name of the file; it ends in .safetensors.
+        dtype: Round every floating-point tensor to torch.float32, float16 or bfloat16, those of
+            dense layers and buffers too. None keeps them as they are. A model that loads the file
+            keeps its own.
+
+    Raises:
+        ValueError: The model has no masks, a name or dtype is not allowed, or a number does not
+            fit into the dtype.
+        OSError: The file can't be written.
+    """
+    state = {plain_name(name): tensor for name, tensor in unwrap(model).state_dict().items()}
+    write(state, path, dtype)
 
 
 def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -64,10 +120,91 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
         ValueError: As of `save`.
         OSError: As of `save`.
     """
-    from safetensors import SafetensorError  # an optional dependency, needed for this format alone
-    from safetensors.torch import save_file
+    from safetensors.torch import save  # optional dependencies, needed for this format alone
 
-    path, owners = Path(path), masked(state)
+    from itop_prune.files import positions
+
+    path = Path(path)
+    _check(state, path, dtype)
+
+    tensors, layouts = {}, {}
+    for name, entries in entries_by_weight(state).items():
+        if entries == [name]:
+            tensors[name] = _convert(name, _on_cpu(state[name]), dtype)
+            continue
+
+        weight = _on_cpu(state[parameter_name(name)])
+        mask = _on_cpu(state[mask_name(name)]).bool()
+        encoding, code = positions.encode(mask.flatten().numpy())
+        values = weight.flatten()[mask.flatten()]
+        tensors[parameter_name(name)] = _convert(name, values, dtype)
+        tensors[mask_name(name)] = torch.from_numpy(code)
+        layouts[name] = {"shape": list(weight.shape), "positions": encoding}
+
+    about = f"{VERSION} {NO_CHECKSUM} {json.dumps(layouts)}"
+    content = bytearray(save(tensors, {FORMAT: about}))
+    start, checksum = _checksum(content)
+    content[start : start + len(checksum)] = checksum.encode()
+    _replace_file(path, content)
+
+
+def read(path: Path) -> Mapping[str, Entry]:
+    """Read a .safetensors file; both entries of a masked weight of ours are its `ActiveWeights`.
+
+    Raises:
+        ValueError: It is damaged, no safetensors file, or of another version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    state: dict[str, Entry] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = (file.metadata() or {}).get(FORMAT)
+            for name in file.keys():  # noqa: SIM118  # it is no mapping
+                state[name] = file.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file: {error}; copy or save it again"
+        ) from None
+
+    if about is None:
+        return state
+
+    version, _, rest = about.partition(" ")
+    if version != VERSION:
+        raise ValueError(
+            f"{path} is of version {version}; this itop_prune reads version {VERSION}: install the "
+            "one that wrote it"
+        )
+
+    checksum, _, layouts = rest.partition(" ")
+    if checksum != _checksum(path.read_bytes())[1]:
+        raise ValueError(
+            f"{path} is damaged: its checksum is not that of what it holds; copy or save it again"
+        )
+
+    try:
+        for name, layout in json.loads(layouts).items():
+            weight = _active_weights(state, name, layout)
+            state[parameter_name(name)] = state[mask_name(name)] = weight
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error!r}; copy it again, or write it with itop_prune.save"
+        ) from None
+    return state
+
+
+def dense_tensors(state: Mapping[str, Entry]) -> Mapping[str, Tensor]:
+    """Make parameter and mask of every `ActiveWeights` in a state dict."""
+    dense = {}
+    for name, entries in entries_by_weight(state).items():
+        weight = state[entries[0]]
+        if isinstance(weight, ActiveWeights):
+            dense[parameter_name(name)], dense[mask_name(name)] = weight.dense()
+    return {**state, **dense} if dense else state  # type: ignore[return-value, dict-item]
+
+
+def _check(state: Mapping[str, object], path: Path, dtype: object) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(
             f"the name of {path} tells of another format; give it one that ends in .safetensors"
@@ -76,114 +213,81 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
         raise ValueError(
             f"dtype is {dtype}; allowed are {', '.join(map(str, DTYPES))}; None keeps what is there"
         )
-    if not owners:
+    if not masked(state):
         raise ValueError(
-            "there are no masks, and without them the file would not be small; call itop_prune.apply first, or save a "
-            "dense model's state_dict() with safetensors"
+            "there are no masks, and without them the file would not be small; call "
+            "itop_prune.apply first, or save a dense model's state_dict() with safetensors"
         )
-    if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
         raise ValueError(
-            f"{', '.join(strange)} holds no tensor, and this file nothing else; let get_extra_state return one, or "
-            "write model.state_dict() with torch.save"
+            f"{', '.join(others)} holds no tensor, and this file nothing else; let "
+            "get_extra_state return one, or write model.state_dict() with torch.save"
         )
-    tensors, shapes = {}, {}
-    for name, tensor in state.items():
-        owner = name.removesuffix("_mask")
-        if owner in owners:
-            packed = Packed.of(_whole(state[f"{owner}_orig"]), _whole(tensor))
-            tensors[f"{owner}_orig"] = _convert(owner, packed.values, dtype)
-            tensors[name], shapes[owner] = packed.code, packed.shape
-        elif name.removesuffix("_orig") not in owners:
-            tensors[name] = _convert(name, _whole(tensor), dtype)
-    about = {FORMAT: f"{VERSION} {8 * '0'} {json.dumps(shapes)}"}
-    unfinished = path.with_name(
-        f"{path.name}.{os.urandom(4).hex()}.unfinished"
-    )  # several ranks may write at once
-    try:
-        save_file(tensors, unfinished, about)
-        start, checksum = _checksum(unfinished.read_bytes())
-        with unfinished.open("r+b") as file:
-            file.seek(start)
-            file.write(checksum.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"{path} could not be written: {error}; what had the name before is as it was"
-        ) from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
-def read(path: Path) -> Mapping[str, Tensor | Packed]:
-    """Return the state dict that a .safetensors file holds; of a compact one weight and mask are one `Packed`.
-
-    Raises:
-        ValueError: It is damaged, no safetensors file, or of another version.
-    """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = (file.metadata() or {}).get(FORMAT)
-            if about is None:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or no safetensors file: {error}; copy or save it again"
-        ) from None
-    version, _, rest = about.partition(" ")
-    if version != VERSION:
-        raise ValueError(
-            f"{path} is of version {version}; this itop_prune reads version {VERSION}: install the one that wrote it"
-        )
-    checksum, _, shapes = rest.partition(" ")
-    content = path.read_bytes()
-    if checksum != _checksum(content)[1]:
-        raise ValueError(
-            f"{path} is damaged: its checksum is not that of what it holds; copy or save it again"
-        )
-    tensors = load(content)
-    state: dict[str, Tensor | Packed] = {**tensors}
-    for owner, shape in json.loads(shapes).items():
-        weight, mask = f"{owner}_orig", f"{owner}_mask"
-        state[weight] = state[mask] = Packed(tensors[weight], tensors[mask], tuple(shape))
-    return state
-
-
-def unpack(state: Mapping[str, Tensor | Packed]) -> Mapping[str, Tensor]:
-    """Return a state dict with tensors in place of what is packed."""
-    unpacked = {
-        name: entry.unpack()[name.endswith("_mask")]
-        for name, entry in state.items()
-        if isinstance(entry, Packed)
-    }
-    return {**state, **unpacked} if unpacked else state  # type: ignore[return-value, dict-item]
-
-
-def _whole(tensor: Tensor) -> Tensor:
+def _on_cpu(tensor: Tensor) -> Tensor:
     return whole(tensor).detach().cpu()
 
 
 def _convert(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a tensor in the file's dtype and in memory of its own; a module under two names has one for both."""
+    """Copy a tensor in the file's dtype: a module under two names has one memory for both."""
     if dtype is None or not tensor.is_floating_point():
         return tensor.clone(memory_format=torch.contiguous_format)
+
     converted = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    if (
-        torch.finfo(tensor.dtype).max > torch.finfo(dtype).max
-        and (converted.isinf() & ~tensor.isinf()).any()
-    ):
+    narrower = torch.finfo(tensor.dtype).max > torch.finfo(dtype).max
+    if narrower and (converted.isinf() & ~tensor.isinf()).any():
         raise ValueError(
             f"{name} holds numbers beyond the range of {dtype}; save it with dtype=None"
         )
     return converted
 
 
-def _checksum(content: bytes) -> tuple[int, str]:
-    """Return where in a file the digits of its checksum stand, and what they have to be: the CRC-32 of all the rest."""
+def _active_weights(
+    state: Mapping[str, Any], name: str, layout: Mapping[str, Any]
+) -> ActiveWeights:
+    """Read a masked weight, and refuse one that could not be written into a model."""
+    from itop_prune.files import positions
+
+    shape = layout["shape"]
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"the shape of {name} is {shape!r}")
+
+    values, code = state[parameter_name(name)], state[mask_name(name)].numpy()
+    try:
+        places = positions.decode(layout["positions"], code, math.prod(shape))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if values.shape != places.shape:
+        raise ValueError(f"{name} has {len(places)} positions for values {tuple(values.shape)}")
+
+    return ActiveWeights(values, torch.from_numpy(places), tuple(shape))
+
+
+def _checksum(content: bytes | bytearray) -> tuple[int, str]:
+    """Find where the digits of the checksum stand in a file, and compute them."""
     start = content.find(BEFORE_CHECKSUM) + len(BEFORE_CHECKSUM)
-    every = memoryview(content)
-    return start, f"{zlib.crc32(every[start + 8 :], zlib.crc32(every[:start])):08x}"
+    end = start + len(NO_CHECKSUM)
+    with memoryview(content) as view:
+        found = zlib.crc32(view[:start])
+        found = zlib.crc32(NO_CHECKSUM.encode(), found)
+        found = zlib.crc32(view[end:], found)
+    return start, f"{found:08x}"
+
+
+def _replace_file(path: Path, content: bytes | bytearray) -> None:
+    """Write a file that appears under its name when all of it is on the disk."""
+    unfinished = path.with_name(f"{path.name}.{os.urandom(4).hex()}.unfinished")  # of one rank
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written: {error}; a file of that name is as it was"
+        ) from None
+    finally:
+        unfinished.unlink(missing_ok=True)

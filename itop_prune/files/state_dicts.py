@@ -3,54 +3,63 @@
 import json
 import pickle
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from itop_prune.files import small_files as compact
-from itop_prune.files.positions import Packed
+from itop_prune.files import small_files
+from itop_prune.files.small_files import ActiveWeights, Entry, entries_by_weight
 from itop_prune.layers.handle import ITOP, exclude_masks_from_ddp, find_masks
-from itop_prune.layers.maskable import obstacles, plain_name, refuse_deployed, unwrap, walk
-from itop_prune.layers.masked_layer import BROKEN_PATTERN as BROKEN
-from itop_prune.layers.masked_layer import breaks_pattern, masked_names, pattern_of
+from itop_prune.layers.maskable import Target, obstacles, plain_name, refuse_deployed, unwrap, walk
+from itop_prune.layers.masked_layer import BROKEN_PATTERN, breaks_pattern, masked_names, pattern_of
+from itop_prune.layers.names import mask_name, parameter_name
 from itop_prune.messages import nearest
 from itop_prune.sharding import is_sharded, whole
 
-State = dict[str, Tensor]
-Shapes = dict[str, set[tuple[int, ...]]]
+Shapes = Collection[tuple[int, ...]]
 AVERAGED = "n_averaged"
-"""What AveragedModel counts in, beside its `module`."""
+"""The entry that AveragedModel adds beside those of its module."""
 
 
-def dense_state_dict(model: nn.Module) -> State:
-    """Return the effective weights under their plain names: what a copy of the model without masks loads strictly.
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Make the state dict that a copy of the model without masks loads strictly.
 
     Args:
         model: Masked by `itop_prune.apply`; wrapped (DDP, torch.compile, AveragedModel) or not.
 
-    Returns: New tensors for masked weights, the model's own for all others, in the model's order.
-        Of a model that FSDP2 shards, all of them whole, on every rank: all must ask.
+    Returns:
+        New tensors for masked weights, 0 wherever a mask is False, and the model's own for all
+        others, in the model's order. If FSDP2 shards the model, all ranks must call, and each gets
+        whole tensors.
 
     Raises:
-        ValueError: It was made by `deploy`.
+        ValueError: The model was made by `deploy`.
     """
     refuse_deployed(model)
-    own = unwrap(model).state_dict()
-    state = {plain_name(name): tensor for name, tensor in own.items()}
-    places = {name: (layer, tensor) for name, layer, tensor in walk(model, remove_duplicate=False)}
-    dense: State = OrderedDict()
-    dense._metadata = {plain_name(name): versions for name, versions in own._metadata.items()}  # type: ignore[attr-defined]
-    for owner, entries in _owners(state).items():
-        if owner in entries:
-            dense[owner] = whole(state[owner])
-        else:
-            effective = (
-                getattr(*places[owner]) if owner in places else state[f"{owner}_orig"]
-            )  # or torch's own mask
-            dense[owner] = whole(effective.detach()).masked_fill(~state[f"{owner}_mask"].bool(), 0)
+    source = _StateDict.of(unwrap(model).state_dict())
+    targets = _targets(unwrap(model))
+
+    dense: dict[str, Tensor] = OrderedDict()
+    dense._metadata = {  # type: ignore[attr-defined]
+        plain_name(name): version for name, version in source.versions.items()
+    }
+    for name, entries in source.entries.items():
+        if entries == [name]:
+            dense[name] = whole(source.tensors[name])
+            continue
+
+        if name in targets:
+            layer, tensor = targets[name]
+            weight = getattr(layer, tensor).detach()
+        else:  # masked by torch's own pruning
+            weight = source.tensors[parameter_name(name)]
+        mask: Any = source.tensors[mask_name(name)]
+        dense[name] = whole(weight).masked_fill(~mask.bool(), 0)
     return dense
 
 
@@ -59,234 +68,320 @@ def load(
 ) -> dict[str, ITOP]:
     """Make a model sparse with the weights and masks of a saved sparse model.
 
-    Args: model: Dense, or masked at the same places; changed in place. source: A file that
-        `itop_prune.save` wrote; a state dict with `<name>_orig` and `<name>_mask` (of this package
-        or of torch's own pruning; prefixes that DistributedDataParallel and torch.compile put in
-        are taken off); a file of one, .safetensors or what `torch.save` writes (read with
-        `weights_only=True`); or a folder that Accelerate saved. strict: Whether the names and
-        shapes of model and source must be the same. If not, what differs keeps what the model has:
-        a new head stays dense, say.
+    Args:
+        model: Dense, or masked at the same places; changed in place.
+        source: A file that `itop_prune.save` wrote, a state dict of a sparse model, a file of one
+            (.safetensors or of `torch.save`), or a folder that Accelerate saved. A state dict has
+            `<name>_orig` and `<name>_mask`, of this package or of torch's own pruning. Prefixes of
+            wrappers (DDP, torch.compile) are taken off. No code from a file is run.
+        strict: Refuse a source whose names or shapes differ from the model's. Otherwise what
+            differs stays as it is in the model: a new head stays dense, for example.
 
     Returns:
         The masks, as `itop_prune.find_masks` gives them.
 
-    Raises: FileNotFoundError: There is no such file. ValueError: The source is no state dict, is
-        damaged, has no masks, or does not fit the model, which is then as it was.
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The source is no state dict, is damaged, has no masks, or does not fit. The
+            model is then as it was.
     """
-    given = _state_in(source, "the source") if isinstance(source, Mapping) else _read(Path(source))
-    state = {plain_name(name): tensor for name, tensor in given.items()}
-    versions = {plain_name(name): layer for name, layer in getattr(given, "_metadata", {}).items()}
+    if isinstance(source, Mapping):
+        found = _StateDict.of(_find_state_dict(source, "the source"))
+    else:
+        found = _StateDict.of(_read(Path(source)))
+
     model = unwrap(model)
-    present = model.state_dict(keep_vars=True)
-    if any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in present.values()):
-        raise ValueError("the model is on the meta device; call model.to_empty(device=...) first")
-    actual = {plain_name(name): name for name in present}
-    here = {name: present[actual[name]] for name in actual}
-    shapes, owners = _shapes(here, _owners(here)), _owners(state)
-    while not shapes.keys() & owners.keys() and (inner := _inside_module(state)):
-        state = inner
-        versions = {
-            name.removeprefix("module").removeprefix("."): layer for name, layer in versions.items()
-        }
-        owners = _owners(state)
-    found, weights = _shapes(state, owners), [*walk(model, remove_duplicate=False)]
-    masked = {owner for owner, entries in owners.items() if owner not in entries}
-    if not masked:
-        raise ValueError(
-            "the source has no masks; load a dense one with model.load_state_dict, then call itop_prune.apply"
-        )
-    if strange := sorted(masked & shapes.keys() - {name for name, _, _ in weights}):
-        raise ValueError(
-            f"the source masks what is no weight matrix here: {', '.join(strange)}; prune.remove it first"
-        )
-    differing = sorted(
-        name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)
-    )
-    if strict and differing:
-        raise ValueError(
-            "model and source differ; strict=False loads the rest\n"
-            + _differences(shapes, found, differing)
-        )
-    fitting = masked - set(differing)
-    if not fitting:
-        raise ValueError(
-            f"no masked weight of the source fits the model: {differing[0]!r}{nearest(differing[0], shapes)}"
-        )
-    masked_here = {name for name, layer, tensor in weights if tensor in masked_names(layer)}
-    if only_here := sorted(masked_here - masked - set(differing)):
-        raise ValueError(
-            f"masked in the model and dense in the source: {', '.join(only_here)}; load into a dense model"
-        )
-    state = {
-        entry: state[entry]
-        for name, entries in owners.items()
-        if name not in differing
-        for entry in entries
-    }
-    bound = [
-        place
-        for place in weights
-        if place[0] in fitting & masked_here and pattern_of(*place[1:]) is not None
-    ]
-    if odd := [
-        name for name, layer, tensor in bound if breaks_pattern(layer, tensor, _mask(state, name))
-    ]:
-        raise ValueError(f"{', '.join(odd)}: {BROKEN}")
-    to_mask = {
-        name: (layer, tensor)
-        for name, layer, tensor in weights
-        if name in fitting and name not in masked_here
-    }
-    if reasons := obstacles(model, to_mask):
-        raise ValueError(
-            "can't mask\n" + "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
-        )
+    present = _StateDict.of(model.state_dict(keep_vars=True))
+    _refuse_meta(present)
+    found = _without_wrappers(found, present)
+
+    targets = _targets(model)
+    masked_here = {name for name, (layer, its) in targets.items() if its in masked_names(layer)}
+    fitting = _fitting_names(found, present, targets, strict)
+    _check_masks(model, found, fitting, targets, masked_here)
+
     placed: dict[str, ITOP] = {}
-    for name, (layer, tensor) in to_mask.items():
-        if tensor not in masked_names(layer):  # it may have two names
+    to_mask = found.masked & fitting - masked_here
+    for name, (layer, tensor) in targets.items():
+        if name in to_mask and tensor not in masked_names(layer):  # a layer may have two names
             placed[name] = ITOP.place(layer, tensor)
-    for name, layer, tensor in weights:
-        if isinstance(packed := state.get(f"{name}_mask"), Packed):
-            state[f"{name}_orig"], state[f"{name}_mask"] = _unpacked(packed, layer, tensor)
-    named = OrderedDict(
-        (actual.get(name) or actual[name[:-5]] + name[-5:], tensor)
-        for name, tensor in state.items()
-    )
-    # How torch keeps the versions of layers beside the tensors; those that the source does not tell are the model's.
-    own_versions = present._metadata  # type: ignore[attr-defined]
-    named._metadata = {  # type: ignore[attr-defined]
-        name: versions.get(plain_name(name), own) for name, own in own_versions.items()
-    }
-    model.load_state_dict(named, strict=strict)
+
+    tensors = _write_active_weights(found, fitting, targets)
+    model.load_state_dict(_with_own_names(tensors, found, present), strict=strict)
     exclude_masks_from_ddp(model)
     return find_masks(model) if masked_here else placed
 
 
-def _inside_module(state: Mapping[str, Tensor | Packed]) -> dict[str, Tensor | Packed]:
-    """Return what DataParallel, DDP or AveragedModel have put below "module.", {} where that is not all there is."""
-    inside = {name: tensor for name, tensor in state.items() if name != AVERAGED}
-    if not all(name.startswith("module.") for name in inside):
-        return {}
-    return {name.removeprefix("module."): tensor for name, tensor in inside.items()}
+@dataclass(frozen=True)
+class _StateDict:
+    """A state dict by plain names, which have no parts of torch.compile."""
+
+    tensors: Mapping[str, Entry]
+    versions: Mapping[str, Any]
+    """Versions of layers by their name, which torch keeps beside the tensors."""
+    own_names: Mapping[str, str]
+    """Names with those parts, by plain name."""
+
+    @classmethod
+    def of(cls, state: Mapping[str, Entry]) -> "_StateDict":
+        own_names = {plain_name(name): name for name in state}
+        tensors = {name: state[own] for name, own in own_names.items()}
+        versions: Mapping[str, Any] = getattr(state, "_metadata", {})
+        return cls(tensors, versions, own_names)
+
+    @cached_property
+    def entries(self) -> dict[str, list[str]]:
+        return entries_by_weight(self.tensors)
+
+    @cached_property
+    def masked(self) -> set[str]:
+        return {name for name, entries in self.entries.items() if name not in entries}
+
+    @cached_property
+    def shapes(self) -> dict[str, set[tuple[int, ...]]]:
+        """The shapes by plain name: weight and mask of a sound source have the same one."""
+        return {
+            name: {getattr(self.tensors[entry], "shape", ()) for entry in entries}
+            for name, entries in self.entries.items()
+        }
 
 
-def _owners(state: Mapping[str, Tensor | Packed]) -> dict[str, list[str]]:
-    """Return the names of a state dict's entries by plain name: of a masked weight there are two, of others one."""
-    owners: dict[str, list[str]] = {}
-    masked = compact.masked(state)
-    for name in state:
-        stem = name[:-5] if name.endswith(("_orig", "_mask")) else name
-        owners.setdefault(stem if stem in masked else name, []).append(name)
-    return owners
+def _targets(model: nn.Module) -> dict[str, Target]:
+    return {name: (layer, its) for name, layer, its in walk(model, remove_duplicate=False)}
 
 
-def _unpacked(packed: Packed, layer: nn.Module, tensor: str) -> tuple[Tensor, Tensor]:
-    """Return a weight and its mask, written into those of a masked layer at once where that can be, to save a copy."""
-    parameter, mask = getattr(layer, f"{tensor}_orig"), getattr(layer, f"{tensor}_mask")
-    if is_sharded(parameter) or not (parameter.is_contiguous() and mask.is_contiguous()):
-        return packed.unpack()
-    packed.fill(parameter, mask)
-    return parameter, mask
+def _refuse_meta(model: _StateDict) -> None:
+    for tensor in model.tensors.values():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise ValueError(
+                "the model is on the meta device; call model.to_empty(device=...) first"
+            )
 
 
-def _mask(state: Mapping[str, Tensor | Packed], name: str) -> Tensor:
-    """Return the mask of a state dict for a weight."""
-    mask = state[f"{name}_mask"]
-    return mask.unpack()[1] if isinstance(mask, Packed) else mask
+def _without_wrappers(source: _StateDict, model: _StateDict) -> _StateDict:
+    """Take off prefixes of DataParallel, DDP and AveragedModel until a name is the model's."""
+    prefix = "module."
+    while not model.entries.keys() & source.entries.keys():
+        inside = {name: tensor for name, tensor in source.tensors.items() if name != AVERAGED}
+        if not inside or not all(name.startswith(prefix) for name in inside):
+            break
+
+        versions = {}
+        for name, version in source.versions.items():
+            versions[plain_name(name).removeprefix("module").removeprefix(".")] = version
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in inside.items()}
+        source = _StateDict(tensors, versions, {})
+    return source
 
 
-def _shapes(state: Mapping[str, Tensor | Packed], owners: Mapping[str, list[str]]) -> Shapes:
-    """Return the shapes by plain name; weight and mask have one and the same."""
-    return {
-        name: {getattr(state[e], "shape", ()) for e in entries} for name, entries in owners.items()
-    }
+def _fitting_names(
+    source: _StateDict, model: _StateDict, targets: Mapping[str, Target], strict: bool
+) -> set[str]:
+    """Match names and shapes: find the weights that can be loaded.
+
+    Raises:
+        ValueError: The source has no masks, masks something else, or does not fit.
+    """
+    if not source.masked:
+        raise ValueError(
+            "the source has no masks; load a dense one with model.load_state_dict, then call "
+            "itop_prune.apply"
+        )
+    unknown = sorted((source.masked & model.entries.keys()) - targets.keys())
+    if unknown:
+        raise ValueError(
+            f"the source masks what is no weight matrix here: {', '.join(unknown)}; call "
+            "prune.remove on it first"
+        )
+
+    names = model.shapes.keys() | source.shapes.keys()
+    fitting = {name for name in names if model.shapes.get(name) == source.shapes.get(name)}
+    differing = sorted(names - fitting)
+    if strict and differing:
+        lines = [_difference(name, model, source) for name in differing[:10]]
+        if len(differing) > 10:
+            lines.append(f"  and {len(differing) - 10} more")
+        raise ValueError(
+            "model and source differ; strict=False loads the rest\n" + "\n".join(lines)
+        )
+    if not source.masked & fitting:
+        raise ValueError(
+            "no masked weight of the source fits the model: "
+            f"{differing[0]!r}{nearest(differing[0], model.shapes)}"
+        )
+    return fitting
 
 
-def _differences(here: Shapes, there: Shapes, names: Sequence[str], most: int = 10) -> str:
-    """Return the shapes in the model and in the source in lines, for a message; of many the first."""
-
-    def in_words(shapes: Collection[tuple[int, ...]]) -> str:
+def _difference(name: str, model: _StateDict, source: _StateDict) -> str:
+    def in_words(shapes: Shapes) -> str:
         return " and ".join(sorted(str(tuple(shape)) for shape in shapes)) or "none"
 
-    lines = [
-        f"  {n}: the model has {in_words(here.get(n, ()))}, the source {in_words(there.get(n, ()))}"
-        for n in names[:most]
-    ]
-    return "\n".join([*lines, *([f"  and {len(names) - most} more"] if names[most:] else [])])
+    here, there = in_words(model.shapes.get(name, ())), in_words(source.shapes.get(name, ()))
+    return f"  {name}: the model has {here}, the source {there}"
+
+
+def _check_masks(
+    model: nn.Module,
+    source: _StateDict,
+    fitting: set[str],
+    targets: Mapping[str, Target],
+    masked_here: set[str],
+) -> None:
+    """Refuse masks that the model can't take.
+
+    Raises:
+        ValueError: There are such masks.
+    """
+    only_here = sorted(masked_here & fitting - source.masked)
+    if only_here:
+        raise ValueError(
+            f"masked in the model and dense in the source: {', '.join(only_here)}; load into a "
+            "dense model"
+        )
+
+    broken = []
+    for name in masked_here & fitting:
+        layer, tensor = targets[name]
+        if pattern_of(layer, tensor) is not None:
+            mask: Any = source.tensors[mask_name(name)]
+            if isinstance(mask, ActiveWeights):
+                _, mask = mask.dense()
+            if breaks_pattern(layer, tensor, mask):
+                broken.append(name)
+    if broken:
+        raise ValueError(f"{', '.join(sorted(broken))}: {BROKEN_PATTERN}")
+
+    to_mask = source.masked & fitting - masked_here
+    reasons = obstacles(model, {name: targets[name] for name in targets if name in to_mask})
+    if reasons:
+        lines = [f"  {name}: {reason}" for name, reason in reasons.items()]
+        raise ValueError("can't mask\n" + "\n".join(lines))
+
+
+def _write_active_weights(
+    source: _StateDict, fitting: set[str], targets: Mapping[str, Target]
+) -> dict[str, Any]:
+    """List the tensors that fit; `ActiveWeights` are written into their layers before."""
+    tensors: dict[str, Any] = {}
+    for name in fitting:
+        for entry in source.entries[name]:
+            tensors[entry] = source.tensors[entry]
+
+    for name, (layer, tensor) in targets.items():
+        weight = tensors.get(parameter_name(name))
+        if not isinstance(weight, ActiveWeights):
+            continue
+        parameter = getattr(layer, parameter_name(tensor))
+        mask = getattr(layer, mask_name(tensor))
+        if is_sharded(parameter) or not (parameter.is_contiguous() and mask.is_contiguous()):
+            parameter, mask = weight.dense()
+        else:  # straight into the layer: it saves a copy
+            weight.write_into(parameter, mask)
+        tensors[parameter_name(name)], tensors[mask_name(name)] = parameter, mask
+    return tensors
+
+
+def _with_own_names(
+    tensors: Mapping[str, Tensor], source: _StateDict, model: _StateDict
+) -> dict[str, Tensor]:
+    """Make the state dict that a model takes; versions that the source lacks are the model's."""
+    state: Any = OrderedDict()
+    for name, entries in source.entries.items():
+        for entry in entries:
+            if entry in tensors and entry in model.own_names:
+                state[model.own_names[entry]] = tensors[entry]
+            elif entry in tensors:  # of a new mask
+                state[model.own_names[name] + entry.removeprefix(name)] = tensors[entry]
+
+    versions = {plain_name(name): version for name, version in source.versions.items()}
+    state._metadata = {
+        name: versions.get(plain_name(name), version) for name, version in model.versions.items()
+    }
+    return state
 
 
 def read_state(path: str | Path) -> Mapping[str, Tensor]:
-    """Read a state dict from a .safetensors file (of `itop_prune.save` too), what `torch.save` wrote, or a folder.
+    """Read a state dict from a file, or from a folder that Accelerate saved.
 
-    The folder is one of Accelerate's. No code from a file is run.
+    The file is .safetensors (of `itop_prune.save` too) or what `torch.save` wrote. No code from a
+    file is run.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file holds something else.
     """
-    return compact.unpack(_read(Path(path)))
+    return small_files.dense_tensors(_read(Path(path)))
 
 
-def _read(path: Path) -> Mapping[str, Tensor | Packed]:
+def _read(path: Path) -> Mapping[str, Entry]:
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist; allowed are a .safetensors or torch file, or a folder of Accelerate's"
+            f"{path} does not exist; allowed are a .safetensors or torch file, or a folder of "
+            "Accelerate's"
         )
     if path.suffix == ".safetensors":
-        return compact.read(path)
+        return small_files.read(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path} holds more than tensors and plain values, or is damaged; no code from a file is run: save "
-            "model.state_dict()"
+            f"{path} holds more than tensors and plain values, or is damaged; no code from a file "
+            "is run: save model.state_dict()"
         ) from None
     except Exception as error:  # of any kind, as what is damaged happens to read
         raise ValueError(
             f"{path} is damaged or no file of torch.save: {error!r}; copy or save it again"
         ) from None
-    return _state_in(state, str(path))
+    return _find_state_dict(state, str(path))
 
 
-def _state_in(source: Any, called: str) -> Mapping[str, Tensor]:
-    """Return the state dict that was given, or that timm and others have wrapped.
+def _find_state_dict(source: Any, called: str) -> Mapping[str, Tensor]:
+    """Find the state dict in what was given: timm and others wrap it.
 
     Raises:
-        ValueError: It is none.
+        ValueError: There is none.
     """
     state = source
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(
-        isinstance(value, Tensor) or str(name).endswith("_extra_state")
-        for name, value in state.items()
-    ):
+
+    if not isinstance(state, Mapping) or not all(_is_entry(*item) for item in state.items()):
         raise ValueError(
             f"{called} holds no state dict, a dict of tensors by name; save model.state_dict()"
         )
     return state
 
 
-def _read_folder(folder: Path) -> Mapping[str, Tensor | Packed]:
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / stem).exists():
-            return _read(folder / stem)
-        index = folder / f"{stem}.index.json"
+def _is_entry(name: object, value: object) -> bool:
+    return isinstance(value, Tensor) or str(name).endswith("_extra_state")
+
+
+def _read_folder(folder: Path) -> Mapping[str, Entry]:
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / file).exists():
+            return _read(folder / file)
+
+        index = folder / f"{file}.index.json"
         if index.exists():
             try:
-                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                shards = {
+                    folder / name for name in json.loads(index.read_text())["weight_map"].values()
+                }
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(
                     f"{index} is damaged: it has no weight_map, files by name; save it again"
                 ) from None
-            return {
-                name: tensor for shard in shards for name, tensor in _read(folder / shard).items()
-            }
+
+            state: dict[str, Entry] = {}
+            for shard in sorted(shards):
+                state |= _read(shard)
+            return state
     raise FileNotFoundError(
-        f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a folder of Accelerate's?"
+        f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a folder of "
+        "Accelerate's?"
     )

@@ -1,1 +1,1 @@
-"""After training: masked models computed with their active weights alone."""
+"""Inference with masked models: a copy that computes with its active weights alone."""

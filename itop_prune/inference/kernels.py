@@ -1,4 +1,4 @@
-"""Products of a sparse matrix with dense ones that torch has for a CPU: which one is fastest, the machine must say."""
+"""Products of a sparse with a dense matrix that torch has; `deploy` measures which is fastest."""
 
 import functools
 import warnings
@@ -14,7 +14,7 @@ class Active(NamedTuple):
     """The active weights of a matrix, row after row."""
 
     starts: Tensor
-    """Where the weights of each row begin, and where the last ones end; int32, which MKL takes as it is."""
+    """Where the weights of each row begin, and where the last row ends; int32, as MKL takes it."""
     inputs: Tensor
     """The column of each weight, int32."""
     values: Tensor
@@ -23,12 +23,12 @@ class Active(NamedTuple):
 
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
-"""(x, bias) -> matrix times x plus bias; x is [inputs, columns] or [inputs], the bias [outputs] or None."""
+"""(x, bias) -> matrix @ x + bias; x is [inputs, columns] or [inputs], bias [outputs] or None."""
 
 
 def csr(active: Active) -> Product:
-    """The product of torch.sparse, which is MKL's where torch has it; a single column is taken as a vector."""
-    with warnings.catch_warnings():  # torch says so at the first CSR tensor of a process
+    """Make the product of torch.sparse, which is MKL's if torch has it."""
+    with warnings.catch_warnings():  # at the first CSR tensor of a process
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state", UserWarning)
         warnings.filterwarnings(
             "ignore", "Sparse invariant checks are implicitly disabled", UserWarning
@@ -38,13 +38,13 @@ def csr(active: Active) -> Product:
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.ndim == 1:
             return torch.mv(matrix, x) if bias is None else torch.addmv(bias, matrix, x)
-        if x.shape[1] == 1:
+        if x.shape[1] == 1:  # a vector is faster
             return product(x[:, 0], bias)[:, None]
         try:
             return _add(torch.mm(matrix, x), bias)
         except (
             NotImplementedError
-        ) as error:  # what autocast casts to; to ask for it beforehand costs small layers time
+        ) as error:  # autocast; checking for it first costs small layers time
             raise RuntimeError(
                 f"torch has no such product ({error}); leave out autocast"
             ) from error
@@ -53,15 +53,13 @@ def csr(active: Active) -> Product:
 
 
 def embedding_bag(active: Active) -> Product:
-    """Sums of embeddings with weights, as torch.nn.EmbeddingBag makes them: a row of x is an embedding."""
+    """Make a product of weighted sums: to torch.nn.EmbeddingBag a row of x is an embedding."""
     bag = functools.partial(F.embedding_bag, mode="sum", include_last_offset=True)
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.ndim == 1:
             return product(x[:, None], bias)[:, 0]
-        if (
-            len(x) != active.shape[1]
-        ):  # more embeddings than there are inputs would do no harm, to nobody's notice
+        if len(x) != active.shape[1]:  # embedding_bag does not notice surplus rows
             raise RuntimeError(
                 f"x has {len(x)} rows; allowed are {active.shape[1]}, the inputs of the layer"
             )

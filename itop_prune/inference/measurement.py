@@ -1,4 +1,4 @@
-"""What functions take and how far their outputs are apart, and what `deploy` found with both, as a table."""
+"""Time functions, compare their outputs, and report what `deploy` measured as a table."""
 
 import math
 import time
@@ -21,11 +21,11 @@ class Choice:
     kernel: str
     """One of `itop_prune.inference.deployment.CHOICES`."""
     dense_seconds: float
-    """Of the dense layer in one forward; 0 where it was not timed."""
+    """Time of the dense layer in one forward; 0 if it was not measured."""
     seconds: float
-    """Of the layer as it was chosen."""
+    """Time of the layer as it was chosen."""
     why: str = ""
-    """Why there was no choice but the dense layer."""
+    """Why only the dense layer was possible."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Report:
 
     choices: tuple[Choice, ...]
     shapes: tuple[tuple[int, ...], ...]
-    """Of the example's tensors."""
+    """Shapes of the tensors in the example."""
     threads: int
     dense_seconds: float
-    """Of a forward of the dense model."""
+    """Time of a forward of the dense model."""
     seconds: float
-    """Of the deployed one."""
+    """Time of a forward of the deployed model."""
     difference: float
-    """Between their outputs, as a share of the dense one's norm."""
+    """Relative error of the outputs against the dense model."""
     fallback: str = ""
-    """Why all of the model stayed dense, against what the layers alone said."""
+    """Why all of the model stayed dense although single layers were faster."""
 
     @property
     def speedup(self) -> float:
@@ -51,7 +51,7 @@ class Report:
         return self.dense_seconds / self.seconds
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Return the table as text: a header, a line per layer, the whole model."""
+        """Make the table as text: a header, a line per layer, the whole model."""
         lines: list[tuple[str, ...]] = [
             ("weight", "shape", "density", "choice", "dense", "deployed", "speed-up", "")
         ]
@@ -59,50 +59,56 @@ class Report:
             shape = "×".join(map(str, row.shape))
             numbers = _numbers(row.dense_seconds, row.seconds)
             lines.append((row.name, shape, f"{row.density:.4f}", row.kernel, *numbers, row.why))
-        return [
-            *lines,
-            ("whole model", "", "", "", *_numbers(self.dense_seconds, self.seconds), self.fallback),
-        ]
+
+        numbers = _numbers(self.dense_seconds, self.seconds)
+        lines.append(("whole model", "", "", "", *numbers, self.fallback))
+        return lines
 
     def __str__(self) -> str:
         lines = self.cells()
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
-        text = [
-            "  ".join([a.ljust(widths[0]), *map(str.rjust, rest, widths[1:]), why])
-            for a, *rest, why in lines
-        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+        text = []
+        for name, *middle, why in lines:
+            cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
+            text.append("  ".join([name.ljust(widths[0]), *cells, why]).rstrip())
+
         where = f"inputs of {', '.join(map(str, self.shapes))}, threads: {self.threads}"
-        tail = f"measured with {where}; others give the same outputs. Difference of outputs: {self.difference:.1e}"
-        return "\n".join([*map(str.rstrip, text), tail])
+        text.append(
+            f"measured with {where}; others give the same outputs. Difference of outputs: "
+            f"{self.difference:.1e}"
+        )
+        return "\n".join(text)
 
 
 def _numbers(dense: float, seconds: float) -> tuple[str, str, str]:
-    return (
-        (f"{1e3 * dense:.3f} ms", f"{1e3 * seconds:.3f} ms", f"{dense / seconds:.2f}")
-        if seconds
-        else ("", "", "")
-    )
+    if not seconds:
+        return "", "", ""
+    return f"{1e3 * dense:.3f} ms", f"{1e3 * seconds:.3f} ms", f"{dense / seconds:.2f}"
 
 
-def in_turns(
+def interleaved_times(
     functions: Mapping[str, Callable[[], object]],
     at_least: int,
     within: float,
-    of: Callable[[list[float]], float],
+    reduce: Callable[[list[float]], float],
     wait: Callable[[], object] = lambda: None,
-    in_a_row: int = 1,
 ) -> dict[str, float]:
-    """Call functions in turns, after one call of each that does not count, and reduce the seconds of a call of each.
+    """Time functions in rounds, each function once a round, and reduce the seconds of each.
 
-    Args: functions: By name. at_least: So many rounds; at most 1000. within: So many seconds, if
-        more rounds fit. of: What reduces the seconds of the rounds: `min`, `statistics.median`.
-        wait: Called before the clock is read: for a device that computes on its own. in_a_row: So
-        many calls between two looks at the clock: such a device begins with one while the host
-        prepares the next.
+    One call of each comes first and does not count: it may compile or allocate.
+
+    Args:
+        functions: Functions by name.
+        at_least: Number of rounds to take.
+        within: Go on for so many seconds, up to 1000 rounds.
+        reduce: What the rounds of a function are reduced with: `min`, `statistics.median`.
+        wait: Called before the clock is read, for a device that computes on its own.
     """
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
+
     until = time.perf_counter() + within
     for turn in range(1000):
         if turn >= at_least and time.perf_counter() > until:
@@ -110,22 +116,22 @@ def in_turns(
         for name, function in functions.items():
             wait()
             began = time.perf_counter()
-            for _ in range(in_a_row):
-                function()
+            function()
             wait()
-            taken[name].append((time.perf_counter() - began) / in_a_row)
-    return {name: of(seconds) for name, seconds in taken.items()}
+            taken[name].append(time.perf_counter() - began)
+    return {name: reduce(seconds) for name, seconds in taken.items()}
 
 
-def copied(arguments: Any) -> Any:
-    """Return arguments with copies of their tensors, for a forward that writes into its inputs."""
+def clone_tensors(arguments: Any) -> Any:
+    """Copy the tensors in arguments: a forward may write into its inputs."""
     return tree_map_only(Tensor, torch.clone, arguments)
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """Return all tensors of nested containers, dataclasses among them, in order.
+    """List all tensors of nested containers, dataclasses among them, in order.
 
-    >>> [tuple(tensor.shape) for tensor in tensors_in({"y": [torch.zeros(2), 3], "z": (torch.zeros(1, 4),)})]
+    >>> found = tensors_in({"y": [torch.zeros(2), 3], "z": (torch.zeros(1, 4),)})
+    >>> [tuple(tensor.shape) for tensor in found]
     [(2,), (1, 4)]
     """
     found = []
@@ -137,17 +143,23 @@ def tensors_in(values: Any) -> list[Tensor]:
     return found
 
 
-def difference(ours: Any, theirs: Any) -> float:
-    """Return the norm of the difference of all tensors as a share of theirs; NaN where there is nothing to compare.
+def relative_error(found: Any, expected: Any) -> float:
+    """Compute the norm of the difference of all tensors, as a share of the expected norm.
 
-    An infinity where theirs is the same one makes no difference.
+    An infinity that is expected makes no difference. Without tensors, or with NaN among them, there
+    is nothing to compare: the error is NaN.
 
-    >>> difference({"y": torch.tensor([3.0, 4.5]), "n": 1}, {"y": torch.tensor([3.0, 4.0]), "n": 2})
+    >>> relative_error({"y": torch.tensor([3.0, 4.5])}, {"y": torch.tensor([3.0, 4.0])})
     0.1
     """
-    pairs = [
-        (a.double(), b.double()) for a, b in zip(tensors_in(ours), tensors_in(theirs), strict=True)
-    ]
-    apart = sum(float((a - b)[a != b].square().sum()) for a, b in pairs)
-    size = sum(float(b[b.isfinite()].square().sum()) for _, b in pairs)
-    return 0.0 if pairs and apart == 0 else math.sqrt(apart / size) if size else math.nan
+    pairs = zip(tensors_in(found), tensors_in(expected), strict=True)
+    compared, apart, size = False, 0.0, 0.0
+    for a, b in pairs:
+        a, b = a.double(), b.double()
+        compared = True
+        apart += float((a - b)[a != b].square().sum())
+        size += float(b[b.isfinite()].square().sum())
+
+    if compared and apart == 0:
+        return 0.0
+    return math.sqrt(apart / size) if size else math.nan

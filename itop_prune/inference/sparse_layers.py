@@ -1,13 +1,11 @@
-"""Layers for inference on a CPU that compute with their active weights alone.
+"""Layers for inference that compute with their active weights alone.
 
 Each is a sparse matrix times a dense one, [outputs, inputs] @ [inputs, columns]. A linear layer has
-a column for each row of its input; a convolution has one for each place that its kernel takes on an
-image, with the pixels under it: for a kernel of 1 by 1 that is the image as it lies there, a larger
-one has it unfolded.
+a column for each row of its input. A convolution has a column for each place of its kernel on the
+image, with the pixels under the kernel; kernels larger than 1 by 1 need the image unfolded.
 
-torch.export finds sums of embeddings in their place, whatever their kernel, for any batch: a CSR
-tensor it does not take. ONNX has no product for sparse weights; there each is a dense layer whose
-weight is made of the active ones.
+torch.export takes no CSR tensors, so it gets `embedding_bag` in place of any kernel. ONNX has no
+product for sparse weights: it gets dense layers, whose weight is made of the active ones.
 """
 
 import copy
@@ -23,17 +21,19 @@ from itop_prune.inference.kernels import KERNELS, Active, Product
 
 
 def obstacle(layer: nn.Module, tensor: str) -> str:
-    """Return why a layer can't compute with the active weights of a tensor alone, or ""."""
+    """Say why a layer can't compute with the active weights of a tensor alone, or ""."""
     if tensor != "weight" or type(layer) not in SPARSE or "forward" in vars(layer):
-        return f"{type(layer).__module__.partition('.')[0]}'s {type(layer).__name__} computes in a way of its own"
+        package = type(layer).__module__.partition(".")[0]
+        return f"{package}'s {type(layer).__name__} computes in a way of its own"
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return f"{layer.groups} groups"
-    known = layer.weight.is_cuda or layer.weight.dtype is torch.float32
-    return "" if known else f"{layer.weight.dtype}, not float32"
+    if layer.weight.dtype is not torch.float32:
+        return f"{layer.weight.dtype}, not float32"
+    return ""
 
 
 def sparse(layer: nn.Module, kernel: str) -> Any:
-    """Return a layer that computes what a plain one does with one of `KERNELS`; it shares bias and hooks with it."""
+    """Make a sparse layer of a plain one with one of `KERNELS`; both share bias and hooks."""
     new = copy.copy(layer)
     new.__class__ = SPARSE[type(layer)]
     new.__dict__ |= {
@@ -52,13 +52,13 @@ def sparse(layer: nn.Module, kernel: str) -> Any:
 
 
 def replace(layer: nn.Module, new: nn.Module) -> None:
-    """Make a layer be the new one wherever it is held: the object stays."""
+    """Turn a layer into the new one, wherever it is held: the object stays."""
     layer.__class__ = type(new)
     layer.__dict__ = vars(new)
 
 
 class SparseLayer(nn.Module):
-    """What the layers share: the active weights as buffers, and a product over them that is made, never copied."""
+    """Base of sparse layers: active weights as buffers, and a product that is remade in copies."""
 
     kernel: str
     weight_starts: Tensor
@@ -74,13 +74,13 @@ class SparseLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made for whoever asks for it, by what ONNX has too."""
+        """The dense weight, made when it is read, by operations that ONNX has too."""
         inputs, count = math.prod(self.weight_shape[1:]), len(self.weight_values)
         ends = self.weight_starts[1:].long()
         ended = ends.new_zeros(count + 1).scatter_add(0, ends, torch.ones_like(ends))
-        positions = (
-            ended[:count].cumsum(0) * inputs + self.weight_inputs
-        )  # as many outputs ended before as its own is
+
+        # The output of a weight is the number of outputs that ended before it.
+        positions = ended[:count].cumsum(0) * inputs + self.weight_inputs
         flat = self.weight_values.new_zeros(self.weight_shape[0] * inputs)
         return flat.scatter(0, positions, self.weight_values).view(self.weight_shape)
 
@@ -89,33 +89,33 @@ class SparseLayer(nn.Module):
         self.__dict__ |= {"_product": self.product(self.kernel), "_dtype": self.weight_values.dtype}
 
     def product(self, kernel: str) -> Product:
-        """Return a product over the present buffers."""
+        """Make a product with a kernel over the present buffers."""
         shape = (self.weight_shape[0], math.prod(self.weight_shape[1:]))
         return KERNELS[kernel](
             Active(self.weight_starts, self.weight_inputs, self.weight_values, shape)
         )
 
     def check(self, x: Tensor) -> None:
-        """Refuse an input that asks for a gradient or is of another type than the weight.
+        """Refuse an input that requires a gradient or has another dtype than the weight.
 
         Raises:
-            RuntimeError: It does, or it is.
+            RuntimeError: It does.
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                "a gradient is asked for through a deployed layer, which has none: use torch.no_grad() or "
-                "torch.inference_mode(), or the model that was deployed"
+                "a gradient is asked for through a deployed layer, which has none: use "
+                "torch.no_grad() or torch.inference_mode(), or the model that was deployed"
             )
         if x.dtype is not self._dtype:
             raise RuntimeError(
-                f"a deployed layer of {self._dtype} was given {x.dtype}; allowed is {self._dtype}: leave out autocast "
-                "and convert the input"
+                f"a deployed layer of {self._dtype} was given {x.dtype}; allowed is {self._dtype}: "
+                "leave out autocast and convert the input"
             )
 
     def extra_repr(self) -> str:
-        """Return the sizes of the layer, its kernel and the number of its weights."""
-        total = math.prod(self.weight_shape)
-        return f"{super().extra_repr()}, {self.kernel}, {len(self.weight_values):,} of {total:,} weights"
+        """Show the sizes of the layer, its kernel and the number of its weights."""
+        active, total = len(self.weight_values), math.prod(self.weight_shape)
+        return f"{super().extra_repr()}, {self.kernel}, {active:,} of {total:,} weights"
 
     def _apply(self, *args: Any, **keywords: Any) -> Any:
         super()._apply(*args, **keywords)
@@ -135,14 +135,14 @@ class SparseLayer(nn.Module):
         self.prepare()
 
 
-class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the weight is made when asked for
+class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # of weight
     """nn.Linear with its active weights alone."""
 
     keeps_transposed: Collection[torch.Size] = ()
-    """Inputs of which shapes have an output that stays as the product gives it, column after column.
+    """Shapes of inputs whose output stays as the product gives it, column after column.
 
-    That is good for a next layer that takes it so. Of other shapes it is laid out as by a dense
-    layer, since what lies between might view it in a way that was not tried."""
+    The next layer takes it so. For other shapes the output is laid out as by a dense layer, since
+    a function between the layers might view it in a way that was not tried."""
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -150,30 +150,26 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
         return self.out_features, self.in_features
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return [..., outputs] of [..., inputs]."""
+        """Compute [..., outputs] of [..., inputs]."""
         if input.dtype is not self._dtype or input.requires_grad:
             self.check(input)
         if torch.compiler.is_exporting():
             return self.exported(input)
         shape = (*input.shape[:-1], self.out_features)
-        if input.numel() == self.in_features:
-            return self._product(input.reshape(-1), self._parameters["bias"]).view(
-                shape
-            )  # self.bias takes a while
+        if input.numel() == self.in_features:  # a small product: reading self.bias takes a while
+            return self._product(input.reshape(-1), self._parameters["bias"]).view(shape)
+
         columns = input.reshape(-1, self.in_features).t()
         columns = columns if columns.is_contiguous() else _added(columns, 0)
-        if (
-            self.keeps_transposed
-            and input.shape in self.keeps_transposed
-            and not torch.compiler.is_compiling()
-        ):
+        kept = self.keeps_transposed and input.shape in self.keeps_transposed
+        if kept and not torch.compiler.is_compiling():
             return self._product(columns, self.bias).t().view(shape)
-        return _added(self._product(columns, None).t(), 0 if self.bias is None else self.bias).view(
-            shape
-        )
+
+        rows = self._product(columns, None).t()
+        return _added(rows, 0 if self.bias is None else self.bias).view(shape)
 
     def exported(self, input: Tensor) -> Tensor:
-        """Return the same by what an exporter takes, for any number of rows."""
+        """Compute the same by operations that an exporter takes, for any number of rows."""
         if torch.onnx.is_in_onnx_export():
             return super().forward(input)
         y = self.product("embedding_bag")(
@@ -183,7 +179,7 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # the wei
 
 
 def _added(tensor: Tensor, more: Tensor | int) -> Tensor:
-    """Return the sum, row by row; torch shares this among its threads, but not the copy of a transposed matrix."""
+    """Add into a new contiguous tensor: threads share a sum, but not a transposing copy."""
     return torch.add(tensor, more, out=tensor.new_empty(tensor.shape))
 
 
@@ -196,7 +192,7 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
         return self.out_channels, self.in_channels, *self.kernel_size
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return [batch, outputs, height, width] of [batch, inputs, height, width], or both without a batch."""
+        """Compute [batch, outputs, height, width] of [batch, inputs, height, width]."""
         if input.ndim == 3:
             return self.forward(input[None])[0]
         if input.dtype is not self._dtype or input.requires_grad:
@@ -204,6 +200,7 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
         exporting = torch.compiler.is_exporting()
         if exporting and torch.onnx.is_in_onnx_export():
             return super().forward(input)
+
         windows = input
         if any(self._reversed_padding_repeated_twice):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -213,10 +210,12 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
         ):
             windows = windows.unfold(axis, (size - 1) * step + 1, stride)[..., ::step]
         batch, _, height, width, _, _ = windows.shape
-        if exporting:  # all images in one product: a loop over them would fix their number
+
+        if exporting:  # all images in one product: a loop would fix their number
             columns = windows.permute(1, 4, 5, 0, 2, 3).reshape(-1, batch * height * width)
             y = self.product("embedding_bag")(columns, self.bias)
             return y.view(self.out_channels, batch, height, width).transpose(0, 1).contiguous()
+
         columns = windows.permute(0, 1, 4, 5, 2, 3)
         if batch == 1:
             y = self._product(columns.reshape(-1, height * width).contiguous(), self.bias)
@@ -225,14 +224,14 @@ class SparseConv2d(SparseLayer, nn.Conv2d):  # type: ignore[override]
             for image, out in zip(columns, y, strict=True):
                 out.copy_(self._product(image.reshape(-1, height * width).contiguous(), self.bias))
         y = y.view(batch, self.out_channels, height, width)
-        channels_last = (
-            input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
-        )
-        return y.contiguous(memory_format=torch.channels_last) if channels_last else y
+
+        if input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+            return y.contiguous(memory_format=torch.channels_last)
+        return y
 
 
 SPARSE: dict[type[nn.Module], type[SparseLayer]] = {
     nn.Linear: SparseLinear,
     nn.Conv2d: SparseConv2d,
 }
-"""What takes the place of a layer of exactly this class."""
+"""Sparse layers by the exact class of the layer that they replace."""

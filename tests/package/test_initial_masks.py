@@ -1,4 +1,4 @@
-"""Masks are placed as asked: how many, where, and by which seed; everything else of the model stays what it was."""
+"""Masks start as asked: how many, where, by which seed; the rest of the model stays what it was."""
 
 import copy
 import math
@@ -11,145 +11,76 @@ import torch
 from helpers.toys import batch, convnet, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import CondConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import itop_prune
-from itop_prune import ITOP
+from itop_prune import ITOP, count_active
+from itop_prune.layers.handle import active_weights
 
-
-def active(masks: dict[str, ITOP]) -> dict[str, int]:
-    return {name: int(itop.mask.sum()) for name, itop in masks.items()}
+WEIGHTS = ("0.weight", "2.weight", "4.weight")  # of `mlp`: 320, 192 and 48
 
 
 def tensors(masks: dict[str, ITOP]) -> list[Tensor]:
     return [itop.mask for itop in masks.values()]
 
 
-def all_equal(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+def all_equal(first: dict[str, ITOP], second: dict[str, ITOP]) -> bool:
+    pairs = zip(tensors(first), tensors(second), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("method", ["ERK", "ER", "uniform"])
+def apply_and_count(**arguments: Any) -> list[Callable[[nn.Module], Any]]:
+    """Both functions that share these arguments."""
+    return [
+        lambda model: itop_prune.apply(model, **arguments),
+        lambda model: count_active(model, **arguments),
+    ]
+
+
+def assert_refused(message: str, **arguments: Any) -> None:
+    """Both functions raise the same error, and leave the model as it was."""
+    for function in apply_and_count(**{"sparsity": 0.5, **arguments}):
+        model = mlp()
+        with pytest.raises(ValueError, match=message):
+            function(model)
+        assert itop_prune.find_masks(model) == {}
+
+
+# --- how many ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ERK", "ER", "uniform", "magnitude"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9, 0.98])
 def test_exactly_the_asked_share_stays_active(method: str, sparsity: float) -> None:
-    assert sum(active(itop_prune.apply(mlp(), sparsity, method)).values()) == round(
-        (1.0 - sparsity) * 560
-    )
-
-
-@settings(deadline=None, max_examples=40)
-@given(sparsity=st.floats(0.0, 0.99))
-def test_counts_are_those_of_the_distribution(sparsity: float) -> None:
-    model = mlp()
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 2}
-    counts = itop_prune.distributions.active_counts(shapes, 1.0 - sparsity, "ERK")
-    assert active(itop_prune.apply(model, sparsity)) == counts
+    masks = itop_prune.apply(mlp(), sparsity, method)
+    assert sum(active_weights(masks).values()) == round((1.0 - sparsity) * 560)
 
 
 def test_a_function_is_a_method() -> None:
-    masks = itop_prune.apply(
-        mlp(), 1.0 - 280 / 560, lambda shapes, density: dict.fromkeys(shapes, density)
-    )
-    assert active(masks) == {"0.weight": 160, "2.weight": 96, "4.weight": 24}
+    masks = itop_prune.apply(mlp(), 0.5, lambda shapes, density: dict.fromkeys(shapes, density))
+    assert active_weights(masks) == {"0.weight": 160, "2.weight": 96, "4.weight": 24}
 
 
-def test_parameters_are_zero_off_the_mask() -> None:
-    for itop in itop_prune.apply(convnet(), 0.7).values():
-        assert not itop.parameter[~itop.mask].any()
-
-
-def test_parameters_keep_their_values_on_the_mask() -> None:
-    dense = dict(convnet().named_parameters())
-    for name, itop in itop_prune.apply(convnet(), 0.7).items():
-        assert torch.equal(itop.parameter, dense[name] * itop.mask)
-
-
-def test_parameters_are_the_same_objects_in_the_same_order() -> None:
-    model = convnet()
-    before = list(model.parameters())
-    itop_prune.apply(model, 0.7)
-    assert [id(parameter) for parameter in model.parameters()] == [
-        id(parameter) for parameter in before
-    ]
-
-
-def test_parameters_keep_their_storage() -> None:
-    model = convnet()
-    before = [parameter.data_ptr() for parameter in model.parameters()]
-    itop_prune.apply(model, 0.7)
-    assert [parameter.data_ptr() for parameter in model.parameters()] == before
-
-
-def test_a_masked_parameter_is_called_orig() -> None:
-    model = mlp()
-    itop_prune.apply(model, 0.7)
-    names = ["0.weight_orig", "0.bias", "2.weight_orig", "2.bias", "4.weight_orig", "4.bias"]
-    assert [name for name, _ in model.named_parameters()] == names
-
-
-def test_masks_are_keyed_by_the_names_of_before() -> None:
-    model = convnet()
-    names = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
-    assert list(itop_prune.apply(model, 0.7)) == names
-
-
-def test_biases_and_norms_are_left_alone() -> None:
-    model, twin = convnet(), convnet()
-    itop_prune.apply(model, 0.7)
-    state = model.state_dict()
-    untouched = [
-        name for name in twin.state_dict() if not name.endswith(".weight") or name == "1.weight"
-    ]
-    assert all(torch.equal(state[name], twin.state_dict()[name]) for name in untouched)
+def test_scores_as_method_take_the_best_of_all_layers() -> None:
+    scores = {"0.weight": torch.full((16, 20), 1.0), "2.weight": torch.full((12, 16), 2.0)}
+    scores["4.weight"] = torch.full((4, 12), 3.0)
+    masks = itop_prune.apply(mlp(), 0.5, scores)
+    assert active_weights(masks) == {"0.weight": 40, "2.weight": 192, "4.weight": 48}
 
 
 def test_the_budget_is_that_of_the_included_weights() -> None:
-    masks = itop_prune.apply(mlp(), 0.5, include=("0", "2.*"))
-    assert list(masks) == ["0.weight", "2.weight"]
-    assert sum(active(masks).values()) == 256
-
-
-def test_what_is_excluded_stays_dense() -> None:
-    model, dense = mlp(), mlp()
-    itop_prune.apply(model, 0.5, exclude="4")
-    assert type(model[4]) is nn.Linear
-    assert torch.equal(model[4].weight, dense[4].weight)
-
-
-def test_sparsity_zero_masks_everything_and_changes_nothing() -> None:
-    model, x = mlp(), batch(0, 20)[0]
-    before = model(x)
-    masks = itop_prune.apply(model, 0)
-    assert all(itop.mask.all() for itop in masks.values())
-    assert torch.equal(model(x), before)
-
-
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1, 1.5, math.nan, math.inf, "0.9", None, True])
-def test_a_bad_sparsity_is_refused_with_the_range(sparsity: object) -> None:
-    with pytest.raises(
-        ValueError, match=rf"sparsity is {sparsity!r}; allowed is a number in \[0, 1\)"
-    ):
-        itop_prune.apply(mlp(), sparsity)
-
-
-def test_an_unknown_method_is_answered_with_the_menu() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"unknown method 'unifrom'; known are uniform, uniform\+, ER, ERK, ERK\+, magnitude, N:M "
-        r"\(nearest: 'uniform'\); or scores by name, such as itop_prune.saliency makes$",
-    ):
-        itop_prune.apply(mlp(), 0.5, "unifrom")
+    for patterns in ({"include": ("0", "2.*")}, {"exclude": "4"}):
+        masks = itop_prune.apply(mlp(), 0.5, **patterns)
+        assert list(masks) == ["0.weight", "2.weight"]
+        assert sum(active_weights(masks).values()) == 256
 
 
 def test_fixed_densities_are_met_and_count_in_the_budget() -> None:
-    """560 weights: the last layer dense, the first at a quarter; the one between gets the rest of 280."""
+    """560 weights: the last layer dense, the first at a quarter; the other gets the rest of 280."""
     masks = itop_prune.apply(mlp(), 0.5, densities={"4": 1.0, "0.weight": 0.25})
-    assert {name: itop.active for name, itop in masks.items()} == {
-        "0.weight": 80,
-        "2.weight": 152,
-        "4.weight": 48,
-    }
+    assert active_weights(masks) == {"0.weight": 80, "2.weight": 152, "4.weight": 48}
 
 
 def test_of_two_patterns_that_match_the_first_decides() -> None:
@@ -157,70 +88,115 @@ def test_of_two_patterns_that_match_the_first_decides() -> None:
     assert (masks["4.weight"].active, masks["2.weight"].active) == (24, 48)
 
 
-def test_what_is_excluded_does_not_count_in_the_budget() -> None:
-    masks = itop_prune.apply(mlp(), 0.5, exclude="4")
-    assert sum(itop.active for itop in masks.values()) == 256
-
-
-@pytest.mark.parametrize("densities", [["4"], "4", 0.5, [], 0])
-def test_densities_that_are_no_mapping_are_refused(densities: Any) -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"densities is .*; allowed are shares by pattern, such as \{'head': 1\.0\}",
-    ):
-        itop_prune.apply(mlp(), 0.5, densities=densities)
+def test_sparsity_zero_masks_everything_and_changes_nothing() -> None:
+    model, (x, _) = mlp(), batch(0, 20)
+    before = model(x)
+    masks = itop_prune.apply(model, 0)
+    assert all(itop.mask.all() for itop in masks.values())
+    assert torch.equal(model(x), before)
 
 
 def test_numbers_of_numpy_are_those_of_python() -> None:
-    expected = tensors(itop_prune.apply(mlp(), 0.5, seed=3))
+    expected = itop_prune.apply(mlp(), 0.5, seed=3)
     for seed in (np.int64(3), np.uint8(3)):
-        assert all_equal(tensors(itop_prune.apply(mlp(), np.float32(0.5), seed=seed)), expected)
+        assert all_equal(itop_prune.apply(mlp(), np.float32(0.5), seed=seed), expected)
 
 
-@pytest.mark.parametrize("seed", [1.5, "x", None])
-def test_a_seed_that_is_no_whole_number_is_refused_and_nothing_is_masked(seed: Any) -> None:
+# --- counts alone --------------------------------------------------------------------------------
+
+
+def last_dense(shapes: dict[str, tuple[int, ...]], density: float) -> dict[str, float]:
+    """A user's own distribution: all of the last layer, and as much of the others as is left."""
+    rest = (density * 560 - 48) / (560 - 48)
+    return {name: 1.0 if name == "4.weight" else rest for name in shapes}
+
+
+SCORES = {"0.weight": torch.rand(16, 20), "2.weight": torch.rand(12, 16)}
+SCORES["4.weight"] = torch.rand(4, 12)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"method": method} for method in ("ERK", "ERK+", "ER", "uniform")),
+        {"method": "uniform+", "sparsity": 0.3},
+        {"method": "magnitude"},
+        {"method": last_dense},
+        {"method": SCORES},
+        {"densities": {"4": 1.0, "0": 0.25}},
+        {"method": "uniform", "densities": {"[02]*": 0.35}},
+        {"include": ("0", "2.*")},
+        {"exclude": "0", "method": "ER"},
+        {"sparsity": 0.5, "pattern": "2:4"},
+        {"sparsity": 0.75, "pattern": "1:4", "exclude": "4"},
+    ],
+    ids=str,
+)
+def test_counts_are_those_that_apply_leaves(arguments: dict[str, Any]) -> None:
+    arguments = {"sparsity": 0.6, **arguments}
     model = mlp()
-    with pytest.raises(ValueError, match=r"seed is .*; allowed is a whole number"):
-        itop_prune.apply(model, 0.5, seed=seed)
+    counts = count_active(model, **arguments)
+    masks = itop_prune.apply(model, **arguments)
+    assert counts == active_weights(masks)
+    assert list(counts) == list(masks)
+    total = sum(itop.mask.numel() for itop in masks.values())
+    assert sum(counts.values()) == round((1.0 - arguments["sparsity"]) * total)
+
+
+@settings(deadline=None, max_examples=40)
+@given(sparsity=st.floats(0.0, 0.99), method=st.sampled_from(["ERK", "ER", "uniform"]))
+def test_counts_sum_exactly_and_are_those_of_the_distribution(sparsity: float, method: str) -> None:
+    model = mlp()
+    counts = count_active(model, sparsity, method)
+    shapes = {name: tuple(model.get_parameter(name).shape) for name in WEIGHTS}
+    assert counts == itop_prune.distributions.active_counts(shapes, 1.0 - sparsity, method)
+    assert sum(counts.values()) == round((1.0 - sparsity) * 560)
+
+
+def test_counting_leaves_the_model_and_the_global_generator_untouched() -> None:
+    model = convnet()
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    count_active(model, 0.7, "magnitude")
+    assert [type(layer) for layer in model] == [type(layer) for layer in convnet()]
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"sparsity": 0.7},
+        {"sparsity": 0.7, "method": "uniform", "densities": {"7": 1.0}, "exclude": "0"},
+        {"sparsity": 0.5, "pattern": "2:4", "exclude": "0"},
+    ],
+    ids=str,
+)
+def test_on_the_meta_device_there_are_the_counts_of_a_real_model(arguments: dict) -> None:
+    meta = convnet().to("meta")
+    assert count_active(meta, **arguments) == count_active(convnet(), **arguments)
+    assert itop_prune.find_masks(meta) == {}
+
+
+def test_several_kernels_in_one_weight_count_as_they_do_in_training() -> None:
+    model = nn.ModuleList([CondConv2d(8, 16, 3, num_experts=2), nn.Linear(40, 20)])
+    counts = count_active(model, 0.9)
+    assert counts == active_weights(itop_prune.apply(model, 0.9))
+    assert counts["0.weight"] != count_active(nn.Linear(1152, 2), 0.9)["weight"]
+
+
+@pytest.mark.parametrize("scores", ["random", "magnitude"])
+def test_masks_on_the_meta_device_are_refused_and_counts_are_named(scores: str) -> None:
+    model = convnet().to("meta")
+    message = r"0\.weight is on the meta device, .*; call itop_prune\.count_active for the counts"
+    with pytest.raises(ValueError, match=message):
+        itop_prune.apply(model, 0.7, scores=scores)
+    with pytest.raises(ValueError, match=message):
+        count_active(model, 0.7, "magnitude")
     assert itop_prune.find_masks(model) == {}
 
 
-def test_fixed_densities_above_the_budget_are_refused_and_nothing_is_masked() -> None:
-    model = mlp()
-    with pytest.raises(
-        ValueError, match=r"the fixed densities keep 320 weights, and the budget is 56 of 560"
-    ):
-        itop_prune.apply(model, 0.9, densities={"0": 1.0})
-    assert not itop_prune.find_masks(model)
-
-
-@pytest.mark.parametrize("density", [-0.1, 1.1, math.nan, "1", True])
-def test_a_fixed_density_out_of_range_is_refused(density: object) -> None:
-    with pytest.raises(
-        ValueError, match=r"densities\['0'\] is .*; allowed is a number in \[0, 1\]"
-    ):
-        itop_prune.apply(mlp(), 0.5, densities={"0": density})
-
-
-def test_a_pattern_of_densities_that_matches_nothing_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"densities pattern 'head' matches no weight; the weights are: 0\.weight"
-    ):
-        itop_prune.apply(mlp(), 0.5, densities={"head": 1.0})
-
-
-def test_unknown_scores_are_answered_with_the_menu() -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown scores 'magnitud'; known are random, magnitude \(nearest: 'magn"
-    ):
-        itop_prune.apply(mlp(), 0.5, scores="magnitud")
-
-
-def test_a_sparsity_that_leaves_a_layer_empty_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="keeps 1 of 560 weights, and each of 3 layers needs at least 1"
-    ):
-        itop_prune.apply(mlp(), 0.999)
+# --- where ---------------------------------------------------------------------------------------
 
 
 def test_scores_by_magnitude_keep_the_largest() -> None:
@@ -235,20 +211,6 @@ def test_given_scores_keep_the_largest() -> None:
     assert torch.equal(masks["0.weight"].mask, scores["0.weight"] >= 240)
 
 
-def test_given_scores_must_hold_every_masked_weight() -> None:
-    with pytest.raises(
-        ValueError, match=r"scores for 2\.weight must be a tensor of shape \(12, 16\); given: only"
-    ):
-        itop_prune.apply(mlp(), 0.75, scores={"0.weight": torch.rand(16, 20)})
-
-
-def test_given_scores_must_have_the_shape_of_the_weight() -> None:
-    with pytest.raises(
-        ValueError, match=r"scores for 0\.weight .*\(16, 20\); given: Tensor of shape \(20, 16\)"
-    ):
-        itop_prune.apply(mlp(), 0.75, scores={"0.weight": torch.rand(20, 16)}, include="0")
-
-
 def test_random_positions_spread_over_the_whole_weight() -> None:
     mask = itop_prune.apply(nn.Linear(200, 200), 0.9)["weight"].mask
     # Hypergeometric: 20 active of 200 in a row or column, standard deviation 4.1.
@@ -256,20 +218,17 @@ def test_random_positions_spread_over_the_whole_weight() -> None:
         assert (mask.sum(dim) - 20).abs().max() < 6 * 4.1
 
 
-def test_equal_seeds_give_equal_masks() -> None:
-    assert all_equal(*(tensors(itop_prune.apply(mlp(weights), 0.5, seed=3)) for weights in (0, 1)))
+def test_positions_depend_on_seed_and_name_and_on_nothing_else() -> None:
+    expected = itop_prune.apply(convnet(), 0.7, "uniform", seed=3)
+    other_weights = convnet(seed=1).to(memory_format=torch.channels_last)
+    assert all_equal(itop_prune.apply(other_weights, 0.7, "uniform", seed=3), expected)
 
+    other = itop_prune.apply(convnet(), 0.7, "uniform", seed=4)
+    pairs = zip(tensors(other), tensors(expected), strict=True)
+    assert not any(torch.equal(a, b) for a, b in pairs)
 
-def test_different_seeds_give_different_masks() -> None:
-    first, second = (tensors(itop_prune.apply(mlp(), 0.5, "uniform", seed=seed)) for seed in (3, 4))
-    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_layers_of_one_shape_get_different_masks() -> None:
-    first, second = tensors(
-        itop_prune.apply(nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10)), 0.5)
-    )
-    assert not torch.equal(first, second)
+    two = itop_prune.apply(nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10)), 0.5)
+    assert not torch.equal(*tensors(two))
 
 
 @pytest.mark.parametrize("scores", ["random", "magnitude"])
@@ -280,11 +239,34 @@ def test_the_global_generator_is_untouched(scores: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_masks_do_not_depend_on_the_memory_format() -> None:
-    last = convnet().to(memory_format=torch.channels_last)
-    assert all_equal(
-        tensors(itop_prune.apply(convnet(), 0.7)), tensors(itop_prune.apply(last, 0.7))
-    )
+# --- what happens to the model -------------------------------------------------------------------
+
+
+def test_masked_parameters_stay_where_they_are_and_are_zero_off_the_mask() -> None:
+    model, dense = convnet(), convnet()
+    before = [(id(parameter), parameter.data_ptr()) for parameter in model.parameters()]
+    masks = itop_prune.apply(model, 0.7)
+    after = [(id(parameter), parameter.data_ptr()) for parameter in model.parameters()]
+    assert after == before
+    for name, itop in masks.items():
+        assert torch.equal(itop.parameter, dense.get_parameter(name) * itop.mask)
+
+
+def test_masks_are_keyed_by_the_names_of_before_and_parameters_are_called_orig() -> None:
+    model = mlp()
+    assert tuple(itop_prune.apply(model, 0.7)) == WEIGHTS
+    names = ["0.weight_orig", "0.bias", "2.weight_orig", "2.bias", "4.weight_orig", "4.bias"]
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_biases_norms_and_what_is_excluded_are_left_alone() -> None:
+    model, twin = convnet(), convnet()
+    masks = itop_prune.apply(model, 0.7, exclude="7")
+    assert list(masks) == ["0.weight", "3.weight"]
+    assert type(model[7]) is nn.Linear
+    state = model.state_dict()
+    for name, tensor in twin.state_dict().items():
+        assert name in masks or torch.equal(state[name], tensor)
 
 
 def test_a_frozen_weight_is_masked_and_stays_frozen() -> None:
@@ -295,85 +277,134 @@ def test_a_frozen_weight_is_masked_and_stays_frozen() -> None:
     assert not itop.parameter[~itop.mask].any()
 
 
-def break_by_method(model: nn.Module) -> None:
-    itop_prune.apply(model, 0.5, lambda shapes, density: {})
-
-
-def break_by_scores(model: nn.Module) -> None:
-    itop_prune.apply(
-        model, 0.5, scores={"0.weight": torch.rand(16, 20), "2.weight": torch.rand(12, 16)}
-    )
-
-
-def break_by_nan(model: nn.Module) -> None:
-    scores = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    itop_prune.apply(model, 0.5, scores={**scores, "4.weight": torch.full((4, 12), math.nan)})
-
-
-def break_by_tie(model: nn.Module) -> None:
-    model[4].register_parameter("again", model[4].weight)
-    try:
-        itop_prune.apply(model, 0.5)
-    finally:
-        del model[4].again
-
-
-def break_by_pattern(model: nn.Module) -> None:
-    itop_prune.apply(model, 0.5, include=("0", "5"))
-
-
-@pytest.mark.parametrize(
-    "attempt", [break_by_method, break_by_scores, break_by_nan, break_by_tie, break_by_pattern]
-)
-def test_a_failed_apply_leaves_the_model_untouched(attempt: Callable[[nn.Module], None]) -> None:
-    model = mlp()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError):
-        attempt(model)
-    assert [type(module) for module in model] == [type(module) for module in mlp()]
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_an_apply_refused_for_one_layer_leaves_all_layers_untouched() -> None:
-    model = mlp()
-    parametrizations.weight_norm(model[4])
-    with pytest.raises(ValueError):
-        itop_prune.apply(model, 0.5)
-    assert type(model[0]) is nn.Linear
-    assert itop_prune.find_masks(model) == {}
-
-
-def test_a_second_apply_on_other_layers_leaves_the_first_masks() -> None:
+def test_a_second_apply_on_other_layers_has_its_own_budget_and_leaves_the_first_masks() -> None:
     model = mlp()
     first = itop_prune.apply(model, 0.5, include="0")
     before = first["0.weight"].mask.clone()
-    itop_prune.apply(model, 0.75, include=("2", "4"))
-    assert torch.equal(first["0.weight"].mask, before)
-
-
-def test_a_second_apply_on_other_layers_has_its_own_budget() -> None:
-    model = mlp()
-    itop_prune.apply(model, 0.5, include="0")
     second = itop_prune.apply(model, 0.75, include=("2", "4"))
-    assert sum(active(second).values()) == 60
-    assert list(itop_prune.find_masks(model)) == ["0.weight", "2.weight", "4.weight"]
+    assert torch.equal(first["0.weight"].mask, before)
+    assert sum(active_weights(second).values()) == 60
+    assert tuple(itop_prune.find_masks(model)) == WEIGHTS
 
 
-@pytest.mark.parametrize("scores", ["random", "magnitude"])
-def test_on_the_meta_device_there_are_the_counts_of_a_real_model(scores: str) -> None:
-    real, meta = convnet(), convnet().to("meta")
-    expected = {name: itop.active for name, itop in itop_prune.apply(real, 0.7).items()}
-    masks = itop_prune.apply(meta, 0.7, scores=scores)
-    assert {name: itop.active for name, itop in masks.items()} == expected
-    assert all(itop.mask.is_meta for itop in masks.values())
-    assert repr(masks["7.weight"]) == f"ITOP(Linear.weight, {expected['7.weight']} of 64 active)"
-    assert itop_prune.summarize(meta) == itop_prune.summarize(real)
-    assert {
-        name: itop.active for name, itop in itop_prune.find_masks(copy.deepcopy(meta)).items()
-    } == expected
+# --- refusals ------------------------------------------------------------------------------------
 
 
-def test_a_function_is_no_scores() -> None:
-    with pytest.raises(ValueError, match="known are random, magnitude"):
-        itop_prune.apply(mlp(), 0.5, scores=torch.abs)
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1, 1.5, math.nan, math.inf, "0.9", None, True])
+def test_a_bad_sparsity_is_refused_with_the_range(sparsity: object) -> None:
+    message = rf"sparsity is {sparsity!r}; allowed is a number in \[0, 1\)"
+    assert_refused(message, sparsity=sparsity)
+
+
+@pytest.mark.parametrize("method", ["unifrom", 124, None, 0.5, ["ERK"]])
+def test_an_unknown_method_is_answered_with_the_menu(method: Any) -> None:
+    known = r"known are uniform, uniform\+, ER, ERK, ERK\+, magnitude"
+    own = "; or scores by name, such as itop_prune.saliency makes$"
+    assert_refused(rf"unknown method {method!r}; {known}.*{own}".replace("[", r"\["), method=method)
+
+
+def test_the_nearest_method_is_named() -> None:
+    assert_refused(r"unknown method 'unifrom'.*\(nearest: 'uniform'\)", method="unifrom")
+
+
+@pytest.mark.parametrize(
+    ("densities", "message"),
+    [
+        *((bad, r"densities is .*; allowed are shares by pattern") for bad in (["4"], "4", 0.5, 0)),
+        *(
+            ({"0": bad}, r"densities\['0'\] is .*; allowed is a number in \[0, 1\]")
+            for bad in (-0.1, 1.1, math.nan, "1", True)
+        ),
+        ({"0": 1.0}, "the fixed densities keep 320 weights, and the budget is 56 of 560"),
+        ({"head": 1.0}, r"densities pattern 'head' matches no weight; the weights are: 0\.weight"),
+    ],
+    ids=str,
+)
+def test_bad_densities_are_refused(densities: Any, message: str) -> None:
+    assert_refused(message, sparsity=0.9, densities=densities)
+
+
+def test_a_sparsity_that_leaves_a_layer_empty_is_refused() -> None:
+    assert_refused("keeps 1 of 560 weights, and each of 3 layers needs at least 1", sparsity=0.999)
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    assert_refused("include pattern '5' matches no weight", include=("0", "5"))
+
+
+def test_a_method_that_forgets_a_layer_is_refused() -> None:
+    assert_refused("<lambda>", method=lambda shapes, density: {})
+
+
+NAN = {**SCORES, "4.weight": torch.full((4, 12), math.nan)}
+PARTIAL = {"0.weight": SCORES["0.weight"]}
+TURNED = {**SCORES, "0.weight": SCORES["0.weight"].T}
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (PARTIAL, r"scores for 2\.weight must be a tensor of shape \(12, 16\); given: only"),
+        (TURNED, r"scores for 0\.weight .*\(16, 20\); given: Tensor of shape \(20, 16\)"),
+        ({**SCORES, "2.weight": 1.0}, r"scores for 2\.weight .*; given: float of shape \(\)"),
+        (NAN, r"scores for 4\.weight hold NaN; scores must be numbers"),
+    ],
+    ids=["only one", "turned", "no tensor", "NaN"],
+)
+def test_scores_must_be_numbers_of_the_shape_of_every_masked_weight(
+    scores: dict, message: str
+) -> None:
+    assert_refused(message, method=scores)
+    model = mlp()
+    with pytest.raises(ValueError, match=message):
+        itop_prune.apply(model, 0.5, scores=scores)
+    assert itop_prune.find_masks(model) == {}
+
+
+def test_weights_that_are_nan_have_no_magnitude() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight[0, 0] = math.nan
+    for arguments in ({"scores": "magnitude"}, {"method": "magnitude"}):
+        with pytest.raises(ValueError, match=r"magnitude gave NaN for 2\.weight"):
+            itop_prune.apply(model, 0.5, **arguments)
+    assert itop_prune.find_masks(model) == {}
+
+
+@pytest.mark.parametrize("scores", ["magnitud", torch.abs, None])
+def test_unknown_scores_are_answered_with_the_menu(scores: Any) -> None:
+    with pytest.raises(ValueError, match=r"unknown scores .*; known are random, magnitude"):
+        itop_prune.apply(mlp(), 0.5, scores=scores)
+
+
+@pytest.mark.parametrize("seed", [1.5, "x", None, True])
+def test_a_seed_that_is_no_whole_number_is_refused(seed: Any) -> None:
+    model = mlp()
+    with pytest.raises(ValueError, match=r"seed is .*; allowed is a whole number"):
+        itop_prune.apply(model, 0.5, seed=seed)
+    assert itop_prune.find_masks(model) == {}
+
+
+def tie(model: nn.Module) -> None:
+    model[4].register_parameter("again", model[4].weight)
+
+
+def normalize(model: nn.Module) -> None:
+    parametrizations.weight_norm(model[4])
+
+
+def drop(model: nn.Module) -> None:
+    itop_prune.apply(model, 0.5, include="4")
+
+
+@pytest.mark.parametrize("change", [tie, normalize, drop])
+def test_one_layer_that_can_not_be_masked_leaves_all_layers_untouched(change: Callable) -> None:
+    model = mlp()
+    change(model)
+    before = copy.deepcopy(model.state_dict())
+    for function in apply_and_count(sparsity=0.5):
+        with pytest.raises(ValueError, match=r"can't mask\n  4\.weight: "):
+            function(model)
+    assert type(model[0]) is nn.Linear
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

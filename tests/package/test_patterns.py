@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import itop_prune
 from itop_prune import MaskScheduler, patterns
-from itop_prune.patterns import best_of_groups, grow_in_groups, holds
+from itop_prune.patterns import best_of_groups, grow_in_groups, holds, parse
 
 
 def bits(text: str) -> Tensor:
@@ -307,18 +307,29 @@ def test_a_pattern_that_divides_nothing_is_an_error(strict: bool) -> None:
         itop_prune.apply(mlp(), 1 - 3 / 7, pattern="3:7", strict=strict)
 
 
-@pytest.mark.parametrize("pattern", ["4:2", "4:4", "0:4", "2:4:8", "a:b", "2:", "-1:4", "2.5:4"])
-def test_a_pattern_that_can_not_be_says_what_can(pattern: str) -> None:
-    message = (
-        f"pattern is {pattern!r}; allowed is text N:M with whole numbers, N from 1"
-    )
+@pytest.mark.parametrize(
+    "pattern", ["4:2", "4:4", "0:4", "2:4:8", "ERK", "a:b", "2:", "-1:4", " 2:4", "2.5:4", "", True]
+)
+def test_a_pattern_that_can_not_be_says_what_can(pattern: Any) -> None:
+    message = f"pattern is {pattern!r}; allowed is text N:M with whole numbers"
     with pytest.raises(ValueError, match=re.escape(message)):
         itop_prune.apply(mlp(), 0.5, pattern=pattern)
 
 
 def test_a_number_is_what_yaml_makes_of_a_pattern_without_quotes() -> None:
     with pytest.raises(ValueError, match=r'pattern is 124, a number; .* so write pattern: "2:4"'):
-        itop_prune.apply(mlp(), 0.5, pattern=124)
+        itop_prune.apply(mlp(), 0.5, pattern=124)  # type: ignore[arg-type]
+
+
+def test_no_pattern_is_none() -> None:
+    assert (parse(None), parse("2:4"), parse("1:16")) == (None, (2, 4), (1, 16))
+
+
+@pytest.mark.parametrize("place", [itop_prune.apply, itop_prune.count_active])
+def test_a_pattern_given_as_method_is_an_error_that_names_the_argument(place: Callable) -> None:
+    message = r"method is '2:4'; a pattern N:M has an argument of its own: write pattern='2:4'"
+    with pytest.raises(ValueError, match=message):
+        place(mlp(), 0.5, "2:4")
 
 
 @pytest.mark.parametrize(
@@ -328,6 +339,8 @@ def test_a_number_is_what_yaml_makes_of_a_pattern_without_quotes() -> None:
         (0.5, "1:4", {}, r"sparsity is 0\.5, and the pattern 1:4 keeps 1 of 4; allowed is 0\.75"),
         (0.5002, "2:4", {}, r"sparsity is 0\.5002, and"),
         (0.5, "2:4", {"densities": {"*": 1.0}}, "densities is .* gives every layer the same"),
+        (0.5, "2:4", {"method": "ERK+"}, r"method is 'ERK\+', and the pattern 2:4 gives every"),
+        (0.5, "2:4", {"method": "magnitude"}, "method is 'magnitude', and the pattern 2:4 gives"),
     ],
 )
 def test_what_does_not_go_with_a_pattern_is_refused(
@@ -453,6 +466,19 @@ def test_where_all_scores_tie_the_pattern_holds(rate: float) -> None:
     assert regrow.updates == 5
     assert all(per_group(itop.mask, 4) == {2} for itop in masks.values())
     assert any(not torch.equal(before[name], itop.mask) for name, itop in masks.items())
+
+
+@pytest.mark.parametrize("role", ["prune", "grow"])
+def test_a_criterion_that_gives_nan_is_named_with_the_layer(role: str) -> None:
+    def broken(weight: Tensor) -> Tensor:
+        return weight * math.nan
+
+    network, masks = placed()
+    options: dict[str, Any] = {role: broken}
+    regrow = scheduler(masks, network, **options)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    with pytest.raises(ValueError, match=r"broken gave NaN for 0\.weight; scores must be numbers"):
+        train(network, optimizer, regrow, steps=range(1), shape=(8, 8, 8))
 
 
 def test_layers_with_and_without_a_pattern_move_side_by_side() -> None:

@@ -1,4 +1,4 @@
-"""Parts and wholes of tensors: others pass as they are, sharded ones are laid out alike."""
+"""Sharded tensors are read whole and written in parts; others pass as they are."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -48,7 +48,7 @@ def test_a_sharded_tensor_is_seen_whole_and_its_part_is_the_same_memory(sharded:
     assert not whole(sharded).any()
 
 
-def test_a_mask_is_laid_out_as_a_sharded_tensor_is(sharded: Tensor) -> None:
+def test_a_mask_is_sharded_as_a_tensor_is(sharded: Tensor) -> None:
     mask = torch.arange(12).view(3, 4) % 2 == 0
     part = like(mask, sharded)
     assert is_sharded(part)

@@ -64,16 +64,12 @@ def test_there_are_reference_updates() -> None:
     assert UPDATES
 
 
-def test_growing_more_than_was_pruned_adds_the_difference() -> None:
-    assert (
-        prune_and_regrow(half(20), torch.rand(20), torch.rand(20), n_prune=2, n_grow=5).sum() == 13
-    )
-
-
-def test_pruning_more_than_grows_takes_the_difference() -> None:
-    assert (
-        prune_and_regrow(half(20), torch.rand(20), torch.rand(20), n_prune=5, n_grow=2).sum() == 7
-    )
+@pytest.mark.parametrize(
+    ("n_prune", "n_grow", "active"), [(2, 5, 13), (5, 2, 7), (10, 0, 0), (0, 10, 20), (10, 20, 20)]
+)
+def test_any_count_in_range_is_met_exactly(n_prune: int, n_grow: int, active: int) -> None:
+    moved = prune_and_regrow(half(20), torch.rand(20), torch.rand(20), n_prune, n_grow)
+    assert moved.sum() == active
 
 
 def test_nothing_to_move_returns_the_mask() -> None:
@@ -90,14 +86,6 @@ def test_everything_pruned_and_regrown_goes_where_growth_scores_are_largest() ->
     assert moved.tolist() == bits("00000011").tolist()
 
 
-def test_everything_may_be_pruned_and_nothing_grown() -> None:
-    assert not prune_and_regrow(half(8), torch.rand(8), torch.rand(8), n_prune=4, n_grow=0).any()
-
-
-def test_everything_inactive_may_grow() -> None:
-    assert prune_and_regrow(half(8), torch.rand(8), torch.rand(8), n_prune=0, n_grow=4).all()
-
-
 @pytest.mark.parametrize("generator", [None, 7], ids=["index order", "at random"])
 def test_count_is_exact_when_all_weights_and_gradients_are_zero(generator: int | None) -> None:
     mask, zeros = torch.rand(50, 40, generator=rng()) < 0.3, torch.zeros(50, 40)
@@ -112,19 +100,17 @@ def test_zero_weights_prune_active_positions_only() -> None:
     assert not (moved & ~mask).any()
 
 
-def test_tied_growth_in_index_order_without_a_generator() -> None:
-    moved = prune_and_regrow(bits("01000010"), torch.ones(8), torch.zeros(8), n_prune=0, n_grow=3)
-    assert moved.tolist() == bits("11110010").tolist()
-
-
-def test_tied_pruning_in_index_order_without_a_generator() -> None:
-    moved = prune_and_regrow(bits("01101011"), torch.zeros(8), torch.zeros(8), n_prune=3, n_grow=0)
-    assert moved.tolist() == bits("00000011").tolist()
+def test_ties_without_a_generator_are_taken_in_index_order() -> None:
+    ones, zeros = torch.ones(8), torch.zeros(8)
+    grown = prune_and_regrow(bits("01000010"), ones, zeros, n_prune=0, n_grow=3)
+    assert grown.tolist() == bits("11110010").tolist()
+    pruned = prune_and_regrow(bits("01101011"), zeros, zeros, n_prune=3, n_grow=0)
+    assert pruned.tolist() == bits("00000011").tolist()
 
 
 def test_ties_drawn_with_a_generator_spread_over_the_whole_tensor() -> None:
     grown = best(torch.zeros(10_000), 1000, rng()).nonzero().squeeze(1)
-    # Uniform draws: mean 4999.5, standard error 2887 / sqrt(1000) * sqrt(0.9) = 87; consecutive indices are far off.
+    # Uniform draws: mean 4999.5, standard error 2887 / sqrt(1000) * sqrt(0.9) = 87.
     assert abs(grown.double().mean().item() - 4999.5) < 6 * 87
 
 
@@ -143,20 +129,13 @@ def test_a_generator_never_overrules_the_scores() -> None:
         assert not chosen[scores == 0.0].any()
 
 
-def test_equal_generators_give_equal_masks() -> None:
-    first, second = (
-        prune_and_regrow(half(100), torch.zeros(100), torch.zeros(100), 9, 9, rng(3))
-        for _ in range(2)
+def test_the_generator_decides_among_ties() -> None:
+    first, second, other = (
+        prune_and_regrow(half(100), torch.zeros(100), torch.zeros(100), 9, 9, rng(seed))
+        for seed in (3, 3, 4)
     )
     assert torch.equal(first, second)
-
-
-def test_different_generators_give_different_masks() -> None:
-    first, second = (
-        prune_and_regrow(half(100), torch.zeros(100), torch.zeros(100), 9, 9, rng(seed))
-        for seed in (3, 4)
-    )
-    assert not torch.equal(first, second)
+    assert not torch.equal(first, other)
 
 
 def test_channels_last_tensors_give_the_same_mask_as_contiguous_ones() -> None:
@@ -166,11 +145,8 @@ def test_channels_last_tensors_give_the_same_mask_as_contiguous_ones() -> None:
     assert not last[0].is_contiguous()
     assert torch.equal(prune_and_regrow(*last, 20, 20), prune_and_regrow(mask, prune, grow, 20, 20))
 
-
-def test_count_is_exact_for_channels_last_ties() -> None:
-    mask = (torch.rand(8, 6, 3, 3, generator=rng()) < 0.4).to(memory_format=torch.channels_last)
-    zeros = torch.zeros_like(mask, dtype=torch.float32)
-    assert prune_and_regrow(mask, zeros, zeros, 30, 30, rng()).sum() == mask.sum()
+    zeros = torch.zeros_like(last[1])
+    assert prune_and_regrow(last[0], zeros, zeros, 30, 30, rng()).sum() == mask.sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -199,21 +175,12 @@ def test_scores_may_be_whole_numbers(dtype: torch.dtype) -> None:
     assert moved.tolist() == bits("10111100").tolist()
 
 
-def test_infinite_growth_scores_keep_the_count() -> None:
-    """A criterion may be a logarithm, whose value at a zero gradient is -inf, as low as it gets."""
+def test_infinite_scores_keep_the_count() -> None:
+    """A criterion may be a logarithm, whose value at a zero gradient is -inf."""
+    high, ones, low = torch.full((12,), math.inf), torch.ones(12), torch.full((12,), -math.inf)
     for seed in range(10):
-        moved = prune_and_regrow(
-            half(12), torch.ones(12), torch.full((12,), -math.inf), 3, 3, rng(seed)
-        )
-        assert moved.sum() == 6
-
-
-def test_infinite_prune_scores_keep_the_count() -> None:
-    for seed in range(10):
-        moved = prune_and_regrow(
-            half(12), torch.full((12,), math.inf), torch.ones(12), 4, 2, rng(seed)
-        )
-        assert moved.sum() == 4
+        assert prune_and_regrow(half(12), ones, low, 3, 3, rng(seed)).sum() == 6
+        assert prune_and_regrow(half(12), high, ones, 4, 2, rng(seed)).sum() == 4
 
 
 @pytest.mark.parametrize("where", ["prune", "grow"])
@@ -233,20 +200,16 @@ def test_nan_where_a_score_is_not_asked_for_does_no_harm() -> None:
     )
 
 
-@pytest.mark.parametrize("count", [-1, 5])
-def test_pruning_out_of_range_raises(count: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"n_prune is {count}; .*4 active positions: allowed are 0 to 4"
-    ):
-        prune_and_regrow(bits("11110000"), torch.ones(8), torch.ones(8), count, 0)
-
-
-@pytest.mark.parametrize("count", [-1, 6])
-def test_growing_out_of_range_raises(count: int) -> None:
-    with pytest.raises(
-        ValueError, match=rf"n_grow is {count}; after pruning 5 positions are inactive"
-    ):
-        prune_and_regrow(bits("11110000"), torch.ones(8), torch.ones(8), 1, count)
+def test_counts_out_of_range_raise_with_the_range() -> None:
+    mask, ones = bits("11110000"), torch.ones(8)
+    for count in (-1, 5):
+        message = rf"n_prune is {count}; .*4 active positions: allowed are 0 to 4"
+        with pytest.raises(ValueError, match=message):
+            prune_and_regrow(mask, ones, ones, count, 0)
+    for count in (-1, 6):
+        message = rf"n_grow is {count}; after pruning 5 positions are inactive"
+        with pytest.raises(ValueError, match=message):
+            prune_and_regrow(mask, ones, ones, 1, count)
 
 
 def test_best_chooses_the_largest() -> None:
@@ -261,19 +224,11 @@ def test_best_none_and_all(count: int, expected: int) -> None:
     assert best(torch.zeros(2, 3), count, rng()).sum() == expected
 
 
-def test_the_mask_given_is_never_written() -> None:
-    mask = half(30)
-    before = mask.clone()
-    prune_and_regrow(mask, torch.rand(30), torch.rand(30), 5, 5, rng())
-    assert torch.equal(mask, before)
-
-
-def test_the_scores_given_are_never_written() -> None:
-    prune, grow = torch.rand(30), torch.rand(30)
-    before = prune.clone(), grow.clone()
-    prune_and_regrow(half(30), prune, grow, 5, 5, rng())
-    assert torch.equal(prune, before[0])
-    assert torch.equal(grow, before[1])
+def test_mask_and_scores_are_never_written() -> None:
+    given = half(30), torch.rand(30), torch.rand(30)
+    before = [tensor.clone() for tensor in given]
+    prune_and_regrow(*given, 5, 5, rng())
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
 
 
 def test_the_new_mask_is_bool_and_of_the_same_shape() -> None:
@@ -346,7 +301,7 @@ def test_growth_scores_may_be_made_from_what_pruning_kept() -> None:
 
 @pytest.mark.parametrize("kind", ["random", "tied", "clustered", "NaN nowhere near", "few allowed"])
 def test_a_long_selection_is_that_of_a_full_sort(kind: str) -> None:
-    """Where scores are many a sample brackets the last selected one; the selection must stay exact."""
+    """A sample of many scores brackets the last selected one; the selection must stay exact."""
     size, generator = 200_003, rng(5)
     scores = torch.rand(size, generator=generator)
     allowed = torch.rand(size, generator=generator) < (0.001 if kind == "few allowed" else 0.4)
@@ -365,24 +320,32 @@ def test_a_long_selection_is_that_of_a_full_sort(kind: str) -> None:
         assert torch.equal(scores[chosen].sort(descending=True).values, best_scores)
 
 
-# --- seeds ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("position", [0, 1, 130_001])
+def test_one_nan_among_many_scores_raises(position: int) -> None:
+    """In the sample and beside it."""
+    scores = torch.rand(200_003, generator=rng())
+    scores[position] = math.nan
+    with pytest.raises(NaNScores):
+        best(scores, 1000, rng())
 
 
-def test_seeded_depends_on_every_word() -> None:
-    words = [(0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b")]
-    draws = {torch.rand(1, generator=seeded(torch.device("cpu"), *each)).item() for each in words}
-    assert len(draws) == len(words)
+# --- seeds ---------------------------------------------------------------------------------------
 
 
-def test_seeded_is_equal_in_every_process() -> None:
-    """The digest is fixed, unlike `hash`: a mask drawn today is drawn again tomorrow, and on every rank."""
-    assert seeded(torch.device("cpu"), 0, 3, "fc.weight").initial_seed() == 8640601082391156305
+def test_seeded_depends_on_every_value_of_the_stream() -> None:
+    streams = [(0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b")]
+    draws = {torch.rand(1, generator=seeded(torch.device("cpu"), *each)).item() for each in streams}
+    assert len(draws) == len(streams)
 
 
-def test_seeded_leaves_the_global_generator_alone() -> None:
+def test_seeded_is_equal_in_every_process_and_leaves_the_global_generator_alone() -> None:
+    """The digest is fixed, unlike `hash`: every rank and tomorrow's run draw the same mask."""
     before = torch.get_rng_state()
-    seeded(torch.device("cpu"), 0)
+    assert seeded(torch.device("cpu"), 0, 3, "fc.weight").initial_seed() == 8640601082391156305
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- over all layers -----------------------------------------------------------------------------
 
 
 def test_shares_of_the_best_count_by_layer() -> None:

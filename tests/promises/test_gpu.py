@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import itop_prune
 from itop_prune import MaskScheduler, topology
-from itop_prune.inference.measurement import difference
+from itop_prune.inference.measurement import relative_error
 from itop_prune.methods.criteria import GROW, PRUNE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and ITOP_GPU=1")
@@ -137,7 +137,7 @@ def test_a_compiled_model_computes_with_the_masks_that_moved(mode: str | None) -
     x = batch(99, 3, 8, 8)[0].to(GPU)
     model.eval()
     with torch.no_grad():
-        assert difference(compiled(x), model(x)) < 1e-3
+        assert relative_error(compiled(x), model(x)) < 1e-3
 
 
 def test_a_captured_step_computes_with_the_masks_that_moved() -> None:
@@ -159,7 +159,7 @@ def test_a_captured_step_computes_with_the_masks_that_moved() -> None:
             itop.mask.copy_(itop.mask.roll(1, 1))
             itop.parameter.copy_(torch.randn_like(itop.parameter) * itop.mask)
     graph.replay()
-    assert difference(captured.detach(), model(x).detach()) < 1e-6
+    assert relative_error(captured.detach(), model(x).detach()) < 1e-6
     assert not any(itop.parameter.grad[~itop.mask].any() for itop in masks.values())  # type: ignore[index]
 
 
@@ -221,7 +221,7 @@ def test_other_kernels_give_the_outputs_of_the_dense_model_on_a_gpu(
             model = model.to(GPU).eval()
             itop_prune.apply(model, 0.9)
             x = torch.randn(shape, device=GPU)
-            assert difference(itop_prune.deploy(model, x, choices=choices)(x), model(x)) < 1e-4
+            assert relative_error(itop_prune.deploy(model, x, choices=choices)(x), model(x)) < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

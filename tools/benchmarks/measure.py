@@ -1,12 +1,8 @@
-"""What benchmarks are made of: rounds of two things in turns, timed when the device has done them."""
+"""Time and memory of calls: rounds of two functions in alternation, and the bytes alive at once."""
 
-import json
-import tempfile
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -15,84 +11,95 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says."""
+    """How thoroughly to measure, and where."""
 
     quick: bool
     device: torch.device
 
     def rounds(self, full: int) -> int:
-        """Return how many rounds to take."""
+        """Compute the number of rounds to measure: a fifth of them under --quick."""
         return max(2, full // 5) if self.quick else full
 
 
 @dataclass
 class Measured:
-    """Rounds of one comparison."""
+    """The rounds of one comparison."""
 
     name: str
     target: float
     faster: bool = False
-    """Whether the target is how many times as fast ours is; else how many times as long it may take."""
+    """Whether the target says how many times as fast ours must be; else how many times as long."""
     unit: str = "s"
     ours: list[float] = field(default_factory=list)
     other: list[float] = field(default_factory=list)
-    """Empty where the target is a number of ours alone."""
+    """Empty if the target is about our number alone."""
 
     def take(
         self, rounds: int, ours: Callable[[], float], other: Callable[[], float] | None = None
     ) -> "Measured":
-        """Take turns, after one of each that does not count."""
-        for turn in range(rounds + 1):
-            for function, kept in ((ours, self.ours), (other, self.other)):
-                if function:
-                    found = function()
-                    if turn:
-                        kept.append(found)
+        """Measure so many rounds of ours and, if given, of what it is compared with."""
+        functions = {"ours": ours}
+        if other:
+            functions["other"] = other
+
+        found = interleave(functions, rounds)
+        self.ours += found["ours"]
+        self.other += found.get("other", [])
         return self
 
 
+def interleave(functions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call functions in alternation and collect the results of each; a first round does not count.
+
+    A drift of the machine's speed then reaches all of them in the same way.
+    """
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(1 + rounds):
+        for name, function in functions.items():
+            result = function()
+            if number > 0:
+                found[name].append(result)
+    return found
+
+
+def seconds(call: Callable[[], object], device: torch.device = CPU) -> float:
+    """Measure the seconds of a call, until the device has finished its work."""
+    began = clock(device)
+    call()
+    return clock(device) - began
+
+
 def clock(device: torch.device) -> float:
-    """Return the time, when the device has done what it was asked for."""
+    """Read the clock after the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def waits_for_gpu(call: Callable[[], object]) -> int:
-    """Return how often the host waits for the GPU in a call, copies to it among them."""
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing CUDA operation" in str(warning.message) for warning in found)
-
-
-def on_gpu(when: str) -> int:
-    """Return the bytes that tensors asked for on the GPU, "current" or "peak"; what it sets aside is more."""
+def gpu_bytes(when: str) -> int:
+    """Read the bytes that tensors on the GPU asked for, "current" or "peak"."""
     return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
 
 
-def highest(call: Callable[[], object], device: torch.device = CPU) -> int:
-    """Return the bytes of tensors that a call holds at once, beside those of before."""
+def peak_bytes(call: Callable[[], object], device: torch.device = CPU) -> int:
+    """Measure the most bytes that a call holds at once, beside those allocated before it.
+
+    On a CPU the profiler reports every allocation, those inside of an operation too.
+    """
     if device.type == "cuda":
-        before = on_gpu("current")
+        before = gpu_bytes("current")
         torch.cuda.reset_peak_memory_stats(device)
         call()
-        return on_gpu("peak") - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+        return gpu_bytes("peak") - before
+
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         call()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
-    now = most = 0
-    for event in sorted(
-        (event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]
-    ):
-        now += event["args"]["Bytes"]
-        most = max(most, now)
-    return most
+
+    events = profile.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda event: event.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak

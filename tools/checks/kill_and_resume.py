@@ -1,11 +1,10 @@
-"""Kill a run again and again, resume it each time, and compare what it ends with to a run that was left alone.
+"""Kill a run at random moments, resume it each time, and compare its end with an undisturbed run.
 
-  python tools/survive.py --kills 50
-  python tools/survive.py --kills 10 --ranks 2
+  python tools/kill_and_resume.py --kills 50
+  python tools/kill_and_resume.py --kills 10 --ranks 2
 
-Nothing is asked of the run: all its ranks get SIGKILL at a random moment, in the middle of a write
-as well. After each kill every checkpoint must be whole, the best one too, and at the end weights
-and metrics the same, bit for bit.
+All ranks get SIGKILL at a random moment, also in the middle of a write. After each kill every
+checkpoint must be whole. At the end weights and metrics must be the same, bit for bit.
 """
 
 import argparse
@@ -21,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -41,27 +41,34 @@ TIMES = ("seconds", "images_per_second")
 
 
 class Lost(Exception):
-    """Something did not survive; the message says what."""
+    """A kill has lost or changed something; the message says what."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Do it; return 1 if anything was lost."""
+    """Kill, resume and compare; return 1 if anything was lost."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="how often to kill (50)")
     parser.add_argument(
-        "--ranks", type=int, default=1, metavar="N", help="processes that train together (1)"
+        "--kills", type=int, default=50, metavar="N", help="how often to kill (default: 50)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="processes per run (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the moments of the kills (default: 0)"
+    )
     options = parser.parse_args(argv)
     for name in ("kills", "ranks"):
-        if (number := getattr(options, name)) < 1:
+        number = getattr(options, name)
+        if number < 1:
             parser.error(f"--{name} is {number}; allowed is from 1")
-    console, moments = Console(), random.Random(options.seed)
+
+    console = Console()
+    moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            runs = survive(Path(folder), options.kills, options.ranks, moments, console)
+            runs = kill_runs(Path(folder), options.kills, options.ranks, moments, console)
         except Lost as lost:
             console.print(f"lost: {lost}", markup=False)
             return 1
@@ -70,16 +77,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def survive(folder: Path, kills: int, ranks: int, moments: random.Random, console: Console) -> int:
-    """Kill runs until there were enough kills; return how many runs it took.
+def kill_runs(
+    folder: Path, kills: int, ranks: int, moments: random.Random, console: Console
+) -> int:
+    """Kill and resume runs until there were enough kills; return the number of runs.
 
     Raises:
-        Lost: A checkpoint was not whole, a run did not go on, or its end is another one.
+        Lost: A checkpoint was damaged, a run did not continue, or it ended differently.
     """
+    alone = folder / "alone"
     began = time.perf_counter()
-    if finish(folder / "alone", ranks, resume=False, limit=None) != 0:
+    if train(alone, ranks, resume=False, limit=None) != 0:
         raise Lost("the run that was left alone did not end")
-    lasts = time.perf_counter() - began
+    duration = time.perf_counter() - began
+
     runs = done = 0
     columns = (TextColumn("kills"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
@@ -88,84 +99,105 @@ def survive(folder: Path, kills: int, ranks: int, moments: random.Random, consol
             runs += 1
             run = folder / f"killed{runs}"
             status = None
-            while status is None:
-                limit = moments.uniform(0.0, lasts) if done < kills else None
-                status = finish(run, ranks, resume=(run / "recipe.yaml").exists(), limit=limit)
+            while status is None:  # killed
+                limit = moments.uniform(0.0, duration) if done < kills else None
+                resume = (run / "recipe.yaml").exists()
+                status = train(run, ranks, resume, limit)
                 if status is None:
                     done += 1
                     progress.update(task, completed=done)
-                    if problems := list(filter(None, map(damage, checkpoints(run)))):
-                        raise Lost(f"after kill {done}: {'; '.join(problems)}")
+                    check_checkpoints(run, done)
+
             if status != 0:
                 raise Lost(f"{run.name} did not go on after kill {done}: exit status {status}")
-            compare(folder / "alone", run)
+            check_same_end(alone, run)
     return runs
 
 
-def finish(folder: Path, ranks: int, resume: bool, limit: float | None) -> int | None:
-    """Run or resume in processes of their own; return the exit status, or None where all were killed at the limit."""
-    arguments = [str(RECIPE), *SETTINGS, "--out", str(folder), *(["--resume"] if resume else [])]
-    port, context = free_port(), multiprocessing.get_context("forkserver")
+def train(folder: Path, ranks: int, resume: bool, limit: float | None) -> int | None:
+    """Train in processes of their own; return the exit status, or None if the limit killed them."""
+    arguments = [str(RECIPE), *SETTINGS, "--out", str(folder)]
+    if resume:
+        arguments.append("--resume")
+    port = free_port()
+    context = multiprocessing.get_context("forkserver")
     processes = [
-        context.Process(target=quietly, args=(arguments, rank, ranks, port))
+        context.Process(target=train_silently, args=(arguments, rank, ranks, port))
         for rank in range(ranks)
     ]
     for process in processes:
         process.start()
+
     deadline = math.inf if limit is None else time.monotonic() + limit
     while running := [process for process in processes if process.is_alive()]:
         left = deadline - time.monotonic()
-        if left <= 0 or any(
-            process.exitcode for process in processes
-        ):  # without one rank the others would wait
+        failed = any(process.exitcode for process in processes)
+        if left <= 0 or failed:  # after a failure of one rank the others would wait for it
             for process in running:
                 process.kill()
             for process in running:
                 process.join()
             return None if left <= 0 else 1
-        multiprocessing.connection.wait([process.sentinel for process in running], min(left, 60.0))
+        sentinels = [process.sentinel for process in running]
+        multiprocessing.connection.wait(sentinels, min(left, 60.0))
     return max(abs(process.exitcode or 0) for process in processes)
 
 
-def quietly(arguments: list[str], rank: int, ranks: int, port: int) -> None:
-    """In a process: train as torchrun would start it, saying nothing."""
-    from ..training import loop as train
+def train_silently(arguments: list[str], rank: int, ranks: int, port: int) -> None:
+    """Train in this process as torchrun would start it, without output."""
+    from ..training import loop as runner
 
     if ranks > 1:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        numbers |= {"MASTER_PORT": port}
         os.environ.update(
-            {name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1"
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(ranks),
+            LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        sys.exit(train.main(arguments))
+        sys.exit(runner.main(arguments))
 
 
 def free_port() -> int:
-    """Return a port at which the ranks can meet."""
+    """Find a port at which the ranks can meet."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return the folders of all checkpoints of a run, the best one among them if there is one."""
+    """List the folders of all checkpoints of a run, the best one included."""
     best = run / "checkpoints" / "best"
-    return [*Checkpoints(best.parent, 2).all(), *([best] if best.exists() else [])]
+    found = list(Checkpoints(best.parent, 2).all())
+    if best.exists():
+        found.append(best)
+    return found
 
 
-def compare(alone: Path, killed: Path) -> None:
-    """Refuse an end that is not that of the run that was left alone."""
+def check_checkpoints(run: Path, kill: int) -> None:
+    """Refuse checkpoints that a kill has damaged."""
+    found = [damage(checkpoint) for checkpoint in checkpoints(run)]
+    problems = [problem for problem in found if problem]
+    if problems:
+        raise Lost(f"after kill {kill}: {'; '.join(problems)}")
+
+
+def check_same_end(alone: Path, killed: Path) -> None:
+    """Refuse weights or metrics that differ from those of the run left alone."""
     for file in ("model.safetensors", "checkpoints/best/model.safetensors"):
-        expected, found = (load_file(run / file) for run in (alone, killed))
-        if differing := [name for name in expected if not expected[name].equal(found[name])]:
+        expected, found = load_file(alone / file), load_file(killed / file)
+        differing = [name for name in expected if not expected[name].equal(found[name])]
+        if differing:
             raise Lost(f"{killed.name} ended with other weights in {file}: {', '.join(differing)}")
-    lines = [
-        [
-            {key: value for key, value in line.items() if key not in TIMES}
-            for line in Metrics(run).read()
-        ]
-        for run in (alone, killed)
-    ]
-    if lines[0] != lines[1]:
-        raise Lost(f"{killed.name} wrote other metrics: {json.dumps(lines[1])}")
+
+    found_metrics = metrics_of(killed)
+    if found_metrics != metrics_of(alone):
+        raise Lost(f"{killed.name} wrote other metrics: {json.dumps(found_metrics)}")
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """Read the metrics of a run, without times."""
+    lines = Metrics(run).read()
+    return [{key: line[key] for key in line if key not in TIMES} for line in lines]

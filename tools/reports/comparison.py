@@ -1,11 +1,11 @@
-"""Put finished runs side by side: mean and spread over their seeds, as a Markdown table and a picture.
+r"""Compare finished runs: mean and spread over their seeds, as a Markdown table and a figure.
 
-  python tools/compare.py runs/fashion_mnist_* --picture compare.png python tools/compare.py
-  runs/*set-itop* runs/*dense* --vary multiplier --picture compare.png --names SET-ITOP dense
+  python tools/compare.py runs/fashion_mnist_* --picture compare.png
+  python tools/compare.py runs/*set-itop* runs/*dense* --vary multiplier \
+      --picture compare.png --names SET-ITOP dense
 
-The picture has the paper's figure, test accuracy against R_s, and beside it accuracy against the
-cost of the training, in FLOPs and in steps. Experiments whose recipes differ in what --vary names,
-and in nothing else, are joined by a line.
+The figure shows test accuracy against R_s, as in the paper, and against the cost of the training in
+FLOPs and in steps. A line joins experiments whose recipes differ in the setting of --vary alone.
 """
 
 import argparse
@@ -39,26 +39,26 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Runs:
-    """The finished seeds of one experiment."""
+    """The finished seeds of one experiment; each list has a number per seed."""
 
     name: str
     recipe: dict[str, Any]
-    """What decides the numbers, but for the seed; {} where it is not known."""
+    """The settings that decide the numbers, without the seed; {} if unknown."""
     top1: list[float]
-    """Test accuracy by seed, in percent."""
+    """Test accuracy in percent."""
     explored: list[float]
-    """R_s at the end, by seed."""
+    """R_s at the end."""
     survival: list[float]
-    """The share of what grew that survived the update after, mean over epochs, by seed; [] where nobody counted."""
+    """The share of grown weights that survived the next update, mean over epochs; or []."""
     sparsities: list[float]
     """Every sparsity that an epoch of any seed had, each once, in the order of the run."""
     train_flops: list[float]
-    """Of the training, as a share of what dense training of as many steps costs, by seed; [] where nobody counted."""
+    """Of the training, as a share of dense training of as many steps; or []."""
     steps: int
 
     @property
     def dense_steps(self) -> float | None:
-        """How many steps of dense training have the same FLOPs."""
+        """The number of steps of dense training that cost the same FLOPs."""
         return self.steps * statistics.mean(self.train_flops) if self.train_flops else None
 
     @property
@@ -67,33 +67,38 @@ class Runs:
         return bool(self.recipe) and "masks" not in self.recipe
 
     def setting(self, key: str) -> str:
-        """Return what the recipe says of a key such as "regrow.every"; "" where it says nothing."""
+        """Look up a setting such as "regrow.every" in the recipe; "" if it is not there."""
         section, _, name = key.partition(".")
         value = self.recipe.get(section)
-        value = value.get(name) if name and isinstance(value, dict) else None if name else value
+        if name:
+            value = value.get(name) if isinstance(value, dict) else None
         return "" if value is None else str(value)
 
     def row(self, dense: "Runs | None" = None) -> tuple[str, ...]:
-        """Return a line of the table, beside the dense twin, if it has one."""
-        shown = [f"{value:.4f}" for value in self.sparsities]
+        """Format a row of the table, with the difference to the dense twin if there is one."""
+        to_dense = ""
+        if dense:
+            difference = statistics.mean(self.top1) - statistics.mean(dense.top1)
+            to_dense = f"{difference:+.2f}".replace("-", "−")
+        sparsities = [f"{value:.4f}" for value in self.sparsities]
+        if len(sparsities) > 2:
+            sparsities = [f"{sparsities[0]} to {sparsities[-1]}"]
         return (
             self.name,
             str(len(self.top1)),
             spread(self.top1, 2),
-            f"{statistics.mean(self.top1) - statistics.mean(dense.top1):+.2f}".replace("-", "−")
-            if dense
-            else "",
+            to_dense,
             " ".join(f"{value:.2f}" for value in self.top1),
             f"{statistics.mean(self.explored):.3f}",
             f"{statistics.mean(self.survival):.3f}" if self.survival else "",
-            " ".join(shown) if len(shown) < 3 else f"{shown[0]} to {shown[-1]}",
+            " ".join(sparsities),
             f"{statistics.mean(self.train_flops):.3f}" if self.train_flops else "",
             f"{self.steps:,}",
         )
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Return mean ± sample standard deviation, the latter from two values on.
+    """Format mean ± sample standard deviation; the mean alone for one value.
 
     >>> spread([1.0, 2.0, 3.0], 1)
     '2.0 ± 1.0'
@@ -103,7 +108,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
-    """Return what is known of one experiment: a folder of seed<k> runs, all of them or these.
+    """Read one experiment: all seed<k> runs of a folder, or these.
 
     Raises:
         RunError: No run in the folder is finished.
@@ -118,15 +123,20 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
         raise RunError(
             f"{folder} holds no finished run; give folders of seed<k>/, such as runs/quickstart"
         )
+
     epochs = [Metrics(seed).epochs for seed in finished]
     tests = [test for seed in finished if (test := Metrics(seed).test)]
-    counted = [[line["survival"] for line in lines if "survival" in line] for lines in epochs]
+    survival = []
+    for lines in epochs:
+        rates = [line["survival"] for line in lines if "survival" in line]
+        if rates:
+            survival.append(statistics.mean(rates))
     return Runs(
         name=folder.name,
         recipe=recipe_of(finished[0]),
         top1=[test["test_top1"] for test in tests],
         explored=[lines[-1]["exploration_rate"] for lines in epochs],
-        survival=[statistics.mean(rates) for rates in counted if rates],
+        survival=survival,
         sparsities=list(dict.fromkeys(line["sparsity"] for lines in epochs for line in lines)),
         train_flops=[lines[-1]["train_flops"] for lines in epochs if "train_flops" in lines[-1]],
         steps=tests[0]["step"],
@@ -134,7 +144,7 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
 
 
 def recipe_of(run: Path) -> dict[str, Any]:
-    """Return what decided the numbers of a run, but for the seed; {} where that can't be read."""
+    """Read the settings that decided a run's numbers, without the seed; {} if unreadable."""
     try:
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
         return {key: value for key, value in decisive(recipe).items() if key != "seed"}
@@ -143,53 +153,56 @@ def recipe_of(run: Path) -> dict[str, Any]:
 
 
 def without(recipe: dict[str, Any], *keys: str) -> str:
-    """Return a recipe without sections or settings, as a text that is the same for the same.
+    """Write a recipe without sections or settings, as a text that equal recipes share.
 
     >>> without({"regrow": {"every": 9, "grow": "random"}, "epochs": 2}, "regrow.every", "epochs")
     '{"regrow": {"grow": "random"}}'
     """
-    left = {
-        section: {
-            name: setting for name, setting in value.items() if f"{section}.{name}" not in keys
-        }
-        if isinstance(value, dict)
-        else value
-        for section, value in recipe.items()
-        if section not in keys
-    }
+    left = {}
+    for section, value in recipe.items():
+        if section in keys:
+            continue
+        if isinstance(value, dict):
+            value = {name: value[name] for name in value if f"{section}.{name}" not in keys}
+        left[section] = value
     return json.dumps(left, sort_keys=True, default=str)
 
 
 def dense_twin(runs: Runs, found: Sequence[Runs]) -> Runs | None:
-    """Return which of these is the same but for the masks, and has none; None for a dense one."""
+    """Find the dense experiment whose recipe is the same without masks; None for a dense one."""
     if runs.is_dense or not runs.recipe:
         return None
     own = without(runs.recipe, "masks", "regrow")
-    return next((other for other in found if other.is_dense and without(other.recipe) == own), None)
+    for other in found:
+        if other.is_dense and without(other.recipe) == own:
+            return other
+    return None
 
 
 def families(found: Sequence[Runs], vary: str | None) -> list[list[Runs]]:
-    """Group experiments whose recipes differ in one setting alone, by its size; without one, each is alone.
+    """Group experiments whose recipes differ in one setting alone, in the order of its values.
 
-    >>> runs = [Runs(rate, {"lr": float(rate)}, *[[]] * 5, steps=9) for rate in ("1e-1", "0.05", "1e-3")]
+    Without a setting each experiment is a group.
+
+    >>> rates = ("1e-1", "0.05", "1e-3")
+    >>> runs = [Runs(rate, {"lr": float(rate)}, *[[]] * 5, steps=9) for rate in rates]
     >>> [[member.name for member in members] for members in families(runs, "lr")]
     [['1e-3', '0.05', '1e-1']]
     """
+    if not vary:
+        return [[runs] for runs in found]
+
     groups: dict[str, list[Runs]] = {}
     for place, runs in enumerate(found):
-        alike = without(runs.recipe, vary) if vary and runs.setting(vary) else f"alone {place}"
-        groups.setdefault(alike, []).append(runs)
-    return [
-        sorted(
-            members,
-            key=lambda runs: (as_number(runs.setting(vary or "")), runs.setting(vary or "")),
-        )
-        for members in groups.values()
-    ]
+        key = without(runs.recipe, vary) if runs.setting(vary) else f"alone {place}"
+        groups.setdefault(key, []).append(runs)
+    for members in groups.values():
+        members.sort(key=lambda runs: (as_number(runs.setting(vary)), runs.setting(vary)))
+    return list(groups.values())
 
 
 def as_number(text: str) -> float:
-    """Return the number that a text is, infinity for other texts."""
+    """Convert a text to a number, or to infinity if it is none."""
     try:
         return float(text)
     except ValueError:
@@ -197,27 +210,8 @@ def as_number(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, without folders that hold no finished run; return 1 where none does."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "runs", type=Path, nargs="+", help="folders that hold seed<k>/ runs of one recipe each"
-    )
-    parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draw them too: .png, .svg or .pdf"
-    )
-    parser.add_argument(
-        "--vary",
-        metavar="KEY",
-        help="a setting, such as regrow.every, to join by a line what it varies",
-    )
-    parser.add_argument(
-        "--names", nargs="+", metavar="NAME", help="what the picture calls them, in its order"
-    )
-    options = parser.parse_args(argv)
-    if (options.vary or options.names) and not options.picture:
-        parser.error("--vary and --names are of the picture; add --picture FILE, or leave them out")
+    """Print the table of the finished runs, and draw them; return 1 if none is finished."""
+    options = parse(argv)
     found = []
     for folder in {folder.resolve(): folder for folder in options.runs}.values():
         try:
@@ -226,22 +220,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"left out: {error}", file=sys.stderr)
     if not found:
         return 1
-    for line in (
-        HEADER,
-        ("---",) * len(HEADER),
-        *(runs.row(dense_twin(runs, found)) for runs in found),
-    ):
-        print(f"| {' | '.join(line)} |")
+
+    rows = [HEADER, ("---",) * len(HEADER), *(runs.row(dense_twin(runs, found)) for runs in found)]
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
     if not options.picture:
         return 0
-    try:
-        from . import (
-            comparison_figure as side_by_side,  # needs matplotlib, which the table does without
-        )
 
-        side_by_side.draw(
-            families(found, options.vary), options.picture, options.vary, options.names
-        )
+    try:
+        from .comparison_figure import draw  # needs matplotlib, which the table does without
+
+        draw(families(found, options.vary), options.picture, options.vary, options.names)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -249,3 +238,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {options.picture} can't be written: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="folders that hold seed<k>/ runs of one recipe each"
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw a figure too: .png, .svg or .pdf"
+    )
+    parser.add_argument(
+        "--vary", metavar="KEY", help="join experiments that differ in a setting: regrow.every"
+    )
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="name the experiments of the figure, in order"
+    )
+    options = parser.parse_args(argv)
+    if (options.vary or options.names) and not options.picture:
+        parser.error("--vary and --names are of the picture; add --picture FILE, or leave them out")
+    return options

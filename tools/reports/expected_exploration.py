@@ -1,11 +1,14 @@
-"""Say how much random growth has explored, beside what the settings of a run foretell.
+"""Compare the R_s of a run with the R_s that random growth should reach.
 
-  python tools/expected.py runs/*set-itop*
+  python tools/expected_exploration.py runs/*set-itop*
 
-Of a layer with density d, an update at rate r lets d * r of the weights leave, and as many are
-drawn among those that are then inactive, 1 - d + d * r. So of what was never active a share d * r /
-(1 - d + d * r) is found, and at the end R_s is 1 - (1 - d) * prod(1 - d * r / (1 - d + d * r)):
-whatever is trained in between, and whatever is pruned.
+At density d and rate r an update prunes the share d * r of a layer's weights. As many grow, drawn
+from the inactive share 1 - d + d * r. An update thus finds the fraction d * r / (1 - d + d * r) of
+the weights that were never active. After all updates
+
+    R_s = 1 - (1 - d) * product of (1 - d * r / (1 - d + d * r)).
+
+What is trained or pruned in between does not matter.
 """
 
 import argparse
@@ -21,50 +24,8 @@ from ..run_folder.folder import RunError, in_a_line
 from ..training.display import counted
 
 
-def explored(density: float, rates: Iterable[float]) -> float:
-    """Return the share of a layer that random growth is expected to explore by updates at these rates.
-
-    >>> explored(0.5, [])
-    0.5
-    >>> explored(0.5, [0.5, 0.5])  # of 0.75 inactive weights 0.25 grow: a third of the unexplored, twice
-    0.7777777777777777
-    """
-    if density == 1:
-        return 1.0
-    found = (density * rate / (1 - density + density * rate) for rate in rates)
-    return 1 - (1 - density) * math.prod(1 - share for share in found)
-
-
-def in_words(folder: Path) -> str:
-    """Return the R_s of a run beside the expected one, in a line.
-
-    Raises:
-        RunError: There is none: no run, masks that do not move, or the formula is not for them.
-    """
-    found = history.read(folder)
-    masks, regrow = found.masks, found.recipe.get("regrow") or {}
-    if masks is None or not masks.updates:
-        raise RunError(f"{folder} has made no update of masks, or has no layers.jsonl")
-    if masks.updates_before:
-        raise RunError(
-            f"{folder} has lost the first {masks.updates_before} updates of layers.jsonl"
-        )
-    if regrow.get("grow", "random") != "random" or (masks.active != masks.active[0]).any():
-        raise RunError(
-            f"{folder} does not grow at random at constant density, which the expected R_s is for"
-        )
-    densities = masks.active[0] / masks.weights
-    by_layer = np.array([explored(density, masks.rates) for density in densities])
-    expected = float(by_layer @ masks.weights / masks.weights.sum())
-    measured = float(masks.explored[-1].sum() / masks.weights.sum())
-    return (
-        f"{folder}: R_s {measured:.4f} after {counted(masks.updates, 'update')}, {found.end:,.0f} steps; "
-        f"expected {expected:.4f} ({measured / expected - 1:+.2%})"
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print a line for each run; return 1 where there is none for one of them."""
+    """Print a line for each run; return 1 if one was left out."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,8 +39,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0
     for folder in history.folders(parser.parse_args(argv).runs):
         try:
-            print(in_words(folder))
+            print(summary_line(folder))
         except RunError as error:
             print(f"left out: {in_a_line(error)}", file=sys.stderr)
             status = 1
     return status
+
+
+def explored(density: float, rates: Iterable[float]) -> float:
+    """Compute the share of a layer that random growth should explore by updates at these rates.
+
+    >>> explored(0.5, [])
+    0.5
+    >>> explored(0.5, [0.5, 0.5])  # 0.25 grow of 0.75 inactive weights: a third, twice
+    0.7777777777777777
+    """
+    if density == 1:
+        return 1.0
+    found = [density * rate / (1 - density + density * rate) for rate in rates]
+    return 1 - (1 - density) * math.prod(1 - share for share in found)
+
+
+def summary_line(folder: Path) -> str:
+    """Compare the R_s of a run with the expected one, in a line.
+
+    Raises:
+        RunError: There is no run, its masks do not move, or the formula does not apply to them.
+    """
+    found = history.read(folder)
+    masks, regrow = found.masks, found.recipe.get("regrow") or {}
+    if masks is None or not masks.updates:
+        raise RunError(f"{folder} has made no update of masks, or has no layers.jsonl")
+    if masks.updates_before:
+        raise RunError(
+            f"{folder} has lost the first {masks.updates_before} updates of layers.jsonl"
+        )
+    if regrow.get("grow", "random") != "random" or (masks.active != masks.active[0]).any():
+        raise RunError(
+            f"{folder} does not grow at random at constant density, which the expected R_s is for"
+        )
+
+    densities = masks.active[0] / masks.weights
+    by_layer = np.array([explored(density, masks.rates) for density in densities])
+    expected = float(by_layer @ masks.weights / masks.weights.sum())
+    measured = float(masks.explored[-1].sum() / masks.weights.sum())
+    return (
+        f"{folder}: R_s {measured:.4f} after {counted(masks.updates, 'update')}, "
+        f"{found.end:,.0f} steps; expected {expected:.4f} ({measured / expected - 1:+.2%})"
+    )

@@ -1,12 +1,11 @@
-"""Draw the report of runs: one self-contained page and its pictures, in the folder of each.
+"""Draw the report of runs: one self-contained page and its pictures, in each run folder.
 
-  python tools/report.py runs/quickstart/seed0            # writes report.html and pictures/*.png
-  there python tools/report.py runs/fashion_mnist_*             # every seed<k>/ in these
+  python tools/report.py runs/quickstart/seed0       # writes report.html and pictures/*.png there
+  python tools/report.py runs/fashion_mnist_*        # for every seed<k>/ in these
 
-The runner does the same at the end of a run. Here it is done for any run folder: one that was
-stopped or is still training, too. Nothing is needed but what is in the folder: recipe.yaml,
-metrics.jsonl, and, where they are, layers.jsonl and the weights. The page opens from disk, without
-network.
+The runner does the same at the end of a run. This command draws any run folder, also of a run that
+was stopped or is still training. It needs recipe.yaml and metrics.jsonl, and uses layers.jsonl and
+the weights if they are there. The page opens from disk, without network.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from ..run_folder.folder import RunError, in_a_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report of each run and print where it is; return 1 where one could not be written."""
+    """Write the report of each run and print its path; return 1 if one could not be written."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,16 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def attempt(folder: Path) -> str:
-    """Write the report of a run that has just ended, whose weights are saved; return what became of it, in a line."""
+    """Write the report of a run that has just ended; return a line that says what happened."""
     try:
         return f"report: {write(folder)}"
-    except Exception as error:  # whatever drawing raises, the run is not lost for it
+    except Exception as error:  # no error in drawing may end a run that is trained and saved
         again = f"the run itself is whole, and python tools/report.py {folder} tries again"
         return f"no report: {type(error).__name__}: {in_a_line(error)}; {again}"
 
 
 def write(folder: Path) -> Path:
-    """Draw the pictures of a run and write them and the page into its folder; return the page's path.
+    """Draw the pictures of a run and write them and the page into its folder; return its path.
 
     Raises:
         RunError: The folder holds no run that can be drawn; the message says why.
@@ -58,7 +57,7 @@ def write(folder: Path) -> Path:
         OSError: The report can't be written.
     """
     found = history.read(folder)
-    from .gallery import draw  # needs matplotlib, without which runs train as well
+    from .figures import draw  # needs matplotlib, without which runs train as well
     from .page import page
 
     pictures = draw(found)
@@ -67,8 +66,9 @@ def write(folder: Path) -> Path:
     for old in place.glob("*.png"):
         old.unlink()
     for picture in pictures:
-        if isinstance(picture.drawn, bytes):
-            (place / f"{picture.name}.png").write_bytes(picture.drawn)
+        if isinstance(picture.content, bytes):
+            (place / f"{picture.name}.png").write_bytes(picture.content)
+
     path, unfinished = folder / "report.html", folder / "report.html.unfinished"
     unfinished.write_text(page(found, pictures), encoding="utf-8")
     unfinished.replace(path)

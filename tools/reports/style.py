@@ -1,4 +1,4 @@
-"""How pictures look: colours for every eye, lines that differ in print, white ground; the same for all of them."""
+"""How pictures look: colours for every eye, lines that differ in print, a white ground."""
 
 import io
 from collections.abc import Sized
@@ -12,26 +12,14 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # Okabe & Ito: for every eye
+# The palette of Okabe and Ito, which colour-blind readers can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = COLORS
 GREY, PALE = "#666666", "#E4E4E4"
 MARKERS = "osD^vP*X<>"
 LINES: tuple[Any, ...] = (
-    "-",
-    "--",
-    "-.",
-    ":",
-    (0, (6, 1, 1, 1)),
-    (0, (1, 1)),
-    (0, (4, 1, 1, 1, 1, 1)),
+    *("-", "--", "-.", ":"),
+    *((0, (6, 1, 1, 1)), (0, (1, 1)), (0, (4, 1, 1, 1, 1, 1))),
 )
 SHADES: Colormap = LinearSegmentedColormap.from_list("shades", ["#F1EFE8", "#7FA8C9", "#0B2545"])
 """From nothing to all, ever darker: it reads in grey too."""
@@ -59,14 +47,14 @@ SETTINGS = {
 
 
 def look() -> AbstractContextManager[None]:
-    """Return a context in which pictures look as these do, whatever the machine's own settings."""
+    """Open a context with these settings, whatever the machine's own are."""
     return matplotlib.style.context(["default", SETTINGS])
 
 
 def panels(
     across: int = 1, down: int = 1, width: float = HALF, height: float = 3.6, **settings: Any
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its axes, row by row; nobody else holds it, so it is gone when it is no longer used."""
+    """Create a figure, without pyplot, and its axes row by row."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(np.ravel(figure.subplots(down, across, **settings)))
 
@@ -79,7 +67,7 @@ def steps_below(axes: Axes, last: float) -> None:
 
 
 def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
-    """Make an axis on which all is drawn logarithmic, its numbers written out."""
+    """Make an axis logarithmic, with its numbers written out."""
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_view_interval()
@@ -91,17 +79,17 @@ def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
 
 
 def marked(values: Sized) -> dict[str, Any]:
-    """Return the settings under which the points of a short line are seen, one alone too."""
+    """Choose a marker for the points of a short line, so that a single one is seen."""
     return {"marker": "o" if len(values) <= 30 else ""}
 
 
 def legend_below(figure: Figure, columns: int = 2) -> None:
-    """Say what the lines are under the picture, where nothing can lie beneath."""
+    """Put the legend under the picture, where it covers nothing."""
     figure.legend(loc="outside lower center", ncols=columns, handlelength=2.6, columnspacing=1.4)
 
 
 def thinned(count: int, most: int) -> range:
-    """Return which of so many labels to draw: every k-th, so that they are at most as many as asked.
+    """Choose every k-th of so many labels, so that at most so many are drawn.
 
     >>> list(thinned(5, 5)), list(thinned(300, 4))
     ([0, 1, 2, 3, 4], [0, 75, 150, 225])
@@ -110,7 +98,7 @@ def thinned(count: int, most: int) -> range:
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG, sharp on a fine screen and on paper."""
+    """Render a figure as a PNG, sharp on a fine screen and on paper."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None})
     return buffer.getvalue()

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 import itop_prune
-from itop_prune.inference.measurement import Report, difference
+from itop_prune.inference.measurement import Report, relative_error
 
 from ..config.recipe import Recipe, RecipeError
 from ..data.datasets import open_data
@@ -163,7 +163,7 @@ def export(args: argparse.Namespace) -> str:
         unfinished = args.out.with_name(f"unfinished-{os.getpid()}-{args.out.name}")
         try:
             again, note = write(args, recipe, model, unfinished, inputs[:2])
-            apart = difference(again(inputs), expected) if again else None
+            apart = relative_error(again(inputs), expected) if again else None
             if apart is not None and not (apart <= TOLERANCE or args.dtype):
                 raise RunError(
                     f"the outputs would differ by {apart:.1e} of their norm; {args.out} was not written"

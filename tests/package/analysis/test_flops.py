@@ -1,5 +1,6 @@
-"""FLOPs: against published numbers, against torch's own counter, and attributed to the weight that is read."""
+"""FLOPs: against published numbers and torch's own counter, by the weight that is read."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -20,12 +21,15 @@ REFERENCE = json.loads((Path(__file__).parents[2] / "reference" / "numbers.json"
 
 @pytest.fixture(scope="module")
 def resnet50() -> dict[float, FLOPs]:
-    found = {}
+    """The cost of a ResNet-50 by sparsity; the forward is counted once."""
+    model = timm.create_model("resnet50")
+    found: dict[float, FLOPs] = {}
     for case in REFERENCE["forward_ratio_macs"]:
-        with torch.device("meta"):
-            model = timm.create_model("resnet50")
-            itop_prune.apply(model, case["sparsity"], case["distribution"])
-            found[case["sparsity"]] = flops(model, torch.zeros(1, 3, 224, 224))
+        masks = itop_prune.apply(model, case["sparsity"], case["distribution"])
+        cost = next(iter(found.values()), None) or flops(model, torch.zeros(1, 3, 224, 224))
+        densities = {name: itop.active / itop.mask.numel() for name, itop in masks.items()}
+        found[case["sparsity"]] = dataclasses.replace(cost, densities=densities)
+        itop_prune.remove(model)
     return found
 
 
@@ -35,12 +39,11 @@ def test_resnet50_layer_by_layer(resnet50: dict[float, FLOPs]) -> None:
     assert resnet50[0.9].dense_forward == 2 * REFERENCE["total_macs"]
 
 
-@pytest.mark.parametrize("case", REFERENCE["forward_ratio_macs"], ids=str)
-def test_resnet50_sparse_over_dense(resnet50: dict[float, FLOPs], case: dict) -> None:
-    found = resnet50[case["sparsity"]]
-    assert found.sparse_forward / found.dense_forward == pytest.approx(
-        case["ratio_macs"], rel=REFERENCE["tolerance"]
-    )
+def test_resnet50_sparse_over_dense(resnet50: dict[float, FLOPs]) -> None:
+    for case in REFERENCE["forward_ratio_macs"]:
+        found = resnet50[case["sparsity"]]
+        expected = pytest.approx(case["ratio_macs"], rel=REFERENCE["tolerance"])
+        assert found.sparse_forward / found.dense_forward == expected, case
 
 
 def test_training_of_resnet50_at_90_percent_as_the_paper_reports_it(
@@ -49,13 +52,12 @@ def test_training_of_resnet50_at_90_percent_as_the_paper_reports_it(
     """Static and RigL with the dense gradient at every 4000th step: .24 of dense training."""
     found = resnet50[0.9]
     for every in (None, 4000):
-        assert found.training_step(every) / (3 * found.dense_forward) == pytest.approx(
-            0.24, abs=0.005
-        )
+        share = found.training_step(every) / (3 * found.dense_forward)
+        assert share == pytest.approx(0.24, abs=0.005)
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "vit_tiny_patch16_224", "mixer_s32_224", "convnext_atto", "sequencer2d_s"]
+    "name", ["resnet18", "vit_tiny_patch16_224", "mixer_s32_224", "convnext_atto"]
 )
 def test_the_dense_cost_is_that_of_torch_s_own_counter(name: str) -> None:
     model = timm.create_model(name).eval()
@@ -68,9 +70,7 @@ def test_the_dense_cost_is_that_of_torch_s_own_counter(name: str) -> None:
     ):
         model(x)
     itop_prune.apply(model, 0.5)
-    assert flops(model, x).dense_forward == pytest.approx(
-        counter.get_total_flops(), rel=1e-9 if "sequ" not in name else 1.0
-    )
+    assert flops(model, x).dense_forward == counter.get_total_flops()
 
 
 def test_a_model_without_masks_has_one_cost() -> None:
@@ -89,7 +89,7 @@ def test_the_cost_is_of_the_whole_batch() -> None:
 
 
 class Reader(nn.Module):
-    """Reads the weight of one layer itself, calls another one twice, and uses parts of a third."""
+    """Reads one layer's weight itself, calls one twice, and uses parts of a third."""
 
     def __init__(self) -> None:
         super().__init__()

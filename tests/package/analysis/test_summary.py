@@ -10,7 +10,7 @@ from itop_prune import summarize
 
 
 def half_explored(masks: dict[str, itop_prune.ITOP]) -> dict[str, torch.Tensor]:
-    """What R_s would be told if in every layer the first half of all positions had been explored."""
+    """Explored: the first half of all positions in every layer."""
     return {
         name: (torch.arange(itop.mask.numel()) < itop.mask.numel() // 2).view_as(itop.mask)
         for name, itop in masks.items()
@@ -25,12 +25,7 @@ def test_a_row_per_masked_weight() -> None:
         (n, tuple(i.mask.shape), i.mask.numel(), int(i.mask.sum())) for n, i in masks.items()
     ]
     assert rows == expected
-
-
-def test_density_of_a_row() -> None:
-    model = mlp()
-    itop_prune.apply(model, 0.75, "uniform")
-    assert [row.density for row in summarize(model).rows] == [0.25, 0.25, 0.25]
+    assert summarize(model).exploration_rate is None
 
 
 def test_totals() -> None:
@@ -79,15 +74,7 @@ def test_exploration_rate_agrees_with_the_scheduler() -> None:
     assert rate == regrow.exploration_rate() > 0.25
 
 
-def test_without_explored_there_is_no_exploration_rate() -> None:
-    model = mlp()
-    itop_prune.apply(model, 0.75)
-    summary = summarize(model)
-    assert summary.exploration_rate is None
-    assert [row.exploration_rate for row in summary.rows] == [None, None, None]
-
-
-def test_where_only_some_are_watched_there_is_no_total_exploration_rate() -> None:
+def test_if_only_some_are_recorded_there_is_no_total_exploration_rate() -> None:
     model = mlp()
     masks = itop_prune.apply(model, 0.75)
     explored = half_explored(masks)
@@ -126,7 +113,7 @@ def test_the_columns_of_the_table_line_up() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
-def test_cells_are_the_table_for_whoever_draws_it() -> None:
+def test_cells_are_the_table_before_it_is_laid_out() -> None:
     model = nn.Linear(8, 4)
     itop_prune.apply(model, 0.75)
     assert summarize(model).cells() == [

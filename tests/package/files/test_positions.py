@@ -1,117 +1,100 @@
-"""Positions as bytes and back, few of them; weights packed and unpacked."""
+"""Positions of active weights as bytes and back: exact, short, refused if they are no mask."""
 
 import math
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from itop_prune.files.positions import Packed, decode, encode
+from itop_prune.files.positions import decode, encode
 
-
-def scattered(size: int, density: float, seed: int = 0) -> Tensor:
-    """Return which of so many are active, each with the same probability."""
-    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < density
+BYTES = st.binary(max_size=40).map(lambda content: np.frombuffer(content, np.uint8))
 
 
-def entropy(density: float) -> float:
-    """Return the bits that one position takes at least, active or not."""
-    return -density * math.log2(density) - (1 - density) * math.log2(1 - density)
+def scattered(size: int, density: float, seed: int = 0) -> np.ndarray:
+    """Draw a mask in which each weight is active with the same probability."""
+    return np.random.default_rng(seed).random(size) < density
 
 
-def test_the_code_is_bytes() -> None:
-    assert encode(torch.tensor([3])).dtype == torch.uint8
+def assert_comes_back(mask: np.ndarray) -> None:
+    encoding, code = encode(mask)
+    assert code.dtype == np.uint8
+    assert len(code) <= math.ceil(len(mask) / 8)
+    positions = decode(encoding, code, len(mask))
+    assert positions.dtype == np.int64
+    assert np.array_equal(positions, np.flatnonzero(mask))
 
 
 @given(st.integers(0, 4000), st.floats(0, 1), st.integers(0, 2**32))
 def test_scattered_positions_come_back(size: int, density: float, seed: int) -> None:
-    positions = scattered(size, density, seed).nonzero().squeeze(1)
-    assert torch.equal(decode(encode(positions), len(positions)), positions)
+    assert_comes_back(scattered(size, density, seed))
 
 
-@given(st.sets(st.integers(0, 10**6), max_size=50), st.integers(1, 40))
-def test_runs_with_gaps_of_every_size_come_back(starts: set[int], length: int) -> None:
-    positions = torch.tensor(
-        sorted({start + more for start in starts for more in range(length)}), dtype=torch.int64
-    )
-    assert torch.equal(decode(encode(positions), len(positions)), positions)
+@given(st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 40)), max_size=20))
+def test_runs_with_gaps_of_every_size_come_back(runs: list[tuple[int, int]]) -> None:
+    parts = [np.repeat([False, True], run) for run in runs]
+    assert_comes_back(np.concatenate([np.zeros(0, bool), *parts]))
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, 100_000])
+def test_gaps_about_each_number_of_skips_come_back(gap: int, at_end: bool) -> None:
+    mask = np.zeros(3 * (gap + 1) + (0 if at_end else 5000), bool)
+    mask[gap :: gap + 1][:3] = True
+    assert_comes_back(mask)
+
+
+def test_gaps_are_the_bytes_that_the_format_promises() -> None:
+    mask = np.zeros(2000, bool)
+    mask[[2, 3, 6, 6 + 1 + 254, 6 + 1 + 254 + 1 + 255, 1900]] = True
+    encoding, code = encode(mask)
+    assert encoding == "gaps"
+    rest = 1900 - 517 - 1 - 5 * 255
+    assert code.tolist() == [2, 0, 2, 254, 255, 0, *[255] * 5, rest]
+
+
+def test_bits_are_the_bytes_that_the_format_promises() -> None:
+    encoding, code = encode(np.array([0, 0, 1, 1, 0, 0, 1, 0, 1], bool))
+    assert (encoding, code.tolist()) == ("bits", [4 + 8 + 64, 1])
+
+
+@pytest.mark.parametrize(("density", "encoding"), [(0.02, "gaps"), (0.1, "gaps"), (0.2, "bits")])
+def test_the_shorter_encoding_is_taken(density: float, encoding: str) -> None:
+    mask = scattered(100_000, density)
+    found, code = encode(mask)
+    assert found == encoding
+    assert len(code) <= min(100_000 / 8, mask.sum() + 100_000 / 255)
+
+
+@given(st.sampled_from(["gaps", "bits"]), BYTES, st.integers(0, 400))
+def test_any_bytes_are_a_mask_or_refused(encoding: str, code: np.ndarray, size: int) -> None:
+    try:
+        positions = decode(encoding, code, size)
+    except ValueError:
+        return
+    assert (np.diff(positions) > 0).all()
+    assert ((positions >= 0) & (positions < size)).all()
 
 
 @pytest.mark.parametrize(
-    "gap", [2**power + more for power in (2, 4, 7, 8, 9, 16, 24, 33) for more in (-2, -1, 0, 1)]
+    ("encoding", "code", "message"),
+    [
+        ("gaps", [7, 0], r"the gaps cover 9 weights of 8"),
+        ("gaps", [255], r"the gaps cover 255 weights of 8"),
+        ("bits", [1, 0], r"2 bytes of bits are not those of 8 weights"),
+        ("bits", [], r"0 bytes of bits are not those of 8 weights"),
+        ("runs", [1], r"'runs' is no encoding; known are gaps and bits"),
+    ],
 )
-def test_gaps_about_each_width_come_back(gap: int) -> None:
-    positions = torch.arange(1, 4) * gap
-    assert torch.equal(decode(encode(positions), len(positions)), positions)
+def test_what_is_no_mask_is_refused(encoding: str, code: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode(encoding, np.array(code, np.uint8), 8)
 
 
-def test_no_position_is_a_byte() -> None:
-    code = encode(torch.zeros(0, dtype=torch.int64))
-    assert len(code) == 1
-    assert decode(code, 0).tolist() == []
-
-
-@pytest.mark.parametrize("size", [1, 7, 8, 9, 1000])
-def test_of_a_full_mask_the_code_is_a_bit_a_position(size: int) -> None:
-    assert len(encode(torch.arange(size))) == 1 + math.ceil(size / 8)
-
-
-@pytest.mark.parametrize("density", [0.001, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1])
-def test_few_scattered_positions_take_little_more_than_their_entropy(density: float) -> None:
-    size = 1_000_000
-    assert (
-        8 * len(encode(scattered(size, density).nonzero().squeeze(1)))
-        < 1.35 * entropy(density) * size
-    )
-
-
-@pytest.mark.parametrize("density", [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99])
-def test_of_many_scattered_positions_each_takes_two_bits_or_little_more(density: float) -> None:
-    size = 1_000_000
-    assert 8 * len(encode(scattered(size, density).nonzero().squeeze(1))) < 2.2 * size
-
-
-def test_a_packed_weight_is_zero_off_the_mask_whatever_the_weight_holds() -> None:
-    weight, mask = (
-        torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
-        torch.tensor([[1, 0, 0], [0, 1, 1]]).bool(),
-    )
-    packed = Packed.of(weight, mask)
-    assert packed.values.tolist() == [1.0, 5.0, 6.0]
-    unpacked, places = packed.unpack()
-    assert torch.equal(places, mask)
-    assert torch.equal(unpacked, weight * mask)
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (5,), (3, 4), (2, 3, 4), (2, 3, 4, 5), (2, 2, 2, 3, 3)])
-def test_a_packed_weight_of_any_shape_comes_back(shape: tuple[int, ...]) -> None:
-    mask = scattered(math.prod(shape), 0.4).view(shape)
-    weight = torch.randn(shape) * mask
-    assert all(
-        torch.equal(*pair)
-        for pair in zip(Packed.of(weight, mask).unpack(), (weight, mask), strict=True)
-    )
-
-
-def test_the_memory_format_of_a_weight_does_not_matter() -> None:
-    weight, mask = torch.randn(4, 5, 3, 3), scattered(180, 0.3).view(4, 5, 3, 3)
-    one = Packed.of(weight, mask)
-    other = Packed.of(
-        *(tensor.contiguous(memory_format=torch.channels_last) for tensor in (weight, mask))
-    )
-    assert torch.equal(one.values, other.values)
-    assert torch.equal(one.code, other.code)
-
-
-def test_filling_overwrites_what_was_there_in_the_dtype_that_is_there() -> None:
-    mask = scattered(60, 0.3).view(6, 10)
-    packed = Packed.of(torch.randn(6, 10), mask)
-    weight, places = (
-        torch.full((6, 10), float("nan"), dtype=torch.bfloat16),
-        torch.ones(6, 10, dtype=torch.bool),
-    )
-    packed.fill(weight, places)
-    assert torch.equal(places, mask)
-    assert torch.equal(weight, packed.unpack()[0].bfloat16())
+def test_bits_beyond_the_last_weight_and_other_types_are_refused() -> None:
+    with pytest.raises(ValueError, match="a bit beyond the last of 3 weights is 1"):
+        decode("bits", np.array([8], np.uint8), 3)
+    for code in (np.array([1.0]), np.array([[1]], np.uint8)):
+        with pytest.raises(ValueError, match="not bytes in a row"):
+            decode("gaps", code, 8)

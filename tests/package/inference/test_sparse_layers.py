@@ -1,4 +1,4 @@
-"""Layers with their active weights alone: outputs of the dense ones, at any input; copies, files; what is refused."""
+"""Sparse layers: outputs of the dense ones at any input; copies, files; what is refused."""
 
 import copy
 import io
@@ -62,9 +62,8 @@ def inputs(layer: nn.Module) -> list[Tensor]:
     ]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Using padding='same' with even kernel lengths"
-)  # torch's, of its own layer
+# torch warns about its own layer
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", LAYERS)
 def test_outputs_are_those_of_the_dense_layer(name: str, kernel: str) -> None:
@@ -289,7 +288,15 @@ def test_what_torch_exports_computes_with_the_active_weights_alone_for_any_batch
     "ignore::DeprecationWarning:torch.*",
     "ignore:.*LeafSpec:FutureWarning",  # of an older exporter, about itself
 )
-@pytest.mark.parametrize("name", ["linear", "linear without bias", "3x3", "oblong", "even, same"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear",
+        "even, same",
+        pytest.param("linear without bias", marks=pytest.mark.slow),
+        pytest.param("oblong", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_exported_to_onnx_is_a_dense_layer(name: str, tmp_path: Path) -> None:
     layer = built(name)
     x = inputs(layer)[-2] if isinstance(layer, nn.Linear) else inputs(layer)[2]

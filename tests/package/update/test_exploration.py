@@ -1,37 +1,192 @@
-"""R_s under random growth is what the settings of a run foretell: in the paper's figures, in training, in recipes."""
+"""What the masks have been: R_s, what entered, what survived, by hand and as theory expects it."""
 
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 import yaml
-from itop_prune_tools.models import registration as models  # noqa: F401  (registers the paper's)
+from helpers.sparse_run import sparse
+from itop_prune_tools.models import registration  # noqa: F401  (registers the paper's models)
 from itop_prune_tools.reports.expected_exploration import explored as in_expectation
+from torch import Tensor, nn
 
 import itop_prune
+from itop_prune import MaskScheduler
 from itop_prune.methods.distributions import DISTRIBUTIONS
 from itop_prune.methods.schedules import cosine
+from itop_prune.update.exploration import Exploration
+
+# --- by hand -------------------------------------------------------------------------------------
+
+
+def exploration(names: str, survival: bool = True) -> Exploration:
+    """Layers of six weights, of which "xxx..." are active."""
+    masks = {}
+    for name in names:
+        layer = nn.Linear(6, 1, bias=False)
+        masks[name] = itop_prune.ITOP.apply(layer, "weight", mask("xxx..."))
+    return Exploration(masks, survival)
+
+
+def mask(positions: str) -> Tensor:
+    return torch.tensor([[letter == "x" for letter in positions]])
+
+
+def update(found: Exploration, **moved: tuple[str, str]) -> None:
+    found.begin_update()
+    for name, (before, after) in moved.items():
+        found.record(name, mask(before), mask(after))
+
+
+def test_two_layers_over_three_updates() -> None:
+    found = exploration("ab")
+    assert (found.rate(), found.entered()) == (0.5, {})
+    update(found, a=("xxx...", "x..xx."), b=("xxx...", ".xxx.."))
+    assert found.rate() == 9 / 12
+    assert found.entered() == {"a": 2, "b": 1}
+    assert math.isnan(found.survival_rate())
+
+    # One of the two that grew in a is left, and the only one of b.
+    update(found, a=("x..xx.", "x..x.x"), b=(".xxx..", ".xxx.."))
+    assert found.rate() == 10 / 12
+    assert found.entered() == {"a": 1, "b": 0}
+    assert found.survival_rates() == {"a": 0.5, "b": 1.0}
+    assert found.survival_rate() == 2 / 3
+
+    # That of a is gone. What leaves b grew long before, and nothing grew there at the last update.
+    update(found, a=("x..x.x", "xx.x.."), b=(".xxx..", ".xx.x."))
+    assert found.entered() == {"a": 1, "b": 1}
+    assert found.survival_rates() == {"a": 0.0}
+    assert found.survival_rate() == 0.0
+
+
+def test_a_layer_without_a_record_gained_nothing_and_has_no_survival_rate() -> None:
+    found = exploration("ab")
+    update(found, a=("xxx...", "x..xx."), b=("xxx...", ".xxx.."))
+    update(found, b=(".xxx..", ".xxx.."))
+    assert found.entered() == {"a": 0, "b": 0}
+    assert found.survival_rates() == {"b": 1.0}
+
+
+def test_a_mask_that_was_written_before_an_update_counts_as_explored() -> None:
+    found = exploration("a")
+    update(found, a=("...xxx", "xxx..."))
+    assert found.rate() == 1.0
+
+
+def test_a_copy_of_the_state_goes_on_and_is_independent() -> None:
+    one, other = exploration("a"), exploration("a")
+    update(one, a=("xxx...", ".xxx.."))
+    state = one.state_dict()
+    tensors = list(other.explored.values())
+    other.load_state_dict(state)
+    for found in (one, other):
+        update(found, a=(".xxx..", "..xxx."))
+    assert one.survival_rates() == other.survival_rates() == {"a": 1.0}
+    assert one.entered() == other.entered() == {"a": 1}
+    assert next(iter(other.explored.values())) is tensors[0]
+    assert state["explored"]["a"].sum() == 4
+
+
+def test_a_state_of_other_masks_is_refused_by_name_and_changes_nothing() -> None:
+    found = exploration("ab")
+    for state in (exploration("bc").state_dict(), Exploration({}, False).state_dict()):
+        with pytest.raises(ValueError, match="saved for other masks; different are: a, "):
+            found.load_state_dict(state)
+    larger = {"explored": {"a": torch.ones(1, 7), "b": torch.ones(1, 6)}}
+    with pytest.raises(ValueError, match=r"different are: a$"):
+        found.load_state_dict(larger)
+    assert found.rate() == 0.5
+
+
+# --- in training ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grow", ["random", "gradient"])
+def test_explored_is_the_union_of_all_masks_and_entered_what_is_new(grow: str) -> None:
+    run = sparse(every=3, total_steps=9, grow=grow)
+    union, entered = run.positions(), []
+    for step in range(9):
+        before = run.positions()
+        run.train(range(step, step + 1))
+        new = {name: itop.mask & ~before[name] for name, itop in run.masks.items()}
+        for name in union:
+            union[name] |= new[name]
+        if step % 3 == 2:
+            entered.append(run.regrow.entered())
+            assert entered[-1] == {name: int(grown.sum()) for name, grown in new.items()}
+    assert any(entered[-1].values())
+    for name, explored in run.regrow.explored.items():
+        assert torch.equal(explored, union[name])
+    assert run.regrow.exploration_rate() == sum(int(x.sum()) for x in union.values()) / 560
+
+
+def test_at_a_rate_of_0_nothing_enters() -> None:
+    run = sparse(rate=0.5, min_rate=0.0, schedule="linear", total_steps=4)
+    run.train(range(2))
+    assert any(run.regrow.entered().values())
+    run.train(range(2, 4))
+    assert run.regrow.updates == 2
+    assert run.regrow.entered() == dict.fromkeys(run.masks, 0)
+
+
+def test_a_layer_that_an_update_leaves_alone_is_counted_too() -> None:
+    """Global pruning takes nothing of the layers whose weights are large after the first update."""
+    options: dict[str, Any] = {"scope": "global", "rate": 0.2, "schedule": "constant"}
+    run = sparse(every=1, survival=True, **options)
+    grown, positions = [], []
+    for step in range(3):
+        before = run.positions()
+        run.backward(step)
+        if step:
+            with torch.no_grad():
+                for name in ("2.weight", "4.weight"):
+                    run.masks[name].parameter.add_(run.masks[name].mask.float(), alpha=100.0)
+        run.regrow.step()
+        positions.append(run.positions())
+        grown.append({name: positions[-1][name] & ~before[name] for name in before})
+    assert grown[0]["2.weight"].any()
+    assert not grown[1]["2.weight"].any()
+    assert torch.equal(positions[1]["2.weight"], positions[2]["2.weight"])
+    new = grown[1]["0.weight"]
+    left = int((new & positions[2]["0.weight"]).sum())
+    assert run.regrow.survival_rates() == {"0.weight": left / int(new.sum())}
+
+
+@pytest.mark.filterwarnings("ignore:0.weight got no gradient since the last update")
+def test_a_layer_that_is_frozen_between_two_updates_is_left_out() -> None:
+    run = sparse(
+        every=1, survival=True, optimizer=lambda model: torch.optim.SGD(model.parameters())
+    )
+    frozen = run.masks["0.weight"].parameter
+    names = []
+    for step in range(5):
+        frozen.requires_grad_(step != 2)
+        run.train(range(step, step + 1))
+        names.append(list(run.regrow.survival_rates()))
+        if step == 2:
+            assert run.regrow.entered()["0.weight"] == 0
+    everything, rest = list(run.masks), ["2.weight", "4.weight"]
+    # After step 3 what grew in the frozen layer had time for two updates.
+    assert names == [[], everything, rest, rest, everything]
+
+
+# --- as theory expects it ------------------------------------------------------------------------
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("cifar*set-itop.yaml"))
 IMAGES = 50_000
 Shapes = dict[str, tuple[int, ...]]
 
 
-def shapes_of(model_name: str, num_classes: int) -> Shapes:
-    with torch.device("meta"):
-        model = timm.create_model(model_name, num_classes=num_classes)
-        return {name: tuple(itop.mask.shape) for name, itop in itop_prune.apply(model, 0.5).items()}
-
-
 def explored(density: float, every: int, steps: int) -> float:
     """The share of one layer that random growth explores at the paper's rates."""
-    return in_expectation(
-        density, [0.005 + (0.5 - 0.005) * cosine(s / steps) for s in range(every, steps + 1, every)]
-    )
+    rates = [0.005 + (0.5 - 0.005) * cosine(s / steps) for s in range(every, steps + 1, every)]
+    return in_expectation(density, rates)
 
 
 def of_all(shapes: Shapes, rates: Mapping[str, float]) -> float:
@@ -39,31 +194,25 @@ def of_all(shapes: Shapes, rates: Mapping[str, float]) -> float:
     return sum(weights[name] * rates[name] for name in shapes) / sum(weights.values())
 
 
-def expected(shapes: Shapes, sparsity: float, every: int, steps: int) -> float:
+def expected(model_name: str, num_classes: int, sparsity: float, every: int, steps: int) -> float:
+    with torch.device("meta"):
+        model = timm.create_model(model_name, num_classes=num_classes)
+    shapes = {n: tuple(model.get_parameter(n).shape) for n in itop_prune.count_active(model, 0.5)}
     densities = DISTRIBUTIONS["ERK"](shapes, 1 - sparsity)
-    return of_all(
-        shapes, {name: explored(density, every, steps) for name, density in densities.items()}
-    )
+    rates = {name: explored(density, every, steps) for name, density in densities.items()}
+    return of_all(shapes, rates)
 
 
 @pytest.mark.parametrize(
     ("model", "classes", "sparsity", "every", "steps_per_epoch", "normal", "extended"),
     [
-        (
-            "cifar_vgg_c",
-            10,
-            0.95,
-            1500,
-            352,
-            0.436,
-            0.864,
-        ),  # 45,000 images, the last batch a small one
+        ("cifar_vgg_c", 10, 0.95, 1500, 352, 0.436, 0.864),  # 45,000 images, a small last batch
         ("cifar_vgg_c", 10, 0.95, 4000, 352, 0.243, 0.598),
         ("cifar_resnet34", 100, 0.98, 1500, 391, 0.262, 0.718),  # 50,000 images
         ("cifar_mlp", 10, 0.95, 1500, 352, 0.530, 0.965),
     ],
 )
-def test_our_models_explore_what_is_known_of_the_paper_s(
+def test_our_models_explore_what_is_known_of_the_paper(
     model: str,
     classes: int,
     sparsity: float,
@@ -72,49 +221,26 @@ def test_our_models_explore_what_is_known_of_the_paper_s(
     normal: float,
     extended: float,
 ) -> None:
-    shapes = shapes_of(model, classes)
-    steps = 250 * steps_per_epoch
-    assert expected(shapes, sparsity, every, steps) == pytest.approx(normal, abs=0.0005)
-    assert expected(shapes, sparsity, every, 5 * steps) == pytest.approx(extended, abs=0.0005)
+    for epochs, known in ((250, normal), (1250, extended)):
+        steps = epochs * steps_per_epoch
+        found = expected(model, classes, sparsity, every, steps)
+        assert found == pytest.approx(known, abs=0.0005)
 
 
-@pytest.mark.parametrize(
-    ("model", "classes", "sparsity", "every", "steps", "updates", "known"),
-    [  # 88,000 and 97,750 steps with an update at each 1500th, told in 3 and 6 instead
-        ("cifar_vgg_c", 10, 0.95, 3, 176, 58, 0.436),
-        ("cifar_resnet34", 100, 0.98, 6, 391, 65, 0.262),
-    ],
-)
-def test_the_scheduler_explores_what_is_expected(
-    model: str, classes: int, sparsity: float, every: int, steps: int, updates: int, known: float
-) -> None:
-    """All updates of a run at their rates. Layers of one shape have one density: one is moved, and stands for all.
-
-    What trains between updates decides which weights leave, and so not how many are new among those
-    that enter.
-    """
-    net = timm.create_model(model, num_classes=classes)
-    masks = itop_prune.apply(net, sparsity)
-    shapes = {name: tuple(itop.mask.shape) for name, itop in masks.items()}
-    stands_for = {shape: name for name, shape in reversed(shapes.items())}
-    moving = {name: masks[name] for name in stands_for.values()}
-    for itop in moving.values():
-        itop.parameter.grad = itop.parameter.detach()
-    regrow = itop_prune.MaskScheduler(
-        moving, torch.optim.SGD(net.parameters(), lr=0.1), total_steps=steps, every=every
-    )
-    for _ in range(steps):
+@pytest.mark.parametrize("density", [0.02, 0.3])
+def test_the_scheduler_explores_what_is_expected(density: float) -> None:
+    """What trains between updates decides which weights leave, and not how many new ones enter."""
+    layer = nn.Linear(600, 500, bias=False)
+    masks = itop_prune.apply(layer, 1.0 - density)
+    itop = masks["weight"]
+    itop.parameter.grad = itop.parameter.detach()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    regrow = MaskScheduler(masks, optimizer, total_steps=60, every=1)
+    for _ in range(60):
         regrow.step()
-    assert regrow.updates == updates
-    rates = {
-        name: regrow.explored[stands_for[shape]].float().mean().item()
-        for name, shape in shapes.items()
-    }
-    assert of_all(shapes, rates) == pytest.approx(known, rel=0.01)
-    for name, itop in moving.items():
-        density = itop.active / itop.mask.numel()
-        if itop.mask.numel() > 250_000:  # smaller ones stray further
-            assert rates[name] == pytest.approx(explored(density, every, steps), rel=0.01), name
+    found, known = regrow.exploration_rate(), explored(density, 1, 60)
+    assert known > 2 * density
+    assert found == pytest.approx(known, rel=0.01)
 
 
 def test_there_are_recipes() -> None:
@@ -125,21 +251,18 @@ def test_there_are_recipes() -> None:
 def test_a_recipe_says_what_it_explores(path: Path) -> None:
     text = path.read_text()
     recipe = yaml.safe_load(text)
-    shapes = shapes_of(recipe["model"]["model_name"], recipe["model"]["num_classes"])
+    model, data, every = recipe["model"], recipe["data"], recipe["regrow"]["every"]
 
     def found(multiplier: int, validation: int) -> tuple[str, str]:
-        steps = (
-            (IMAGES - validation) // recipe["data"]["batch_size"] * recipe["epochs"] * multiplier
-        )
-        every = recipe["regrow"]["every"]
-        rate = expected(shapes, recipe["masks"]["sparsity"], every, steps)
+        batches = (IMAGES - validation) // data["batch_size"]
+        steps = batches * recipe["epochs"] * multiplier
+        sparsity = recipe["masks"]["sparsity"]
+        rate = expected(model["model_name"], model["num_classes"], sparsity, every, steps)
         return f"{rate:.3f}".removeprefix("0"), str(steps // every)
 
-    said = re.search(
-        r"Expected R_s (\.\d+) after (\d+) updates, and (\.\d+) with multiplier=5", text
-    )
-    assert said is not None
-    held_out = recipe["data"]["validation"]
-    assert said.groups() == (*found(1, held_out), found(5, held_out)[0])
+    pattern = r"Expected R_s (\.\d+) after (\d+) updates, and (\.\d+) with multiplier=5"
+    stated = re.search(pattern, text)
+    assert stated is not None
+    assert stated.groups() == (*found(1, data["validation"]), found(5, data["validation"])[0])
     if whole := re.search(r"\(data\.validation=0\) (\.\d+) after (\d+)", text):
         assert whole.groups() == found(1, 0)

@@ -1,4 +1,4 @@
-"""What is asked of an optimizer: that it holds the weights, and that its statistics can be reached."""
+"""An optimizer must hold the weights and keep its statistics within reach; else it is refused."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -8,12 +8,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from helpers.toys import mlp, train
-from timm.optim import Lookahead
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import itop_prune
-from itop_prune.update.optimizer_state import check_holds, check_statistics, statistics
+from itop_prune.update.optimizer_state import (
+    check_holds_parameters,
+    check_statistics,
+    has_any_gradient,
+    statistics,
+)
 
 
 class Elsewhere(Optimizer):
@@ -30,199 +34,172 @@ class Elsewhere(Optimizer):
             parameter -= 0.1 * self.momenta[parameter]
 
 
-def masked(model: nn.Module) -> dict[str, itop_prune.ITOP]:
-    return itop_prune.apply(model, 0.5)
+class Quantized(SGD):
+    """An optimizer with statistics in bytes."""
+
+    def step(self, closure: Callable | None = None) -> None:
+        super().step()
+        for parameter in self.param_groups[0]["params"]:
+            state = torch.full(parameter.shape, 127, dtype=torch.uint8)
+            self.state[parameter]["state1"] = state
+
+
+def masked() -> tuple[nn.Sequential, dict[str, itop_prune.ITOP]]:
+    model = mlp()
+    return model, itop_prune.apply(model, 0.5)
+
+
+def schedule(masks: dict, optimizer: Optimizer) -> itop_prune.MaskScheduler:
+    return itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=1)
+
+
+# --- it holds the weights ------------------------------------------------------------------------
 
 
 def test_an_optimizer_of_another_model_is_refused_by_the_scheduler() -> None:
-    masks, optimizer = masked(mlp()), torch.optim.SGD(mlp().parameters(), lr=0.1)
-    with pytest.raises(
-        ValueError,
-        match=r"does not hold 0\.weight, 2\.weight, 4\.weight; build it from model\.param",
-    ):
-        itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=2)
+    message = r"does not hold 0\.weight, 2\.weight, 4\.weight; build it from model\.param"
+    with pytest.raises(ValueError, match=message):
+        schedule(masked()[1], SGD(mlp().parameters(), lr=0.1))
 
 
-def test_an_optimizer_that_lacks_one_weight_is_refused_by_its_name() -> None:
-    model = mlp()
-    masks = masked(model)
-    optimizer = torch.optim.SGD([*model[0].parameters(), *model[4].parameters()], lr=0.1)
-    with pytest.raises(ValueError, match=r"does not hold 2\.weight; build it"):
-        check_holds(optimizer, masks)
-
-
-def test_many_missing_weights_are_shortened() -> None:
+def test_of_many_weights_that_are_not_held_the_first_are_named() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(8)))
-    optimizer = torch.optim.SGD(mlp().parameters(), lr=0.1)
-    with pytest.raises(
-        ValueError, match=r"0\.weight, 1\.weight, 2\.weight, 3\.weight, 4\.weight and others; build"
-    ):
-        check_holds(optimizer, masked(model))
+    masks, optimizer = itop_prune.apply(model, 0.5), SGD(model[1].parameters(), lr=0.1)
+    message = r"not hold 0\.weight, 2\.weight, 3\.weight, 4\.weight, 5\.weight and others; build it"
+    with pytest.raises(ValueError, match=message):
+        check_holds_parameters(optimizer, masks)
 
 
-def test_a_frozen_weight_need_not_be_held() -> None:
+def test_weights_may_be_held_in_several_groups_and_frozen_ones_by_nobody() -> None:
+    model, masks = masked()
+    model[0].weight_orig.requires_grad_(False)
+    groups = [{"params": layer.parameters()} for layer in model[1:]]
+    check_holds_parameters(SGD(groups, lr=0.1), masks)
+
+
+def test_a_parameter_that_something_flattened_is_refused() -> None:
+    model, masks = masked()
+    model[0].weight_orig.data = model[0].weight_orig.data.flatten()
+    message = r"0.weight has the shape \(320,\), its mask \(16, 20\): FSDP1 and ZeRO-3 flatten"
+    with pytest.raises(ValueError, match=message):
+        schedule(masks, SGD(model.parameters()))
+
+
+def test_a_parameter_on_another_device_than_its_mask_is_refused() -> None:
+    model, masks = masked()
+    model[0].weight_orig = nn.Parameter(model[0].weight_orig.detach().to("meta"))
+    message = r"0.weight is on meta, its mask on cpu; .* leave out FSDP2's CPUOffloadPolicy"
+    with pytest.raises(ValueError, match=message):
+        schedule(masks, SGD(model.parameters(), lr=0.1))
+
+
+def test_an_unfrozen_layer_that_is_not_held_is_refused_before_any_mask_moves() -> None:
+    model, masks = masked()
+    model[2].weight_orig.requires_grad_(False)
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    regrow = schedule(masks, optimizer)
+    model[2].weight_orig.requires_grad_(True)
+    before = {name: itop.mask.clone() for name, itop in masks.items()}
+    with pytest.raises(ValueError, match=r"does not hold 2\.weight"):
+        train(model, optimizer, regrow, steps=range(1))
+    assert all(torch.equal(itop.mask, before[name]) for name, itop in masks.items())
+
+
+def test_any_gradient_of_any_parameter_counts() -> None:
     model = mlp()
-    model[0].weight.requires_grad_(False)
-    masks = masked(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    assert itop_prune.MaskScheduler(
-        masks, optimizer, total_steps=4, every=2
-    ).update_steps() == range(2, 5, 2)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    assert not has_any_gradient(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    assert not has_any_gradient(optimizer)
+    model[2].bias.grad[3] = 1e-30
+    assert has_any_gradient(optimizer)
 
 
-def test_weights_may_be_held_in_several_groups() -> None:
-    model = mlp()
-    masks = masked(model)
-    optimizer = torch.optim.SGD([{"params": layer.parameters()} for layer in model], lr=0.1)
-    assert check_holds(optimizer, masks) is None
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_an_optimizer_may_be_built_before_or_after_apply(when: str) -> None:
-    model = mlp()
-    masks = masked(model) if when == "after" else {}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    masks = masks or masked(model)
-    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=2)
-    train(model, optimizer, regrow, steps=range(4))
-    assert regrow.updates == 2
+# --- its statistics ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("build", "count"),
     [
-        (lambda parameters: torch.optim.SGD(parameters, lr=0.1), 0),
-        (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9), 1),
-        (lambda parameters: torch.optim.AdamW(parameters), 2),
-        (lambda parameters: torch.optim.AdamW(parameters, amsgrad=True), 3),
+        (lambda parameters: SGD(parameters, lr=0.1), 0),
+        (lambda parameters: SGD(parameters, lr=0.1, momentum=0.9), 1),
+        (lambda parameters: AdamW(parameters), 2),
+        (lambda parameters: AdamW(parameters, amsgrad=True), 3),
         (lambda parameters: torch.optim.Adagrad(parameters), 1),
     ],
     ids=["SGD", "momentum", "AdamW", "amsgrad", "Adagrad"],
 )
 def test_statistics_are_all_tensors_of_the_shape_of_the_weight(build: Callable, count: int) -> None:
-    model = mlp()
-    masks = masked(model)
+    model, masks = masked()
     optimizer = build(model.parameters())
     train(model, optimizer, steps=range(1))
-    shapes = [
-        tensor.shape for tensor in statistics(optimizer, masks["0.weight"].parameter).values()
-    ]
-    assert shapes == [(16, 20)] * count
+    found = statistics(optimizer, masks["0.weight"].parameter)
+    assert [tensor.shape for tensor in found.values()] == [(16, 20)] * count
 
 
-def test_there_are_no_statistics_before_the_first_step() -> None:
-    model = mlp()
-    masks = masked(model)
-    assert statistics(torch.optim.AdamW(model.parameters()), masks["0.weight"].parameter) == {}
-
-
-def test_statistics_of_a_weight_that_is_not_held_are_not_made_up() -> None:
-    """`optimizer.state` is a defaultdict: looking must not leave an entry behind."""
-    model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters())
-    statistics(optimizer, model[0].weight)
+def test_looking_for_statistics_leaves_no_entry_behind() -> None:
+    """`optimizer.state` is a defaultdict."""
+    model, masks = masked()
+    optimizer = AdamW(model.parameters())
+    assert statistics(optimizer, masks["0.weight"].parameter) == {}
     assert len(optimizer.state) == 0
-
-
-def test_the_lookahead_of_timm_is_refused() -> None:
-    model = mlp()
-    masks = masked(model)
-    optimizer = Lookahead(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
-    with pytest.raises(
-        ValueError,
-        match=r"Lookahead keeps statistics of weights in its .*pruned weights would come",
-    ):
-        itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=1)
 
 
 def test_rprop_is_refused_before_it_trains() -> None:
     """A grown weight would have the step size 0, and go on with the smallest one there is."""
-    model = mlp()
-    masks = masked(model)
+    model, masks = masked()
     with pytest.raises(ValueError, match="Rprop keeps a step size of each weight"):
-        itop_prune.MaskScheduler(
-            masks, torch.optim.Rprop(model.parameters()), total_steps=4, every=2
-        )
+        schedule(masks, torch.optim.Rprop(model.parameters()))
 
 
-def test_what_is_kept_of_a_weight_and_holds_no_tensor_is_no_statistic() -> None:
+def test_what_is_kept_of_a_weight_without_a_tensor_is_no_statistic() -> None:
     """Kron keeps the text of its products by weight."""
-    model = mlp()
-    masks = masked(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, masks = masked()
+    optimizer = SGD(model.parameters(), lr=0.1)
     optimizer.texts = {itop.parameter: ("ab,bc->ac", [("bc", 1)]) for itop in masks.values()}
-    assert check_statistics(optimizer, masks) is None
+    check_statistics(optimizer, masks)
     optimizer.texts[masks["2.weight"].parameter] = ("ab", [torch.zeros(3)])
     with pytest.raises(ValueError, match="in its texts, out of reach"):
         check_statistics(optimizer, masks)
 
 
-def test_an_optimizer_with_statistics_of_its_own_is_refused_at_the_first_update() -> None:
-    model = mlp()
-    masks = masked(model)
-    optimizer = Elsewhere(model.parameters())
-    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=2)
-    with pytest.raises(
-        ValueError, match="Elsewhere keeps statistics of weights in its momenta, out of reach"
-    ):
-        train(model, optimizer, regrow, steps=range(4))
-
-
-def test_a_refused_optimizer_has_moved_no_mask() -> None:
-    model = mlp()
-    masks = masked(model)
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Elsewhere, "Elsewhere keeps statistics of weights in its momenta, out of reach"),
+        (Quantized, r"Quantized keeps state1 of 0\.weight as torch\.uint8, where 0 may mean"),
+    ],
+)
+def test_statistics_that_appear_in_training_are_refused_before_any_mask_moves(
+    kind: Callable, message: str
+) -> None:
+    model, masks = masked()
     before = {name: itop.mask.clone() for name, itop in masks.items()}
-    optimizer = Elsewhere(model.parameters())
-    with pytest.raises(ValueError):
-        train(model, optimizer, itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=1))
+    optimizer = kind(model.parameters())
+    with pytest.raises(ValueError, match=message):
+        train(model, optimizer, schedule(masks, optimizer))
     assert all(torch.equal(itop.mask, before[name]) for name, itop in masks.items())
 
 
-def test_a_wrapper_that_shares_the_state_is_accepted() -> None:
-    model = mlp()
-    masks = masked(model)
-    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    outer = torch.optim.SGD(model.parameters(), lr=0.1)
-    outer.inner, outer.state = inner, inner.state
-    assert check_statistics(outer, masks) is None
-
-
-def test_a_wrapper_with_a_state_of_its_own_is_refused() -> None:
-    model = mlp()
-    masks = masked(model)
-    outer = torch.optim.SGD(model.parameters(), lr=0.1)
-    outer.inner, outer.state = torch.optim.SGD(model.parameters(), lr=0.1), defaultdict(dict)
+def test_a_wrapper_may_share_the_state_but_not_have_one_of_its_own() -> None:
+    model, masks = masked()
+    outer = SGD(model.parameters(), lr=0.1)
+    outer.inner = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    outer.state = outer.inner.state
+    check_statistics(outer, masks)
+    outer.state = defaultdict(dict)
     with pytest.raises(ValueError, match="SGD keeps statistics of weights in its inner"):
         check_statistics(outer, masks)
 
 
 def test_the_wrapper_of_accelerate_moves_masks_and_zeroes_statistics() -> None:
-    model = mlp()
-    masks = masked(model)
-    optimizer = Accelerator().prepare(torch.optim.AdamW(model.parameters()))
+    model, masks = masked()
+    optimizer = Accelerator().prepare(AdamW(model.parameters()))
     assert isinstance(optimizer, AcceleratedOptimizer)
-    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=2)
     before = masks["0.weight"].mask.clone()
-    train(model, optimizer, regrow, steps=range(2))
+    train(model, optimizer, schedule(masks, optimizer), steps=range(1))
     itop = masks["0.weight"]
     assert not torch.equal(itop.mask, before)
     for name in ("exp_avg", "exp_avg_sq"):
         assert not optimizer.state[itop.parameter][name][~itop.mask | ~before].any()
-
-
-def test_statistics_that_are_not_floating_point_are_refused_by_name() -> None:
-    class Quantized(torch.optim.SGD):
-        def step(self, closure: object = None) -> None:
-            super().step()
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    self.state[parameter]["state1"] = torch.full(
-                        parameter.shape, 127, dtype=torch.uint8
-                    )
-
-    model = mlp()
-    masks = itop_prune.apply(model, 0.8)
-    optimizer = Quantized(model.parameters(), lr=0.1)
-    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=10, every=1)
-    with pytest.raises(ValueError, match=r"Quantized keeps state1 of 0\.weight as torch\.uint8"):
-        train(model, optimizer, regrow, steps=range(1))

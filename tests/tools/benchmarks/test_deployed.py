@@ -1,4 +1,4 @@
-"""The benchmark of deployed models: its lines, their floors, what it is compared with."""
+"""The benchmark of deployed models: its lines, their floors, the models it compares with."""
 
 import dataclasses
 import math
@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 from helpers.toys import convnet, mlp
-from itop_prune_tools.benchmarks import command as bench
-from itop_prune_tools.benchmarks import deployed as bench_deploy
+from itop_prune_tools.benchmarks import command, deployed
 from itop_prune_tools.benchmarks.deployed import (
     HEADINGS,
     MODELS,
@@ -15,8 +14,8 @@ from itop_prune_tools.benchmarks.deployed import (
     Line,
     compile_or_none,
     measure,
+    seconds_per_call,
     table,
-    time_in_turns,
     without_layers,
 )
 from itop_prune_tools.benchmarks.measure import Settings
@@ -30,7 +29,7 @@ LINE = Line(
 )
 
 
-def test_a_line_says_how_many_times_as_fast_and_what_the_floors_are() -> None:
+def test_a_line_holds_ratios_and_floors() -> None:
     assert dict(zip(HEADINGS, LINE.cells(), strict=True)) == {
         "model": "MLP",
         "sparsity": "98 %",
@@ -67,18 +66,19 @@ def test_the_table_is_markdown() -> None:
 
 
 def test_targets_are_of_models_that_are_measured() -> None:
-    assert {name for targets in TARGETS.values() for name in targets} <= MODELS.keys()
+    for targets in TARGETS.values():
+        assert targets.keys() <= MODELS.keys()
 
 
 def test_a_model_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_deploy, "compile_or_none", lambda model, x: None)
+    monkeypatch.setattr(deployed, "compile_or_none", lambda model, x: None)
     model = mlp()
     masks = itop_prune.apply(model, 0.5)
     active = sum(itop.active for itop in masks.values())
     line = measure("mlp", model, torch.randn(1, 20), 0.5, QUICK)
     assert line.difference <= 1e-5
     assert 0.0 < line.rest < math.inf
-    assert (line.compiled, line.target) == (None, bench_deploy.NO_SLOWER)
+    assert (line.compiled, line.target) == (None, deployed.NO_SLOWER)
     assert (line.dense_operations, line.operations) == (2 * 560, 2 * active)
     assert (line.dense_bytes, line.bytes) == (4 * 560, 8 * active + 4 * 32)
     assert itop_prune.find_masks(model) == masks
@@ -102,10 +102,9 @@ def test_seconds_are_of_one_call() -> None:
             torch.randn(300, 300) @ torch.randn(300, 300)
 
     functions = {name: (lambda x, name=name: count(name)) for name in calls}
-    found = time_in_turns(functions, torch.zeros(1), 2)
-    assert (
-        calls["fast"] > calls["slow"] >= 5
-    )  # two before, one round that does not count, two that do
+    found = seconds_per_call(functions, torch.zeros(1), 2)
+    # Two calls before, one round that does not count, two that do.
+    assert calls["fast"] > calls["slow"] >= 5
     assert 0.0 < found["fast"] < found["slow"]
 
 
@@ -128,6 +127,6 @@ def test_the_command_prints_the_table_and_fails_where_a_target_is_missed(
     target: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = dataclasses.replace(LINE, target=target)
-    monkeypatch.setattr(bench_deploy, "lines", lambda settings: [line])
-    assert bench.main(["--deploy"]) == (target > 4.0)
+    monkeypatch.setattr(deployed, "lines", lambda settings: [line])
+    assert command.main(["--deploy"]) == (target > 4.0)
     assert table([line]) in capsys.readouterr().out

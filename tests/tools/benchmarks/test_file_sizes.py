@@ -1,8 +1,8 @@
-"""Files beside the dense one's: shares that no machine changes, and both kinds loaded in turns."""
+"""Files of sparse models against the dense one: their sizes, and loading times in alternation."""
 
 import pytest
 import torch
-from itop_prune_tools.benchmarks import file_sizes as bench_files
+from itop_prune_tools.benchmarks import file_sizes
 from itop_prune_tools.benchmarks.measure import Measured, Settings
 
 import itop_prune
@@ -12,13 +12,7 @@ QUICK = Settings(quick=True, device=torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Measured]:
-    return {measured.name: measured for measured in bench_files.files(QUICK, "resnet18")}
-
-
-def test_every_file_has_its_size_and_its_time(found: dict[str, Measured]) -> None:
-    kinds = ["98 %, fp32", "98 %, float16", "90 %, fp32"]
-    endings = ["file, of the dense one", "loading it"]
-    assert [*found] == [f"resnet18, {kind}: {ending}" for kind in kinds for ending in endings]
+    return {measured.name: measured for measured in file_sizes.files(QUICK, "resnet18")}
 
 
 def test_shares_are_a_little_more_than_the_values(found: dict[str, Measured]) -> None:
@@ -28,8 +22,9 @@ def test_shares_are_a_little_more_than_the_values(found: dict[str, Measured]) ->
     assert 1.0 < fp16 < fp32 - 0.9
 
 
-def test_loading_takes_turns(found: dict[str, Measured]) -> None:
+def test_loading_is_timed_in_as_many_rounds_as_the_dense_file(found: dict[str, Measured]) -> None:
     rows = [row for name, row in found.items() if "loading" in name]
+    assert len(rows) == 3
     assert all(len(row.ours) == len(row.other) == QUICK.rounds(15) for row in rows)
 
 
@@ -42,6 +37,6 @@ def test_each_round_makes_a_dense_model_sparse(monkeypatch: pytest.MonkeyPatch) 
 
     real = itop_prune.load
     monkeypatch.setattr(itop_prune, "load", load)
-    next(rows := bench_files.files(QUICK, "resnet18"))
+    next(rows := file_sizes.files(QUICK, "resnet18"))
     next(rows)
     assert before == [0] * (QUICK.rounds(15) + 1)

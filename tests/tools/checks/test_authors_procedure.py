@@ -1,4 +1,4 @@
-"""The authors' procedure beside the runner's: its update by hand, and equal to ours where their masks are equal."""
+"""The authors' procedure: its update by hand, and equal to the runner from equal masks."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from itop_prune_tools.checks import authors_procedure as authors
 from itop_prune_tools.config.recipe import Recipe, read
 from itop_prune_tools.data.datasets import augmentation_of, open_data
 from itop_prune_tools.data.source import CPU
-from itop_prune_tools.reports import comparison as compare
+from itop_prune_tools.reports import comparison
 from itop_prune_tools.training import loop as train
 from itop_prune_tools.training.build import build_model
 from torch import nn
@@ -29,8 +29,11 @@ GRADIENT, RANDOM = ("regrow.every=20", "regrow.grow=gradient"), ("regrow.every=2
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory) -> list[str]:
-    """Overrides of the quickstart: 4 epochs of 44 steps, on digits with noise: equal pixels have equal gradients."""
-    with np.load(ROOT / "tools" / "digits.npz") as file:
+    """Override the quickstart: 4 epochs of 44 steps, on digits with noise.
+
+    Without it equal pixels would have equal gradients, which tie.
+    """
+    with np.load(ROOT / "tools" / "data" / "digits.npz") as file:
         images, labels = file["images"] * np.uint8(14), file["labels"]
     images += np.random.default_rng(0).integers(0, 14, images.shape, dtype=np.uint8)
     path = tmp_path_factory.mktemp("digits") / "digits.npz"
@@ -57,21 +60,25 @@ MASK = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
 WEIGHT = torch.tensor([4.0, -1.0, 3.0, -2.0, 0.0, 0.0, 0.0, 0.0])
 
 
+def updated(weight: torch.Tensor, rate: float, grad: list[float]) -> list[float]:
+    return authors.update_mask(MASK, weight, rate, generator(), torch.tensor(grad)).tolist()
+
+
 def test_an_update_by_hand():
-    """Half of four leave, -1 and -2; of what is free then the gradient is largest at a pruned one and at the last."""
-    grad = torch.tensor([9.0, 0.0, 9.0, -6.0, 1.0, 2.0, 3.0, -5.0])
-    assert authors.move(MASK, WEIGHT, 0.5, generator(), grad).tolist() == [1, 0, 1, 1, 0, 0, 0, 1]
+    """Pruned are -1 and -2, half of four; growth takes a pruned position and the last."""
+    grad = [9.0, 0.0, 9.0, -6.0, 1.0, 2.0, 3.0, -5.0]
+    assert updated(WEIGHT, 0.5, grad) == [1, 0, 1, 1, 0, 0, 0, 1]
 
 
-def test_how_many_leave_is_rounded_up():
-    grad = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.0])
-    assert authors.move(MASK, WEIGHT, 0.3, generator(), grad).tolist() == [1, 0, 1, 0, 1, 1, 0, 0]
+def test_the_number_of_pruned_weights_is_rounded_up():
+    grad = [0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 0.0, 0.0]
+    assert updated(WEIGHT, 0.3, grad) == [1, 0, 1, 0, 1, 1, 0, 0]
 
 
-def test_equal_weights_leave_together_and_as_many_grow():
-    grad = torch.tensor([0.0, 0.0, 0.0, 0.0, 4.0, 3.0, 2.0, 1.0])
+def test_weights_that_tie_are_pruned_together_and_as_many_grow():
+    grad = [0.0, 0.0, 0.0, 0.0, 4.0, 3.0, 2.0, 1.0]
     weight = torch.tensor([4.0, 2.0, -2.0, 2.0, 0.0, 0.0, 0.0, 0.0])
-    assert authors.move(MASK, weight, 0.25, generator(), grad).tolist() == [1, 0, 0, 0, 1, 1, 1, 0]
+    assert updated(weight, 0.25, grad) == [1, 0, 0, 0, 1, 1, 1, 0]
 
 
 def test_growth_at_random_keeps_what_is_large_and_grows_as_many_on_average():
@@ -81,7 +88,7 @@ def test_growth_at_random_keeps_what_is_large_and_grows_as_many_on_average():
     largest = weight.abs().flatten().topk(active - math.ceil(0.5 * active)).indices
     counts = []
     for _ in range(100):
-        moved = authors.move(mask, weight, 0.5, draws)
+        moved = authors.update_mask(mask, weight, 0.5, draws)
         assert set(moved.unique().tolist()) == {0.0, 1.0}
         assert bool(moved.flatten()[largest].all())
         counts.append(int(moved.sum()))
@@ -91,13 +98,13 @@ def test_growth_at_random_keeps_what_is_large_and_grows_as_many_on_average():
     assert abs(sum(counts) / 100 - active) < 5 * deviation / 10
 
 
-def test_where_all_that_is_free_grows_all_is_active():
-    assert bool(authors.move(torch.ones(8), torch.arange(1.0, 9.0), 0.25, generator()).all())
+def test_if_every_inactive_position_grows_all_are_active():
+    assert bool(authors.update_mask(torch.ones(8), torch.arange(1.0, 9.0), 0.25, generator()).all())
 
 
 def test_masks_are_drawn_position_by_position_with_the_density_of_their_layer():
     weights = {"a": torch.zeros(300, 784), "b": torch.zeros(100, 300), "c": torch.zeros(10, 100)}
-    masks = authors.draw(weights, generator(), sparsity=0.95, method="ERK")
+    masks = authors.draw_masks(weights, generator(), sparsity=0.95, method="ERK")
     exact = itop_prune.distributions.active_counts(
         {name: tuple(w.shape) for name, w in weights.items()}, 0.05
     )
@@ -111,7 +118,7 @@ def test_masks_multiply_weights_and_momentum():
     layer(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     mask = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 1.0]])
-    authors.apply({"weight": mask}, {"weight": layer.weight}, optimizer)
+    authors.multiply({"weight": mask}, {"weight": layer.weight}, optimizer)
     for tensor in (layer.weight, optimizer.state[layer.weight]["momentum_buffer"]):
         assert torch.equal(tensor != 0, mask.bool())
 
@@ -119,20 +126,20 @@ def test_masks_multiply_weights_and_momentum():
 def trained_by_ours(folder: Path, overrides: list[str]) -> tuple[float, float]:
     """Train by the runner; return test accuracy and R_s."""
     assert train.main([str(QUICKSTART), *overrides, "--out", str(folder)]) == 0
-    found = compare.read(folder.parent, [folder])
+    found = comparison.read(folder.parent, [folder])
     return found.top1[0], found.explored[0]
 
 
 @pytest.mark.parametrize("method", [DENSE, STATIC, GRADIENT], ids=["dense", "static", "gradient"])
 def test_from_the_same_masks_it_is_the_run_of_the_runner(method, short, tmp_path, monkeypatch):
-    """Only growth at random goes another way: of all else nothing but the drawing of the masks is different."""
+    """Only random growth and the drawing of the masks differ."""
     ours = trained_by_ours(tmp_path / "ours", [*short, *method])
     assert ours[0] > 50
     settings = recipe(*short, *method)
     model = build_model(settings, None, CPU)
     masks = itop_prune.apply(model, seed=settings.seed, **settings.masks) if settings.masks else {}
     drawn = {name: itop.mask.float() for name, itop in masks.items()}
-    monkeypatch.setattr(authors, "draw", lambda *_, **__: drawn)
+    monkeypatch.setattr(authors, "draw_masks", lambda *_, **__: drawn)
     top1, explored, active = authors.train(settings)
     assert (top1, explored) == ours
     assert set(active) == {2510 if masks else 0}
@@ -152,7 +159,7 @@ def test_random_growth_explores_as_the_runner_does_while_counts_drift(short, tmp
 
 
 def test_what_is_off_the_mask_is_zero_at_the_end_and_at_every_update(short, monkeypatch):
-    models, build, move = [], authors.build_model, authors.move
+    models, build, move = [], authors.build_model, authors.update_mask
 
     def build_and_keep(*arguments):
         models.append(build(*arguments))
@@ -163,7 +170,7 @@ def test_what_is_off_the_mask_is_zero_at_the_end_and_at_every_update(short, monk
         return move(mask, weight, *others)
 
     monkeypatch.setattr(authors, "build_model", build_and_keep)
-    monkeypatch.setattr(authors, "move", look)
+    monkeypatch.setattr(authors, "update_mask", look)
     for method in (STATIC, GRADIENT):
         *_, active = authors.train(recipe(*short, *method))
         weights = [weight for weight in models.pop().parameters() if weight.ndim > 1]
@@ -173,13 +180,13 @@ def test_what_is_off_the_mask_is_zero_at_the_end_and_at_every_update(short, monk
 
 
 def test_the_rate_falls_to_its_last_at_the_last_step(short, monkeypatch):
-    rates, move = [], authors.move
+    rates, move = [], authors.update_mask
 
     def note(mask, weight, rate, *others):
         rates.append(rate)
         return move(mask, weight, rate, *others)
 
-    monkeypatch.setattr(authors, "move", note)
+    monkeypatch.setattr(authors, "update_mask", note)
     authors.train(recipe(*short, "regrow.every=88"))
     assert rates == pytest.approx([0.2525] * 3 + [0.005] * 3)
 
@@ -187,14 +194,21 @@ def test_the_rate_falls_to_its_last_at_the_last_step(short, monkeypatch):
 # The command
 
 
-@pytest.fixture
-def set_itop(short, tmp_path, monkeypatch) -> Path:
-    """Two runs of the runner, of the recipe that is put in place of SET-ITOP's."""
-    path = tmp_path / "short.yaml"
+@pytest.fixture(scope="module")
+def trained(short, tmp_path_factory) -> Path:
+    """A recipe and, beside it in ours/, two runs of the runner."""
+    folder = tmp_path_factory.mktemp("set")
+    path = folder / "short.yaml"
     path.write_text(recipe(*short, *RANDOM).as_yaml(), encoding="utf-8")
-    monkeypatch.setitem(authors.RECIPES, "SET-ITOP", path)
-    assert train.main([str(path), "--seeds", "2", "--out", str(tmp_path / "ours")]) == 0
-    return tmp_path / "ours"
+    assert train.main([str(path), "--seeds", "2", "--out", str(folder / "ours")]) == 0
+    return folder
+
+
+@pytest.fixture
+def set_itop(trained, monkeypatch) -> Path:
+    """Two runs of the recipe that is put in place of SET-ITOP's."""
+    monkeypatch.setitem(authors.RECIPES, "SET-ITOP", trained / "short.yaml")
+    return trained / "ours"
 
 
 def test_every_method_is_a_recipe_and_each_is_trained_as_the_runner_trains_it():
@@ -225,7 +239,7 @@ def test_a_line_a_seed_and_what_they_come_to(set_itop, capsys):
     assert float(re.search(r"3 seeds: ([\d.]+) ±", theirs)[1]) == pytest.approx(
         statistics.mean(top1), abs=0.011
     )
-    mean = statistics.mean(compare.read(set_itop).top1)
+    mean = statistics.mean(comparison.read(set_itop).top1)
     shown, error = re.fullmatch(
         rf"ours, 2 seeds: {mean:.2f} ± .* less theirs: ([+-].*) ± (.*)", ours
     ).groups()
@@ -245,11 +259,12 @@ def test_runs_of_another_recipe_are_refused_before_any_training(set_itop, capsys
         assert "is not the recipe of --method, --sparsity and --multiplier" in said.err
 
 
-def test_one_run_and_none_are_refused(set_itop, capsys):
-    shutil.rmtree(set_itop / "seed1")
-    assert authors.main(["--method", "SET-ITOP", "--ours", str(set_itop)]) == 1
-    assert "holds one finished run; a deviation needs two" in capsys.readouterr().err
-    assert authors.main(["--method", "SET-ITOP", "--ours", str(set_itop / "nothing")]) == 1
+def test_one_run_and_none_are_refused(set_itop, tmp_path, capsys):
+    shutil.copytree(set_itop / "seed0", tmp_path / "seed0")
+    assert authors.main(["--method", "SET-ITOP", "--ours", str(tmp_path)]) == 1
+    message = "holds one finished run; a deviation needs two; train another"
+    assert message in capsys.readouterr().err
+    assert authors.main(["--method", "SET-ITOP", "--ours", str(tmp_path / "nothing")]) == 1
     assert "holds no finished run" in capsys.readouterr().err
 
 
@@ -258,4 +273,4 @@ def test_what_can_not_be_read_is_said(tmp_path, capsys):
     assert "the recipe has no section masks" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         authors.main(["--method", "dense", "--seeds", "1"])
-    assert "from 2" in capsys.readouterr().err
+    assert "a deviation needs two, so give a number from 2" in capsys.readouterr().err

@@ -1,27 +1,24 @@
-"""The checks of architectures: a spread of families passes them, what is wrong is found, and a sweep can be stopped."""
+"""Architectures: families pass the checks, failures are found, a stopped check continues."""
 
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from itop_prune_tools.checks import architectures
-from itop_prune_tools.checks import check_architectures as sweep
-from itop_prune_tools.checks import exactness as twins
+from helpers.processes import ROOT
+from itop_prune_tools.checks import architectures, check_architectures, exactness
 from torch import Tensor, nn
 
 import itop_prune
-from itop_prune import scheduler
-from itop_prune.layers import masked_layer as layer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:timm.*", "ignore::DeprecationWarning:torch.*"
 )
 
 TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3}
-# Every way in which a model of timm does something else with a weight than call its layer once.
+# Every way in which a model of timm uses a weight other than by one call of its layer.
 SPREAD: dict[str, dict[str, Any]] = {
     "beit_base_patch16_224": TINY,  # a parent reads qkv.weight
     "beitv2_base_patch16_224": TINY,
@@ -63,11 +60,12 @@ SPREAD: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPREAD)
 def test_a_family_trains_as_its_dense_twin(name: str) -> None:
     if name not in architectures.names():
         pytest.skip(f"timm {timm.__version__} does not have {name}")
-    found = twins.trained(name, **SPREAD[name])
+    found = exactness.train_beside_twin(name, **SPREAD[name])
     assert found.wrong == []
     assert found.refused == ""
     assert found.masked > 5
@@ -78,7 +76,7 @@ def test_a_family_trains_as_its_dense_twin(name: str) -> None:
     "name", ["efficientnet_cc_b1_8e", "sequencer2d_l", "nfnet_f7", "vit_giant_patch14_dinov2"]
 )
 def test_a_model_of_any_size_is_counted_on_the_meta_device(name: str) -> None:
-    found = twins.counts(name)
+    found = exactness.count_masks(name)
     assert found.wrong == []
     assert found.refused == ""
     assert found.covered > 0.99
@@ -91,7 +89,7 @@ def test_every_name_of_timm_and_torchvision_is_looked_at() -> None:
     assert {architectures.module_of(name) for name in names} >= set(timm.list_modules())
 
 
-# --- what the check of a trained model finds -------------------------------------------------------------------------
+# --- what the check of a trained model finds ---
 
 
 class Small(nn.Module):
@@ -117,15 +115,15 @@ class Assigning(Small):
         return super().forward(x)
 
 
-def check(model: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> twins.Finding:
+def check(model: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> exactness.Finding:
     monkeypatch.setattr(
-        twins, "with_images", lambda name, keywords: (model(), torch.randn(2, 3, 8, 8))
+        exactness, "with_images", lambda name, keywords: (model(), torch.randn(2, 3, 8, 8))
     )
-    return twins.trained("a model")
+    return exactness.train_beside_twin("a model")
 
 
 def test_a_plain_model_passes_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check(Small, monkeypatch) == twins.Finding(masked=2, covered=248 / 260, size=8)
+    assert check(Small, monkeypatch) == exactness.Finding(masked=2, covered=248 / 260, size=8)
 
 
 def test_a_layer_that_the_model_does_not_use_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,83 +136,113 @@ def test_a_weight_that_is_not_what_the_twin_computes_with_is_found(
     assert any("differ by" in text for text in check(Assigning, monkeypatch).wrong)
 
 
+class Centering(nn.Linear):
+    """Subtracts the mean of its weight, which leaves no zeros in the weight in use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+
+
+class DenseInUse(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Centering(8, 4)
+
+
 def test_a_kernel_that_is_dense_in_use_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer, "effective", lambda weight, mask, centred: weight * mask)
-    found = twins.trained("test_nfnet")
-    assert any(
-        text.endswith("the kernel in use is not 0 where the mask is") for text in found.wrong
-    )
+    wrong = check(DenseInUse, monkeypatch).wrong
+    assert set(wrong) == {"head.weight: the kernel in use is not 0 where the mask is"}
 
 
 def test_masks_that_do_not_move_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stay(
-        _: object, layers: list[Any], leaving: int, entering: int
-    ) -> list[tuple[Tensor, Tensor]]:
-        return [(layer.itop.mask.clone(), layer.itop.mask.sum() - leaving) for layer in layers]
-
-    monkeypatch.setattr(scheduler, "exchange", stay)
-    assert "no mask moved" in check(Small, monkeypatch).wrong
+    monkeypatch.setattr(itop_prune.MaskScheduler, "step", lambda self: True)
+    wrong = check(Small, monkeypatch).wrong
+    assert "no mask moved" in wrong
+    assert "not grown: convolution.weight, head.weight" in wrong
+    assert "step 1: an update was made" in wrong
 
 
 def test_a_mask_that_loses_weights_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = itop_prune.MaskScheduler.step
+    applied: dict[str, itop_prune.ITOP] = {}
+    apply, step = itop_prune.apply, itop_prune.MaskScheduler.step
+
+    def keep(*arguments: Any, **keywords: Any) -> dict[str, itop_prune.ITOP]:
+        applied.update(apply(*arguments, **keywords))
+        return applied
 
     def losing(self: itop_prune.MaskScheduler) -> bool:
         moved = step(self)
-        self._masks["head.weight"].mask[:2] = False
+        applied["head.weight"].mask[:2] = False
         return moved
 
+    monkeypatch.setattr(itop_prune, "apply", keep)
     monkeypatch.setattr(itop_prune.MaskScheduler, "step", losing)
     assert "the number of active weights changed" in check(Small, monkeypatch).wrong
 
 
+def test_a_difference_that_is_not_a_number_is_infinite() -> None:
+    found = exactness.Finding()
+    found.compare(torch.tensor([float("nan"), 1.0]), torch.tensor([2.0, 1.0]))
+    assert found.difference == float("inf")
+
+
 @pytest.mark.parametrize("name", ["torchvision/fasterrcnn_resnet50_fpn", "torchvision/raft_small"])
 def test_a_model_with_inputs_of_its_own_kind_is_left_out_with_the_reason(name: str) -> None:
-    assert twins.trained(name).refused.startswith("it needs inputs of its own kind: it ")
+    assert exactness.train_beside_twin(name).refused.startswith(
+        "it needs inputs of its own kind: it "
+    )
 
 
 def test_a_refusal_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(architectures, "create", lambda name, **keywords: nn.Embedding(3, 4))
-    assert "nothing to mask" in twins.counts("a model").refused
+    assert "nothing to mask" in exactness.count_masks("a model").refused
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command ---
 
 
 @pytest.fixture
-def looked_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The names that a sweep looked at; each is exact at once."""
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the models that were checked; each is exact at once."""
     seen: list[str] = []
 
-    def look_at(name: str, real: bool) -> sweep.Line:
+    def check(name: str, real: bool) -> check_architectures.Line:
         seen.append(name)
-        return sweep.Line(name, 3, 0.9, "trained, 64 px", "exact", "", 0.1)
+        return check_architectures.Line(name, 3, 0.9, "trained, 64 px", "exact", "", 0.1)
 
-    monkeypatch.setattr(sweep, "look_at", look_at)
+    monkeypatch.setattr(check_architectures, "check", check)
     return seen
 
 
-def test_names_are_checked_and_their_table_written(
+def table_of(folder: Path, *options: str, status: int = 0) -> str:
+    """Run the command; return the table that it wrote."""
+    path = folder / "table.md"
+    assert check_architectures.main([*options, "--out", str(path)]) == status
+    return path.read_text() if path.exists() else ""
+
+
+def names_in(table: str) -> list[str]:
+    _, _, rows = table.partition("|---")
+    return [line.split()[1] for line in rows.splitlines()[1:]]
+
+
+def test_names_are_counted_and_their_table_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sweep.main(["--names", "test_vit*", "--out", str(tmp_path / "table.md")]) == 0
-    rows = [
-        line
-        for line in (tmp_path / "table.md").read_text().splitlines()
-        if line.startswith("| test_vit")
-    ]
-    assert len(rows) == len(timm.list_models("test_vit*")) > 2
-    assert all("| counted | masked |" in row for row in rows)
-    assert f"{len(rows)} models: {len(rows)} masked in full." in capsys.readouterr().out
+    table = table_of(tmp_path, "--names", "test_vit*")
+    names = timm.list_models("test_vit*")
+    assert names_in(table) == names
+    assert table.count("| counted | masked |") == len(names) > 2
+    assert f"{len(names)} models: {len(names)} masked in full." in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["table.md"]
 
 
-def test_a_real_check_by_name(tmp_path: Path) -> None:
-    assert sweep.main(["--names", "test_vit", "--real", "--out", str(tmp_path / "table.md")]) == 0
-    assert "| trained, 64 px | exact |" in (tmp_path / "table.md").read_text()
+def test_a_model_is_trained_by_name(tmp_path: Path) -> None:
+    table = table_of(tmp_path, "--names", "test_vit", "--real")
+    assert "| trained, 64 px | exact |" in table
 
 
-def test_a_model_that_fails_is_told_and_the_others_are_checked(
+def test_a_model_that_fails_is_reported_and_the_others_are_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     create = architectures.create
@@ -225,80 +253,85 @@ def test_a_model_that_fails_is_told_and_the_others_are_checked(
         return create(name, **keywords)
 
     monkeypatch.setattr(architectures, "create", broken)
-    assert sweep.main(["--names", "test_vit*", "--out", str(tmp_path / "table.md")]) == 1
-    text = (tmp_path / "table.md").read_text()
-    assert "| failed | RuntimeError: a / in its message |" in text
-    assert text.count("| masked |") == len(timm.list_models("test_vit*")) - 1
+    table = table_of(tmp_path, "--names", "test_vit*", status=1)
+    assert "| failed | RuntimeError: a / in its message |" in table
+    assert table.count("| masked |") == len(timm.list_models("test_vit*")) - 1
     assert "1 failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("torn", ["", '{"name": "test_v'])
-def test_a_stopped_sweep_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_at: list[str], torn: str
+def test_a_stopped_check_continues_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: list[str], torn: str
 ) -> None:
-    stop_after, look_at = 2, sweep.look_at
+    check = check_architectures.check
 
-    def stopped(name: str, real: bool) -> sweep.Line:
-        if len(looked_at) == stop_after:
+    def stop_after_two(name: str, real: bool) -> check_architectures.Line:
+        if len(checked) == 2:
             raise KeyboardInterrupt
-        return look_at(name, real)
+        return check(name, real)
 
-    names = timm.list_models("test_vit*")
-    command = ["--names", "test_vit*", "--real", "--out", str(tmp_path / "table.md")]
-    monkeypatch.setattr(sweep, "look_at", stopped)
-    assert sweep.main(command) == 130
-    assert not (tmp_path / "table.md").exists()
+    command = ["--names", "test_vit*", "--real"]
+    monkeypatch.setattr(check_architectures, "check", stop_after_two)
+    assert table_of(tmp_path, *command, status=130) == ""
     with (tmp_path / "table.jsonl").open("a") as file:
         file.write(torn)
-    monkeypatch.setattr(sweep, "look_at", look_at)
-    assert sweep.main(command) == 0
-    assert looked_at == names
-    assert [
-        line.split()[1]
-        for line in (tmp_path / "table.md").read_text().splitlines()
-        if "| exact |" in line
-    ] == names
+    monkeypatch.setattr(check_architectures, "check", check)
+    assert names_in(table_of(tmp_path, *command)) == checked == timm.list_models("test_vit*")
 
 
 @pytest.mark.parametrize(
     "head", ['{"setup": {"versions": "timm 0.1"}, "names": []}', '{"setup": {"ver', ""]
 )
-def test_what_another_sweep_has_done_is_not_thrown_away(
-    tmp_path: Path, looked_at: list[str], capsys: pytest.CaptureFixture[str], head: str
+def test_the_progress_of_another_check_is_not_thrown_away(
+    tmp_path: Path, checked: list[str], capsys: pytest.CaptureFixture[str], head: str
 ) -> None:
-    (tmp_path / "table.jsonl").write_text(head + "\n")
+    progress = tmp_path / "table.jsonl"
+    progress.write_text(head + "\n")
     with pytest.raises(SystemExit):
-        sweep.main(["--names", "test_vit*", "--out", str(tmp_path / "table.md")])
-    assert (
-        "table.jsonl is of a sweep with other arguments or versions; remove it"
-        in capsys.readouterr().err
-    )
-    assert (tmp_path / "table.jsonl").read_text() == head + "\n"
-    assert looked_at == []
+        table_of(tmp_path, "--names", "test_vit*")
+    message = "table.jsonl is of a check with other arguments or versions; remove it, or give --out"
+    assert message in capsys.readouterr().err
+    assert progress.read_text() == head + "\n"
+    assert checked == []
 
 
 def test_the_smallest_model_of_every_module_is_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_at: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: list[str]
 ) -> None:
-    chosen = [
-        "test_vit",
-        "test_vit2",
-        "test_resnet",
-        "torchvision/resnet18",
-        "torchvision/resnet34",
-    ]
-    monkeypatch.setattr(architectures, "names", lambda: chosen)
-    assert sweep.main(["--real", "--out", str(tmp_path / "table.md")]) == 0
-    assert looked_at == ["test_resnet", "torchvision/resnet18", "test_vit"]
+    timms = ["test_vit", "test_vit2", "test_resnet"]
+    names = [*timms, "torchvision/resnet18", "torchvision/resnet34"]
+    monkeypatch.setattr(architectures, "names", lambda: names)
+    table_of(tmp_path, "--real")
+    assert checked == ["test_resnet", "torchvision/resnet18", "test_vit"]
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [([], "give --all, --names GLOB or --real"), (["--names", "no_such*"], "no model matches")],
 )
-def test_a_sweep_of_nothing_is_an_error(
+def test_a_check_of_nothing_is_an_error(
     command: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        sweep.main([*command, "--out", str(tmp_path / "table.md")])
+        table_of(tmp_path, *command)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "option"), [("counted", "--all"), ("trained", "--real")])
+def test_the_results_pages_are_as_the_command_writes_them(kind: str, option: str) -> None:
+    page = (ROOT / "recipes" / "results" / f"architectures_{kind}.md").read_text(encoding="utf-8")
+    versions = re.search(r"^Versions: (.*)\. \d+ minutes in all\.$", page, re.MULTILINE)
+    assert versions
+
+    lines = []
+    for row in page.partition("|---|\n")[2].splitlines():
+        name, masked, covered, check, result, reason, seconds = row.removeprefix("| ").split(" | ")
+        seconds = seconds.removesuffix(" |")
+        lines.append(
+            check_architectures.Line(
+                name, int(masked), float(covered), check, result, reason.strip(), float(seconds)
+            )
+        )
+    assert len(lines) > 100
+    options = check_architectures.parser().parse_args([option])
+    assert check_architectures.markdown(lines, options, versions[1]) == page

@@ -1,12 +1,11 @@
-"""Several runs side by side: a table, beside the dense twin, and a picture."""
+"""Several runs in one table, with the difference to the dense twin, and in one figure."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from itop_prune_tools.reports import comparison as compare
-from itop_prune_tools.reports import comparison_figure as side_by_side
+from itop_prune_tools.reports import comparison, comparison_figure
 from itop_prune_tools.run_folder.metrics import Metrics
 from matplotlib.figure import Figure
 
@@ -16,9 +15,8 @@ MASKS = {"masks": {"sparsity": 0.98}, "regrow": {"every": 100}}
 def write(folder: Path, top1: float | None, explored: float = 0.3, **recipe: Any) -> None:
     folder.mkdir(parents=True)
     seed = int(folder.name.removeprefix("seed"))
-    (folder / "recipe.yaml").write_text(
-        json.dumps({"model": {"model_name": "m"}, "seed": seed, **recipe})
-    )
+    recipe = {"model": {"model_name": "m"}, "seed": seed, **recipe}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
     metrics = Metrics(folder)
     metrics.append({"epoch": 1, "step": 600, "sparsity": 0.98, "exploration_rate": 0.1})
     metrics.append({"epoch": 2, "step": 1200, "sparsity": 0.98, "exploration_rate": explored})
@@ -26,64 +24,63 @@ def write(folder: Path, top1: float | None, explored: float = 0.3, **recipe: Any
         metrics.append({"epoch": 2, "step": 1200, "test_loss": 0.3, "test_top1": top1})
 
 
-def table(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
-    return [
-        [cell.strip() for cell in line.strip("|\n").split("|")]
-        for line in capsys.readouterr().out.splitlines()
-    ]
+def table(capsys: pytest.CaptureFixture[str]) -> list[dict[str, str]]:
+    """The rows of the printed table, by heading."""
+    lines = capsys.readouterr().out.splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def test_a_line_has_mean_and_spread_over_the_finished_seeds(tmp_path, capsys):
+def compare(*arguments: object) -> int:
+    return comparison.main([str(argument) for argument in arguments])
+
+
+def test_a_row_has_mean_and_spread_over_the_finished_seeds(tmp_path, capsys):
     for seed, top1 in enumerate((87.0, 88.0, 89.0)):
         write(tmp_path / "set" / f"seed{seed}", top1, 0.2 + 0.1 * seed)
     write(tmp_path / "set" / "seed3", None)
-    assert compare.main([str(tmp_path / "set")]) == 0
-    header, _, line = table(capsys)
-    assert dict(zip(header, line, strict=True)) == {
-        "run": "set",
-        "seeds": "3",
-        "test top-1": "88.00 ± 1.00",
-        "to dense": "",
-        "each seed": "87.00 88.00 89.00",
-        "R_s": "0.300",
-        "survival": "",
-        "sparsity": "0.9800",
-        "train FLOPs": "",
-        "steps": "1,200",
-    }
+    assert compare(tmp_path / "set") == 0
+    assert table(capsys) == [
+        {
+            "run": "set",
+            "seeds": "3",
+            "test top-1": "88.00 ± 1.00",
+            "to dense": "",
+            "each seed": "87.00 88.00 89.00",
+            "R_s": "0.300",
+            "survival": "",
+            "sparsity": "0.9800",
+            "train FLOPs": "",
+            "steps": "1,200",
+        }
+    ]
 
 
 def test_one_seed_has_no_spread(tmp_path, capsys):
     write(tmp_path / "set" / "seed0", 87.0)
-    compare.main([str(tmp_path / "set")])
-    assert table(capsys)[2][2] == "87.00"
+    compare(tmp_path / "set")
+    assert table(capsys)[0]["test top-1"] == "87.00"
 
 
-def test_every_sparsity_that_occurred_is_shown(tmp_path, capsys):
-    write(tmp_path / "set" / "seed0", None)
-    Metrics(tmp_path / "set" / "seed0").append(
-        {"epoch": 3, "step": 1800, "sparsity": 0.97, "exploration_rate": 0.3}
-    )
-    Metrics(tmp_path / "set" / "seed0").append(
-        {"epoch": 3, "step": 1800, "test_loss": 0.3, "test_top1": 87.0}
-    )
-    compare.main([str(tmp_path / "set")])
-    assert table(capsys)[2][7] == "0.9800 0.9700"
-
-
-def test_a_sparsity_that_goes_a_way_is_shown_by_its_ends(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("sparsities", "shown"),
+    [((0.98, 0.97), "0.9800 0.9700"), ((0.5, 0.8, 0.95), "0.5000 to 0.9500")],
+)
+def test_sparsities_that_change_are_shown(tmp_path, capsys, sparsities, shown):
     metrics = Metrics(tmp_path / "gmp" / "seed0")
     metrics.path.parent.mkdir(parents=True)
-    for epoch, sparsity in enumerate((0.5, 0.8, 0.95), start=1):
+    for epoch, sparsity in enumerate(sparsities, start=1):
         line = {"epoch": epoch, "step": 600 * epoch, "sparsity": sparsity, "exploration_rate": 1.0}
         metrics.append({**line, "survival": 0.25, "train_flops": 0.1 * epoch})
     metrics.append({"epoch": 3, "step": 1800, "test_loss": 0.3, "test_top1": 87.0})
-    compare.main([str(tmp_path / "gmp")])
-    assert table(capsys)[2][6:9] == ["0.250", "0.5000 to 0.9500", "0.300"]
+    compare(tmp_path / "gmp")
+    (row,) = table(capsys)
+    flops = f"{0.1 * len(sparsities):.3f}"
+    assert (row["survival"], row["sparsity"], row["train FLOPs"]) == ("0.250", shown, flops)
 
 
-def test_a_dense_run_that_is_the_same_but_for_the_masks_is_what_to_reach(tmp_path, capsys):
-    """Of the same length and learning rate; where the data lie and how they are read does not matter."""
+def test_the_dense_twin_is_the_run_with_the_same_recipe_but_for_masks(tmp_path, capsys):
+    """Length and learning rate must be the same; place and workers of the data may differ."""
     for name, multiplier, masks, top1 in [
         ("dense", 1, {}, 89.0),
         ("dense5", 5, {}, 90.0),
@@ -91,213 +88,164 @@ def test_a_dense_run_that_is_the_same_but_for_the_masks_is_what_to_reach(tmp_pat
         ("set5", 5, MASKS, 90.25),
         ("set2", 2, MASKS, 90.0),
     ]:
+        data = {"name": "digits", "root": name, "workers": multiplier}
         for seed in (0, 1):
-            data = {"name": "digits", "root": name, "workers": multiplier}
-            write(
-                tmp_path / name / f"seed{seed}",
-                top1 + seed,
-                multiplier=multiplier,
-                data=data,
-                **masks,
-            )
-    given = [str(tmp_path / name) for name in ("set", "set5", "set2", "dense", "dense5")]
-    compare.main(given)
-    assert [line[3] for line in table(capsys)[2:]] == ["−0.50", "+0.25", "", "", ""]
-    compare.main(given[:3])
-    assert [line[3] for line in table(capsys)[2:]] == ["", "", ""]
+            folder = tmp_path / name / f"seed{seed}"
+            write(folder, top1 + seed, multiplier=multiplier, data=data, **masks)
+    given = [tmp_path / name for name in ("set", "set5", "set2", "dense", "dense5")]
+    compare(*given)
+    assert [row["to dense"] for row in table(capsys)] == ["−0.50", "+0.25", "", "", ""]
+    compare(*given[:3])
+    assert [row["to dense"] for row in table(capsys)] == ["", "", ""]
 
 
 def test_seeds_are_in_the_order_of_their_numbers(tmp_path, capsys):
     for seed in (10, 2, 1):
         write(tmp_path / "set" / f"seed{seed}", 80.0 + seed)
-    compare.main([str(tmp_path / "set")])
-    assert table(capsys)[2][4] == "81.00 82.00 90.00"
+    compare(tmp_path / "set")
+    assert table(capsys)[0]["each seed"] == "81.00 82.00 90.00"
 
 
 @pytest.mark.parametrize("text", [None, "", "[]", "masks: {", "\x00", "data: 3"], ids=repr)
-def test_without_a_recipe_that_can_be_read_the_numbers_are_there(tmp_path, capsys, text):
+def test_the_numbers_need_no_readable_recipe(tmp_path, capsys, text):
     write(tmp_path / "set" / "seed0", 87.0, **MASKS)
     write(tmp_path / "dense" / "seed0", 88.0)
     path = tmp_path / "set" / "seed0" / "recipe.yaml"
-    path.unlink() if text is None else path.write_text(text)
-    assert compare.main([str(tmp_path / "set"), str(tmp_path / "dense")]) == 0
-    assert table(capsys)[2][2:4] == ["87.00", ""]
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    assert compare(tmp_path / "set", tmp_path / "dense") == 0
+    row = table(capsys)[0]
+    assert (row["test top-1"], row["to dense"]) == ("87.00", "")
+
+
+# --- folders that are left out ---
+
+
+def test_folders_without_finished_runs_are_left_out_and_named(tmp_path, capsys):
+    write(tmp_path / "set" / "seed0", None)
+    write(tmp_path / "static" / "seed0", 86.0)
+    run = tmp_path / "static" / "seed0"
+    assert compare(tmp_path / "set", run, tmp_path / "static") == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3
+    unfinished, itself = err.splitlines()
+    assert f"{tmp_path / 'set'} holds no finished run" in unfinished
+    assert f"{run} is a run itself; give the folder that holds it, {run.parent}" in itself
+
+
+def test_nothing_finished_at_all_is_an_error(tmp_path, capsys):
+    write(tmp_path / "set" / "seed0", None)
+    assert compare(tmp_path / "set") == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_given_twice_is_one_row(tmp_path, capsys):
+    write(tmp_path / "a" / "seed0", 87.0)
+    assert compare(tmp_path / "a", tmp_path / "a" / ".." / "a") == 0
+    assert len(table(capsys)) == 1
+
+
+# --- the figure ---
 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """What was drawn, in place of its files."""
+    """The figures that were drawn, in place of their files."""
     drawn: list[Figure] = []
-    monkeypatch.setattr(
-        side_by_side.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure)
-    )
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     return drawn
 
 
-def drawn(path: Path) -> str:
-    assert path.stat().st_size > 10_000
-    return path.read_text()
-
-
-@pytest.mark.parametrize("experiments", [1, 30])
-def test_the_picture_holds_a_point_for_each_experiment(tmp_path, capsys, experiments):
+@pytest.mark.parametrize("experiments", [1, 12])
+def test_the_figure_names_each_experiment(tmp_path, experiments):
     names = [f"a_net_erk98_{place}" for place in range(experiments)]
     for place, name in enumerate(names):
-        write(tmp_path / name / "seed0", 80.0 + place / 10, 0.1 + place / 100)
-        write(tmp_path / name / "seed1", 81.0 + place / 10, 0.1 + place / 100)
+        for seed in (0, 1):
+            write(tmp_path / name / f"seed{seed}", 80.0 + seed + place / 10, 0.1 + place / 100)
     picture = tmp_path / "compare.svg"
-    assert compare.main([*(str(tmp_path / name) for name in names), "--picture", str(picture)]) == 0
+    assert compare(*(tmp_path / name for name in names), "--picture", picture) == 0
+    text = picture.read_text()
     labels = [name.removeprefix("a_net_erk98_") for name in names] if experiments > 1 else names
-    assert all(drawn(picture).count(f"<!-- {label} -->") >= 1 for label in labels)
+    assert all(f"<!-- {label} -->" in text for label in labels)
 
 
 def test_the_points_are_the_means_and_a_dense_one_is_a_level(tmp_path, figures):
     for name, top1, recipe in (("dense", 90.0, {}), ("set", 88.0, MASKS)):
         for seed in (0, 1):
             write(tmp_path / name / f"seed{seed}", top1 + seed, 0.5 + 0.1 * seed, **recipe)
-    assert compare.main([str(tmp_path / "dense"), str(tmp_path / "set"), "--picture", "x.png"]) == 0
+    assert compare(tmp_path / "dense", tmp_path / "set", "--picture", "x.png") == 0
     explored, flops, steps = figures[0].axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in explored.lines}
-    assert lines["dense"] == [[pytest.approx(0.55), 90.5]]
-    assert lines["set"] == [[pytest.approx(0.55), 88.5]]
-    assert {line.get_label(): line.get_xydata().tolist() for line in steps.lines}["set"] == [
-        [1200, 88.5]
-    ]
-    assert all(
-        len(line.get_xdata()) == 0 for line in flops.lines if line.get_label() == "set"
-    )  # nobody counted
-    for axis in (explored, flops, steps):
-        levels = [line.get_ydata() for line in axis.lines if list(line.get_xdata()) == [0, 1]]
-        assert levels == ([[90.5, 90.5]] if axis is not flops else [])
+
+    def points(axis, name):
+        return [line.get_xydata().tolist() for line in axis.lines if line.get_label() == name]
+
+    assert points(explored, "dense") == [[[pytest.approx(0.55), 90.5]]]
+    assert points(explored, "set") == [[[pytest.approx(0.55), 88.5]]]
+    assert points(steps, "set") == [[[1200, 88.5]]]
+    assert points(flops, "set") == []  # nobody counted them
+    for axis, levels in ((explored, [[90.5, 90.5]]), (flops, []), (steps, [[90.5, 90.5]])):
+        across = [line for line in axis.lines if list(line.get_xdata()) == [0, 1]]
+        assert [line.get_ydata() for line in across] == levels
 
 
 @pytest.mark.parametrize("shared", ["-epochs=2", ""])
-def test_experiments_that_differ_in_what_varies_alone_are_one_line_with_its_values_beside_it(
+def test_experiments_that_differ_in_one_setting_are_a_line_with_its_values(
     tmp_path, figures, shared
 ):
-    """By the recipes: in the last the value is that of the file, and not part of the name."""
+    """The recipe counts, not the name: the last value is the recipe's own and in no name."""
     for grow in ("set", "rigl"):
         for every in (50, 1500, 200):
-            name = (
-                f"erk_{grow}-regrow.every={every}{shared}"
-                if every < 1500
-                else f"erk_{grow}{shared}"
-            )
+            override = f"-regrow.every={every}" if every < 1500 else ""
             recipe = {"masks": {"sparsity": 0.9}, "regrow": {"every": every, "grow": grow}}
-            write(tmp_path / name / "seed0", 80.0 + every / 1000, every / 1500, **recipe)
+            folder = tmp_path / f"erk_{grow}{override}{shared}" / "seed0"
+            write(folder, 80.0 + every / 1000, every / 1500, **recipe)
     folders = sorted(tmp_path.iterdir())
-    assert compare.main([*map(str, folders), "--vary", "regrow.every", "--picture", "x.png"]) == 0
-    lines = {line.get_label(): len(line.get_xdata()) for line in figures[0].axes[0].lines}
-    assert {name: lines[name] for name in ("set", "rigl")} == {"set": 3, "rigl": 3}
-    assert (
-        sorted(text.get_text() for text in figures[0].axes[0].texts)
-        == ["1500"] * 2 + ["200"] * 2 + ["50"] * 2
-    )
+    assert compare(*folders, "--vary", "regrow.every", "--picture", "x.png") == 0
+    panel = figures[0].axes[0]
+    lines = {line.get_label(): line.get_xdata().tolist() for line in panel.lines}
+    shares = [50 / 1500, 200 / 1500, 1.0]
+    assert (lines["set"], lines["rigl"]) == (shares, shares)
+    assert [text.get_text() for text in panel.texts] == ["50", "200", "1500"] * 2
     assert figures[0].legends[0].get_title().get_text() == "beside the points: regrow.every"
-    found = [compare.read(folder) for folder in folders]
-    values = [
-        [runs.setting("regrow.every") for runs in members]
-        for members in compare.families(found, "regrow.every")
-    ]
-    assert values == [["50", "200", "1500"]] * 2
 
 
-def test_values_beside_points_do_not_lie_on_each_other(tmp_path, figures):
-    for place in range(8):
-        recipe = {"masks": {"sparsity": 0.9}, "regrow": {"every": 1000 + place}}
-        write(
-            tmp_path / f"set-regrow.every={place}" / "seed0",
-            80 + 3 * (place % 4),
-            0.5 + place / 200,
-            **recipe,
-        )
-    given = [str(folder) for folder in tmp_path.iterdir()]
-    assert compare.main([*given, "--vary", "regrow.every", "--picture", "x.png"]) == 0
-    figures[0].draw_without_rendering()
-    boxes = [text.get_window_extent() for text in figures[0].axes[0].texts]
-    assert len(boxes) == 8
-    assert not any(
-        one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[place + 1 :]
-    )
-
-
-def test_the_picture_can_be_told_what_to_call_them(tmp_path, capsys):
+def test_the_experiments_of_a_figure_can_be_named(tmp_path, capsys):
     for name in ("a_dense", "a_erk98_set-itop-regrow.every=100"):
         write(tmp_path / name / "seed0", 80.0)
-    given = [str(folder) for folder in sorted(tmp_path.iterdir())]
-    picture = tmp_path / "named.svg"
-    assert (
-        compare.main([*given, "--names", "Dense", "SET-ITOP, $98 %$", "--picture", str(picture)])
-        == 0
-    )
-    assert all(
-        drawn(picture).count(f"<!-- {label} -->") == 1 for label in ("Dense", "SET-ITOP, $98 %$")
-    )
-    assert compare.main([*given, "--names", "Dense", "--picture", str(picture)]) == 1
-    assert capsys.readouterr().err == (
-        "error: --names gives 1 for 2 experiments, in their order: dense; erk98_set-itop, regrow.every=100\n"
-    )
+    given, picture = sorted(tmp_path.iterdir()), tmp_path / "named.svg"
+    names = ("Dense", "SET-ITOP, $98 %$")
+    assert compare(*given, "--picture", picture, "--names", *names) == 0
+    assert all(picture.read_text().count(f"<!-- {name} -->") == 1 for name in names)
 
-
-@pytest.mark.parametrize("option", [("--vary", "regrow.every"), ("--names", "Dense")])
-def test_what_only_a_picture_shows_is_refused_without_one(option, tmp_path, capsys):
-    write(tmp_path / "a_dense" / "seed0", 80.0)
-    with pytest.raises(SystemExit):
-        compare.main([str(tmp_path / "a_dense"), *option])
-    assert "--vary and --names are of the picture; add --picture FILE" in capsys.readouterr().err
+    assert compare(*given, "--picture", picture, "--names", "Dense") == 1
+    message = "error: --names gives 1 for 2 experiments, in their order: "
+    assert capsys.readouterr().err == f"{message}dense; erk98_set-itop, regrow.every=100\n"
 
 
 def test_folders_of_one_name_are_told_apart_or_named_in_full():
-    assert side_by_side.labels([["a_set"], ["a_set"]]) == ["a_set", "a_set"]
-    assert side_by_side.labels([["one_x", "two_y"], ["three_z"]]) == ["one_x", "three_z"]
+    assert comparison_figure.labels([["a_set"], ["a_set"]]) == ["a_set", "a_set"]
+    assert comparison_figure.labels([["one_x", "two_y"], ["three_z"]]) == ["one_x", "three_z"]
+
+
+@pytest.mark.parametrize("option", [("--vary", "regrow.every"), ("--names", "Dense")])
+def test_options_of_the_figure_are_refused_without_one(option, tmp_path, capsys):
+    write(tmp_path / "a_dense" / "seed0", 80.0)
+    with pytest.raises(SystemExit):
+        compare(tmp_path / "a_dense", *option)
+    assert "--vary and --names are of the picture; add --picture FILE" in capsys.readouterr().err
 
 
 def test_a_setting_that_no_recipe_has_is_an_error(tmp_path, capsys):
     write(tmp_path / "set" / "seed0", 87.0, **MASKS)
-    assert (
-        compare.main(
-            [str(tmp_path / "set"), "--vary", "regrow.evry", "--picture", str(tmp_path / "x.svg")]
-        )
-        == 1
-    )
-    assert capsys.readouterr().err.startswith(
-        "error: --vary is regrow.evry, which no recipe of these has; "
-    )
+    options = ("--vary", "regrow.evry", "--picture", tmp_path / "x.svg")
+    assert compare(tmp_path / "set", *options) == 1
+    message = "error: --vary is regrow.evry, which no recipe of these has; give a setting such as "
+    assert capsys.readouterr().err.startswith(message)
 
 
 @pytest.mark.parametrize("name", ["nowhere/compare.png", "compare.doc"])
-def test_a_picture_that_can_not_be_written_is_one_line(tmp_path, capsys, name):
+def test_a_figure_that_can_not_be_written_is_one_line(tmp_path, capsys, name):
     write(tmp_path / "set" / "seed0", 87.0)
-    assert compare.main([str(tmp_path / "set"), "--picture", str(tmp_path / name)]) == 1
+    assert compare(tmp_path / "set", "--picture", tmp_path / name) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path / name} can't be written: ")
-
-
-def test_a_folder_without_finished_runs_is_left_out_and_named(tmp_path, capsys):
-    write(tmp_path / "set" / "seed0", None)
-    write(tmp_path / "static" / "seed0", 86.0)
-    assert compare.main([str(tmp_path / "set"), str(tmp_path / "static")]) == 0
-    out, err = capsys.readouterr()
-    assert "no finished run" in err
-    assert str(tmp_path / "set") in err
-    assert len(out.splitlines()) == 3
-
-
-def test_a_folder_given_twice_is_one_line(tmp_path, capsys):
-    write(tmp_path / "a" / "seed0", 87.0)
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "a" / ".." / "a")]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
-
-
-def test_a_run_itself_is_left_out_with_where_it_lies(tmp_path, capsys):
-    write(tmp_path / "a" / "seed0", 87.0)
-    assert compare.main([str(tmp_path / "a" / "seed0")]) == 1
-    assert (
-        f"seed0 is a run itself; give the folder that holds it, {tmp_path / 'a'}"
-        in capsys.readouterr().err
-    )
-
-
-def test_nothing_finished_at_all_is_an_error(tmp_path, capsys):
-    write(tmp_path / "set" / "seed0", None)
-    assert compare.main([str(tmp_path / "set")]) == 1
-    assert capsys.readouterr().out == ""

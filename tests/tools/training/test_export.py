@@ -106,7 +106,7 @@ def test_a_graph_computes_what_the_masked_model_does_for_any_number_of_images(
     )
     monkeypatch.setattr(
         deployment,
-        "in_turns",
+        "interleaved_times",
         lambda functions, **_: {n: f() is None or 1.0 for n, f in functions.items()},
     )
     out = tmp_path / f"model{export.SUFFIXES[to][0]}"
@@ -258,7 +258,7 @@ def test_what_fails_leaves_no_file(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export, "difference", lambda *_: float("nan"))
+    monkeypatch.setattr(export, "relative_error", lambda *_: float("nan"))
     out = tmp_path / f"model{export.SUFFIXES[to][0]}"
     assert "the outputs would differ by nan" in error_of(capsys, run, out, "--to", to)
     assert list(tmp_path.iterdir()) == []
@@ -339,11 +339,10 @@ def test_a_source_that_is_none_is_refused(
     assert "is damaged or no safetensors file" in error_of(capsys, weights, out, *stated)
     save_file({"head.weight": torch.zeros(10, 100)}, weights)
     assert "the source has no masks" in error_of(capsys, weights, out, *stated)
-    newer = (
-        (run / "sparse.safetensors").read_bytes().replace(b'"itop_prune":"2 ', b'"itop_prune":"3 ')
-    )
+    content = (run / "sparse.safetensors").read_bytes()
+    newer = content.replace(b'"itop_prune":"3 ', b'"itop_prune":"4 ')
     Path(weights).write_bytes(newer)
-    assert "is of version 3; this itop_prune reads version 2: install" in error_of(
+    assert "is of version 4; this itop_prune reads version 3: install" in error_of(
         capsys, weights, out, *stated
     )
     assert not out.exists()
