@@ -13,7 +13,7 @@ import torch
 from helpers.toys import batch, convnet, mlp, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from itop_prune_tools.benchmarks.measure import highest
+from itop_prune_tools.benchmarks.measure import peak_bytes
 from timm.layers import CondConv2d
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -180,7 +180,7 @@ def test_a_large_layer_is_looked_at_in_parts() -> None:
     size = 4 * patterns.AT_ONCE
     scores = torch.rand(1024, size // 1024, generator=rng())
     mask = best_of_groups(scores, 2, 4)
-    peak = highest(lambda: grow_in_groups(mask & (scores < 0.7), scores, 2, 4, rng()))
+    peak = peak_bytes(lambda: grow_in_groups(mask & (scores < 0.7), scores, 2, 4, rng()))
     assert peak < 12 * size  # bytes; all at once it would be 24 of them
 
 

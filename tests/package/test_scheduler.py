@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.sparse_run import Run, adam, assert_same, momentum, sparse
 from helpers.toys import batch, convnet, mlp
-from itop_prune_tools.benchmarks.measure import highest
+from itop_prune_tools.benchmarks.measure import peak_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -252,7 +252,7 @@ def test_an_update_takes_at_most_four_tensors_of_the_largest_layer() -> None:
         run = run_of(build=build, sparsity=0.9, every=1, **options)
         run.model(torch.randn(3, size)).square().sum().backward()
         run.optimizer.step()
-        peak = highest(run.regrow.step)
+        peak = peak_bytes(run.regrow.step)
         assert run.regrow.updates == 1
         assert peak < 4 * (4 * size * size), options
 

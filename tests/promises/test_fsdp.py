@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from itop_prune_tools.benchmarks.measure import highest
+from itop_prune_tools.benchmarks.measure import peak_bytes
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -267,7 +267,7 @@ def update(part: int, grow: str, layers: int) -> float:
         x, y = data(step, 0, part, (256,))
         F.cross_entropy(network(x), y).backward()
         optimizer.step()
-        peaks.append(highest(regrow.step))
+        peaks.append(peak_bytes(regrow.step))
         optimizer.zero_grad()
     return min(peaks) / (
         4 * 256 * 256

@@ -449,7 +449,7 @@ def test_naflex_patches_of_another_size_are_made_of_the_masked_weights() -> None
     "name", ["resnet18", "swin_v2_t", "vit_b_16", "googlenet", "fcn_resnet50", "r3d_18"]
 )
 def test_models_of_torchvision_are_covered(name: str) -> None:
-    found = exactness.counts(f"torchvision/{name}")
+    found = exactness.count_masks(f"torchvision/{name}")
     assert not found.wrong
     assert not found.refused
     assert found.covered > 0.98
