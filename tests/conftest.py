@@ -1,7 +1,7 @@
-"""One thread: the models of the tests are small, and threads that wait for each other cost more than they bring.
+"""One thread and no GPU, so that tests do the same everywhere; runs end without their report.
 
-And no GPU: the tests do the same everywhere, and ranks need not share one. `test_gpu.py` gets it
-with ITOP_GPU=1.
+The models of the tests are small: threads that wait for each other cost more than they bring.
+`ITOP_GPU=1` lets `tests/promises/test_gpu.py` see the GPU.
 """
 
 import os
@@ -18,9 +18,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def _no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs in this process end without a report, which takes longer than they do, but where reports are tested."""
-    loop = sys.modules.get("itop_prune_tools.training.loop")
-    if loop and not request.node.get_closest_marker("reports"):
-        monkeypatch.setattr(
-            loop, "attempt", lambda folder: f"no report of {folder}: this is a test"
-        )
+    """Leave out the report of runs in this process, except where reports are tested."""
+    runner = sys.modules.get("itop_prune_tools.training.loop")
+    if runner and not request.node.get_closest_marker("reports"):
+        message = "no report of {}: this is a test".format
+        monkeypatch.setattr(runner, "attempt", message)

@@ -1,173 +1,174 @@
-"""What importing the package brings in, what it offers, and what its sources never do."""
+"""What importing brings in, which way imports point, and what is public."""
 
 import ast
 import graphlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import itop_prune_tools
 import pytest
 
 import itop_prune
 
 PACKAGE = Path(itop_prune.__file__).parent
 ROOT = PACKAGE.parent
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-TOOLS = sorted((ROOT / "tools").rglob("*.py"))
+TOOLS, TESTS = ROOT / "tools", ROOT / "tests"
+
+# Each part may import those of the rows below it, and of its own row those that need no circle.
+MAP = (PACKAGE / "README.md").read_text(encoding="utf-8").partition("## Imports")[2]
+PACKAGE_ORDER = [set(line.split(", ")) for line in MAP.split("```")[1].split("\n") if line][::-1]
+TOOLS_ORDER = [
+    {"config", "data", "models"},
+    {"run_folder", "training", "reports"},
+    {"benchmarks", "checks"},
+]
 
 
-def imported_by(statement: str) -> set[str]:
-    """Return the top-level names in sys.modules after a statement, in a fresh interpreter."""
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {statement}; print('MODULES', *sys.modules)"
-    found = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+def sources(folder: Path) -> list[Path]:
+    found = sorted(folder.rglob("*.py"))
+    assert len(found) > 20
+    return found
+
+
+def module(source: Path) -> str:
+    """The dotted name under which a source is imported."""
+    parts = source.relative_to(ROOT).with_suffix("").parts
+    parts = ("itop_prune_tools", *parts[1:]) if parts[0] == "tools" else parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imports(source: Path) -> Iterator[tuple[str, str]]:
+    """Yield what a source imports: the full name of a module, and a name of it or nothing."""
+    inside = module(source).split(".")
+    package = inside if source.stem == "__init__" else inside[:-1]
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*above, node.module] if node.module else above)
+            yield from ((name, alias.name) for alias in node.names)
+
+
+def graph(folder: Path) -> dict[str, set[str]]:
+    """By module of a folder, the modules of the folder that it imports."""
+    known = {module(source) for source in sources(folder)}
+    found: dict[str, set[str]] = {}
+    for source in sources(folder):
+        used = found.setdefault(module(source), set())
+        for name, member in imports(source):
+            inner = f"{name}.{member}"
+            used |= {inner if inner in known else name} & known
+    return found
+
+
+# --- what importing brings in --------------------------------------------------------------------
+
+
+def in_fresh_interpreter(statement: str) -> str:
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {statement}"
+    command = [sys.executable, "-W", "error", "-c", program]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert found.stderr == ""
+    return found.stdout
+
+
+def test_importing_the_package_brings_in_nothing_beyond_torch_and_prints_nothing() -> None:
+    found = in_fresh_interpreter(
+        "import torch, torch.nn.utils.prune; before = set(sys.modules); "
+        "import itop_prune; print(*sys.modules.keys() - before)"
     )
-    names = next(line for line in found.stdout.splitlines() if line.startswith("MODULES")).split()[
-        1:
-    ]
-    return {name.partition(".")[0] for name in names}
-
-
-def test_importing_the_package_imports_nothing_beyond_torch() -> None:
-    found = imported_by("import itop_prune")
-    assert "itop_prune" in found
-    beyond = found - imported_by("import torch, torch.nn.utils.prune") - {"itop_prune"}
-    assert {name for name in beyond if name not in sys.stdlib_module_names} == set()
-
-
-def test_importing_the_package_does_not_import_the_recipes() -> None:
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import itop_prune; print(*sys.modules)"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", program], check=True, capture_output=True, text=True
-    )
-    assert "itop_prune.layers.handle" in found.stdout.split()
-    assert "itop_prune_tools.config.recipe" not in found.stdout.split()
+    assert found.count("\n") == 1
+    names = {name.partition(".")[0] for name in found.split()}
+    assert {name for name in names if name not in sys.stdlib_module_names} == {"itop_prune"}
 
 
 def test_the_package_imports_without_what_the_runner_needs() -> None:
     absent = ["accelerate", "timm", "rich", "yaml", "torchvision", "safetensors", "matplotlib"]
-    statement = (
-        f"sys.modules.update(dict.fromkeys({absent}))"  # None in sys.modules: the import fails
-    )
-    assert "itop_prune" in imported_by(f"{statement}; import itop_prune")
+    blocked = f"sys.modules.update(dict.fromkeys({absent}))"  # an import of None fails
+    assert in_fresh_interpreter(f"{blocked}; import itop_prune; print('done')") == "done\n"
 
 
-def test_importing_the_package_prints_and_warns_nothing() -> None:
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch, torch.nn.utils.prune; import itop_prune"
-    found = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program], check=True, capture_output=True, text=True
-    )
-    assert (found.stdout, found.stderr) == ("", "")
+# --- which way imports point ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", itop_prune.__all__)
-def test_every_public_name_exists(name: str) -> None:
-    assert hasattr(itop_prune, name)
+def test_modules_of_the_package_import_each_other_in_no_circle() -> None:
+    graphlib.TopologicalSorter(graph(PACKAGE)).prepare()  # raises CycleError
 
 
-def test_the_public_names_are_named_once() -> None:
-    assert len(itop_prune.__all__) == len(set(itop_prune.__all__))  # their order is ruff's
+@pytest.mark.parametrize(
+    ("folder", "order"),
+    [(PACKAGE, PACKAGE_ORDER), (TOOLS, TOOLS_ORDER)],
+    ids=["package", "tools"],
+)
+def test_imports_point_downwards(folder: Path, order: list[set[str]]) -> None:
+    row = {part: number for number, parts in enumerate(order) for part in parts}
+    modules = graph(folder)
+
+    def part(name: str) -> str:
+        return [*name.split("."), "itself"][1]
+
+    # Commands of the tools and the package itself import anything; nothing imports them.
+    tops = {part(name) for name in modules} - row.keys()
+    commands = {source.stem for source in TOOLS.glob("*.py")} - {"__init__"}
+    assert tops == ({"itself"} if folder == PACKAGE else {"itself", *commands})
+    upwards = [
+        f"{one} imports {other}"
+        for one, used in modules.items()
+        for other in used
+        if part(one) in row and row.get(part(other), len(order)) > row[part(one)]
+    ]
+    assert upwards == []
 
 
-def test_the_names_of_the_design_are_public() -> None:
-    names = {
-        "apply",
-        "find_masks",
-        "remove",
-        "ITOP",
-        "MaskScheduler",
-        "summarize",
-        "dense_state_dict",
-        "load",
-    }
-    menus = {"criteria", "distributions", "schedules", "topology"}
-    assert names | menus <= set(itop_prune.__all__)
+def test_the_package_imports_no_tool_and_no_logging() -> None:
+    commands = {source.stem for source in TOOLS.glob("*.py")}
+    never = commands | {"itop_prune_tools", "tools", "logging"}
+    for source in sources(PACKAGE):
+        used = {name.partition(".")[0] for name, _ in imports(source)}
+        assert used & never == set(), source
 
 
-def test_the_version_is_one_that_packaging_understands() -> None:
+def test_tools_and_tests_use_no_private_name_of_the_package() -> None:
+    private = [
+        f"{source.relative_to(ROOT)}: {name} {member}"
+        for source in (*sources(TOOLS), *sources(TESTS))
+        for name, member in imports(source)
+        if name.startswith("itop_prune") and re.search(r"(^|\.)_(?!_)", f"{name}.{member}")
+    ]
+    assert private == []
+
+
+def test_no_test_imports_another_test() -> None:
+    for source in sources(TESTS):
+        used = {part for name, member in imports(source) for part in (*name.split("."), member)}
+        assert {part for part in used if part.startswith("test_")} == set(), source
+
+
+def test_no_command_is_named_like_a_module_of_the_standard_library() -> None:
+    assert {source.stem for source in TOOLS.glob("*.py")} & sys.stdlib_module_names == set()
+
+
+# --- what is public ------------------------------------------------------------------------------
+
+
+def test_every_public_name_exists_once_and_those_of_the_design_are_public() -> None:
+    public = itop_prune.__all__
+    assert [name for name in public if not hasattr(itop_prune, name)] == []
+    assert len(public) == len(set(public))
+    functions = {"apply", "find_masks", "remove", "summarize", "flops", "deploy"}
+    files = {"save", "load", "dense_state_dict"}
+    menus = {"criteria", "distributions", "schedules", "redistribution", "saliency", "topology"}
+    assert {"ITOP", "MaskScheduler", *functions, *files, *menus} <= set(public)
+
+
+def test_the_package_is_typed_and_has_a_version_that_packaging_understands() -> None:
+    assert (PACKAGE / "py.typed").is_file()
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc)\d+)?(\.dev\d+)?", itop_prune.__version__)
 
 
-def test_the_package_says_that_it_is_typed() -> None:
-    assert (PACKAGE / "py.typed").is_file()
-
-
-def test_there_are_sources_to_look_at() -> None:
-    assert len(SOURCES) > 5
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_the_package_neither_prints_nor_logs(source: Path) -> None:
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            assert not (isinstance(node.func, ast.Name) and node.func.id in ("print", "pprint")), (
-                node.lineno
-            )
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = (
-                [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else [alias.name for alias in node.names]
-            )
-            assert "logging" not in {name.partition(".")[0] for name in names}, node.lineno
-
-
-def imports_inside() -> dict[str, set[str]]:
-    """Return, by module of the package, the modules of the package that it imports."""
-    names = {
-        path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for path in SOURCES
-    }
-    known, imports = set(names.values()), {}
-    for source, name in names.items():
-        imports[name] = set[str]()
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module in known:
-                inner = {f"{node.module}.{alias.name}" for alias in node.names}
-                imports[name] |= inner & known or {node.module}
-    return imports
-
-
-def test_imports_inside_the_package_make_no_circle() -> None:
-    imports = imports_inside()
-    assert any(imports.values())
-    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError
-
-
-def test_what_trains_knows_nothing_of_what_comes_before_and_after() -> None:
-    imports = imports_inside()
-    outer = {
-        name for name in imports if name.startswith(("itop_prune.files", "itop_prune.inference"))
-    }
-    assert outer
-    assert {
-        name: used
-        for name in imports.keys() - outer - {"itop_prune"}
-        if (used := imports[name] & outer)
-    } == {}
-
-
-def test_there_are_tools_to_look_at() -> None:
-    assert TOOLS
-
-
-def test_no_tool_is_named_like_a_module_of_the_standard_library() -> None:
-    assert [path.name for path in TOOLS if path.stem in sys.stdlib_module_names] == []
-
-
-def test_the_package_never_imports_a_tool() -> None:
-    tools = {path.stem for path in TOOLS}
-    for source in SOURCES:
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = (
-                    [node.module or ""]
-                    if isinstance(node, ast.ImportFrom)
-                    else [alias.name for alias in node.names]
-                )
-                assert not tools & {name.partition(".")[0] for name in names}, (
-                    f"{source.name}:{node.lineno}"
-                )
+def test_the_tools_are_those_of_this_repository() -> None:
+    assert Path(itop_prune_tools.__file__).parent.resolve() == TOOLS

@@ -160,7 +160,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("command", tool_commands(), ids=" ".join)
 def test_a_command_of_tools_parses(command, capsys, monkeypatch, tmp_path):
-    """The runner checks its recipe in a dry run, without the data; of the other tools the flags are in the help."""
+    """The runner checks its recipe in a dry run; the other tools have the flags in their help."""
     tool, *arguments = command
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     if tool == "tools/train.py":
@@ -223,10 +223,9 @@ def test_the_first_picture_shows_the_numbers_of_the_results_page():
         for times, cell in zip("125", cells, strict=True):
             accuracy, explored, _ = cell.split(" / ")
             expected[times, every.replace(",", "")] = (explored, accuracy)
-    shown = re.findall(
-        r"translate\(([\d.]+) ([\d.]+)\)\">.*?<title>(\d) × as long, every (\d+): R_s ([\d.]+), ([\d.]+) %",
-        svg,
-    )
+    place = r"translate\(([\d.]+) ([\d.]+)\)\">.*?"
+    title = r"<title>(\d) × as long, every (\d+): R_s ([\d.]+), ([\d.]+) %"
+    shown = re.findall(place + title, svg)
 
     assert {(times, every): numbers for _, _, times, every, *numbers in shown} == {
         key: list(numbers) for key, numbers in expected.items()

@@ -1,4 +1,4 @@
-"""FSDP2 on two processes: the numbers of one process with the whole model, masks equal, parts written in place."""
+"""FSDP2 on two processes: the numbers of one process with the whole model, and equal masks."""
 
 import datetime
 import tempfile
@@ -100,10 +100,10 @@ def train(
     policy: str = "plain",
     **placing: Any,
 ) -> dict[str, Any]:
-    """Train on a rank's half of the data, or with `part` None on all of it without ranks; return whole tensors.
+    """Train on a rank's half of the data, or with `part` None on all of it without ranks.
 
     With `sync_last` gradients are exchanged after the last micro-batch alone; with `cleared` those
-    of the others are cleared.
+    of the others are cleared. All tensors of the history are whole.
     """
     make, shape = BUILDS[build]
     network = make()
@@ -156,7 +156,7 @@ def numbers(
 
 
 def save_and_load(part: int) -> dict[str, Any]:
-    """A small file out of a sharded model, and a whole state dict, into another one with other weights and masks."""
+    """A small file out of a sharded model, and a whole state dict into another one."""
     one, other = model(), model(seed=1)
     masks = itop_prune.apply(one, 0.6)
     itop_prune.apply(other, 0.6, seed=1)
@@ -218,7 +218,7 @@ def memory(part: int) -> dict[str, int]:
 
 
 def forward_first(part: int) -> dict[str, Any]:
-    """A forward, after which FSDP2 leaves the outermost parameters whole, where the MaskScheduler needs the parts."""
+    """A forward leaves the outermost parameters whole, where the MaskScheduler needs parts."""
     network, told, moved = model(), [], []
     masks = itop_prune.apply(network, 0.6)
     shard(network)
@@ -255,7 +255,7 @@ def forward_first(part: int) -> dict[str, Any]:
 
 
 def update(part: int, grow: str, layers: int) -> float:
-    """What an update holds at once, in the bytes of the largest layer, of which there are so many."""
+    """What an update holds at once, in the bytes of the largest layer."""
     torch.manual_seed(0)
     network = nn.Sequential(*(nn.Linear(256, 256) for _ in range(layers)), nn.Linear(256, 3))
     masks = itop_prune.apply(network, 0.9)
@@ -320,7 +320,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
         "build": "mlp",
         "grow": "gradient",
         "sparsity": 0.5,
-        "method": "2:4",
+        "pattern": "2:4",
         "exclude": "2",
     },
 }
@@ -375,9 +375,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", TRAININGS | BF16)
-def test_ranks_hold_the_same_masks_and_see_the_same_whole_numbers(name: str, results: list) -> None:
-    for one, other in zip(*(result[name]["history"] for result in results), strict=True):
+def test_ranks_hold_the_same_numbers_masks_move_and_counts_and_zeros_stay(
+    name: str, results: list
+) -> None:
+    histories = [result[name]["history"] for result in results]
+    for one, other in zip(*histories, strict=True):
         assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    moved = [bool(step["moved"]) for step in histories[0]]
+    assert moved == [False, True] * (STEPS // 2)
+
+    first, *_, last = histories[0]
+    masks = {key: last[key] for key in last if key.startswith("mask of ")}
+    assert any(not torch.equal(first[key], mask) for key, mask in masks.items())
+    assert [int(first[key].sum()) for key in masks] == [int(mask.sum()) for mask in masks.values()]
+    for key, tensor in last.items():
+        mask = masks.get(f"mask of {key.rpartition(' of ')[2]}")
+        if mask is not None and tensor.is_floating_point() and tensor.ndim:
+            assert not tensor[~mask].any(), key
 
 
 def test_hooks_of_others_see_the_sparse_gradient(results: list) -> None:
@@ -404,50 +418,22 @@ def test_a_sharded_run_is_the_whole_one(name: str, results: list) -> None:
         torch.testing.assert_close(tensor, expected["dense"][key], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", TRAININGS | BF16)
-def test_parts_are_zero_off_the_mask_statistics_too(name: str, results: list) -> None:
-    last = results[0][name]["history"][-1]
-    names = [key.removeprefix("mask of ") for key in last if key.startswith("mask of ")]
-    assert names
-    for key, tensor in last.items():
-        owner = key.rpartition(" of ")[2]
-        if owner in names and tensor.is_floating_point() and tensor.ndim:
-            assert not tensor[~last[f"mask of {owner}"]].any(), key
-
-
-@pytest.mark.parametrize("name", TRAININGS | BF16)
-def test_masks_move_in_a_sharded_run_and_their_counts_do_not(name: str, results: list) -> None:
-    first, *_, last = results[0][name]["history"]
-    masks = [key for key in first if key.startswith("mask of ")]
-    assert [bool(numbers["moved"]) for numbers in results[0][name]["history"]] == [False, True] * (
-        STEPS // 2
-    )
-    assert any(not torch.equal(first[key], last[key]) for key in masks)
-    assert [int(first[key].sum()) for key in masks] == [int(last[key].sum()) for key in masks]
-
-
 def test_a_pattern_is_kept_in_a_sharded_run(results: list) -> None:
     for step in results[0]["gradient growth, 2:4"]["history"]:
         masks = [tensor for key, tensor in step.items() if key.startswith("mask of ")]
         assert [mask.unflatten(1, (-1, 4)).sum(2).unique().tolist() for mask in masks] == [[2], [2]]
 
 
-def test_bf16_is_computed_with(results: list) -> None:
-    one, other = (
-        results[0][name]["history"][0]["0.weight"] for name in ("bf16", "gradient growth")
-    )
+def test_bf16_is_computed_with_and_grows_nearly_what_float32_grows(results: list) -> None:
+    bf16, float32 = (results[0][name]["history"] for name in ("bf16", "gradient growth"))
+    one, other = bf16[0]["0.weight"], float32[0]["0.weight"]
     assert one.dtype == other.dtype == torch.float32
     assert not torch.equal(one, other)
-    torch.testing.assert_close(
-        one, other, atol=2.1e-2, rtol=0.0
-    )  # two steps of AdamW, one this way and one that
+    # Two steps of AdamW, one this way and one that.
+    torch.testing.assert_close(one, other, atol=2.1e-2, rtol=0.0)
 
-
-def test_bf16_grows_nearly_what_float32_grows(results: list) -> None:
-    start, one, other = (
-        results[0][name]["history"][step]["mask of 0.weight"]
-        for name, step in (("bf16", 0), ("bf16", 1), ("gradient growth", 1))
-    )
+    key = "mask of 0.weight"
+    start, one, other = bf16[0][key], bf16[1][key], float32[1][key]
     assert (one ^ other).sum() < 0.2 * (one ^ start).sum()
 
 

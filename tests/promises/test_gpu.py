@@ -1,6 +1,6 @@
-"""On a GPU: exact counts, the masks of the CPU, few waits, half precision, compiled steps, files, kernels for 2:4.
+"""On a GPU: exact counts, the masks of the CPU, half precision, compiled steps, files, kernels.
 
-ITOP_GPU=1 python -m pytest tests/test_gpu.py
+ITOP_GPU=1 python -m pytest tests/promises/test_gpu.py
 """
 
 import copy
@@ -16,7 +16,7 @@ import timm
 import torch
 from helpers.toys import batch, convnet, mlp
 from itop_prune_tools.benchmarks import memory as bench_memory
-from itop_prune_tools.benchmarks.measure import Settings, waits_for_gpu
+from itop_prune_tools.benchmarks.measure import Settings
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -105,50 +105,6 @@ def test_a_gpu_chooses_what_a_cpu_does() -> None:
             for on in ("cpu", GPU)
         ]
         assert torch.equal(*masks)
-
-
-@pytest.mark.parametrize("smallest", [False, True])
-@pytest.mark.parametrize("size", [7, 1_000, 300_000])
-def test_of_several_layers_together_a_gpu_chooses_what_it_does_of_each_alone(
-    size: int, smallest: bool
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    scores = [
-        torch.randint(size // 3 + 1, (size,), generator=generator).float().to(GPU) for _ in range(3)
-    ]
-    allowed = [(torch.rand(size, generator=generator) < 0.6).to(GPU) for _ in range(3)]
-    count = min(int(mask.sum()) for mask in allowed) // 2 + 1
-    together = topology.select_each(
-        scores, allowed, count, [topology.seeded(GPU, layer) for layer in range(3)], smallest
-    )
-    for layer, chosen in enumerate(together):
-        alone = topology.select(
-            scores[layer], allowed[layer], count, topology.seeded(GPU, layer), smallest
-        )
-        assert torch.equal(chosen, alone)
-        assert chosen.sum() == count
-
-
-def waits(layers: int, **options: Any) -> int:
-    """How often the host waits for the GPU in an update of so many layers."""
-    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(layers))).to(GPU)
-    masks = itop_prune.apply(model, 0.5, options.pop("method", "ERK"))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    regrow = MaskScheduler(masks, optimizer, total_steps=10, every=2, **options)
-    for _ in range(4):
-        optimizer.zero_grad()
-        model(torch.randn(3, 64, device=GPU)).square().sum().backward()
-        optimizer.step()
-        found = waits_for_gpu(regrow.step)
-    assert regrow.updates == 2
-    return found
-
-
-@pytest.mark.parametrize("method", ["ERK", "2:4"])
-@pytest.mark.parametrize("grow", ["gradient", "random", "momentum"])
-def test_an_update_waits_as_often_for_many_layers_as_for_few(grow: str, method: str) -> None:
-    few, many = (waits(layers, grow=grow, method=method, survival=True) for layers in (3, 30))
-    assert few == many == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

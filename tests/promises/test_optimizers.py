@@ -1,19 +1,21 @@
-"""Any optimizer: exact counts, zeros off the masks in weights and statistics, groups that apply does not disturb."""
+"""Any optimizer: exact counts, zeros off the masks, groups that apply does not disturb."""
 
+import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import timm
 import timm.optim
 import torch
+from helpers.sparse_run import Run
 from helpers.toys import mlp, train
 from torch import Tensor, nn
 
 import itop_prune
 
-# --- the table: optimizers by name, with every variant that their signatures offer -----------------------------------
+# --- the table: optimizers by name, with every variant that their signatures offer ---------------
 
 TORCH: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "SGD": (torch.optim.SGD, {"lr": 0.1}),
@@ -29,10 +31,8 @@ TORCH: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     ),
     "Adagrad": (torch.optim.Adagrad, {"lr": 0.05}),
 }
-TIMM = {
-    "lion": 0.002, "lamb": 0.02, "nadamw": 0.01, "adabelief": 0.01, "adan": 0.01, "adopt": 0.01, "laprop": 0.01,
-    "mars": 0.01, "madgrad": 0.02,
-}  # fmt: skip
+TIMM = {"lion": 0.002, "lamb": 0.02, "madgrad": 0.02}
+TIMM |= dict.fromkeys(("nadamw", "adabelief", "adan", "adopt", "laprop", "mars"), 0.01)
 """Name and learning rate."""
 
 Factory = Callable[[nn.Module], torch.optim.Optimizer]
@@ -50,21 +50,22 @@ def variants(accepts: type[torch.optim.Optimizer]) -> Iterator[tuple[str, dict[s
         yield " fused", {"fused": True}
 
 
+def of_torch(model: nn.Module, kind: type[torch.optim.Optimizer], **options: Any) -> Any:
+    return kind(model.parameters(), **options)
+
+
 def table() -> dict[str, Factory]:
     found: dict[str, Factory] = {}
     for decay in (0.0, 0.05):
         for name, (kind, keywords) in TORCH.items():
             for variant, choice in variants(kind):
-                options = {**keywords, **choice, "weight_decay": decay}
-                found[f"{name}{variant} decay={decay}"] = lambda model, kind=kind, options=options: (
-                    kind(model.parameters(), **options)
-                )
+                options = {"kind": kind, **keywords, **choice, "weight_decay": decay}
+                found[f"{name}{variant} decay={decay}"] = functools.partial(of_torch, **options)
         for name, lr in TIMM.items():
             for variant, choice in variants(timm.optim.get_optimizer_info(name).opt_class):
                 options = {"opt": name, "lr": lr, "weight_decay": decay, **choice}
-                found[f"{name}{variant} decay={decay}"] = lambda model, options=options: (
-                    timm.optim.create_optimizer_v2(model, **options)
-                )
+                create = functools.partial(timm.optim.create_optimizer_v2, **options)
+                found[f"{name}{variant} decay={decay}"] = create
     return found
 
 
@@ -73,86 +74,80 @@ STEPS = 24
 
 
 def test_the_table_has_every_optimizer_in_every_variant() -> None:
-    words = {name.split()[0] for name in TABLE}
-    assert words == {*TIMM, *(name.split()[0] for name in TORCH)}
+    names = {name.split()[0] for name in TABLE}
+    assert names == {*TIMM, *(name.split()[0] for name in TORCH)}
     assert sum("fused" in name for name in TABLE) >= 10
     assert sum("foreach=True" in name for name in TABLE) >= 20
 
 
-# --- sparse training under each of them ------------------------------------------------------------------------------
+def each(names: Iterable[str], always: Callable[[str], bool]) -> list[Any]:
+    """Parameters of a test: all names, of which some are asked by the slow tests alone."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=() if always(name) else slow) for name in names]
+
+
+# --- sparse training under each of them ----------------------------------------------------------
 
 
 class Watch:
-    """Trains under an optimizer of the table, with updates between, and collects what is wrong after each step."""
+    """Trains under an optimizer of the table, and collects what is wrong after each step."""
 
-    def __init__(self, name: str, built: str) -> None:
-        self.model = mlp()
-        if built == "before apply":
-            self.optimizer = TABLE[name](self.model)
-        self.masks = itop_prune.apply(self.model, 0.7)
-        if built == "after apply":
-            self.optimizer = TABLE[name](self.model)
-        self.regrow = itop_prune.MaskScheduler(
-            self.masks, self.optimizer, total_steps=STEPS, every=3, grow="gradient"
-        )
-        self.first = {key: int(itop.mask.sum()) for key, itop in self.masks.items()}
-        self.old = {key: itop.mask.clone() for key, itop in self.masks.items()}
+    def __init__(self, name: str, *, before_apply: bool) -> None:
+        model = mlp()
+        self.before = [parameter.detach().clone() for parameter in model.parameters()]
+        optimizer = TABLE[name](model) if before_apply else None
+        masks = itop_prune.apply(model, 0.7)
+        optimizer = optimizer or TABLE[name](model)
+        rules = {"total_steps": STEPS, "every": 3, "grow": "gradient"}
+        regrow = itop_prune.MaskScheduler(masks, optimizer, **rules)
+        self.run = Run(model, masks, optimizer, regrow, (20,))
+        self.counts, self.old = self.run.counts(), self.run.positions()
         self.wrong: list[str] = []
         self.grown = 0
-        self.before = [parameter.detach().clone() for parameter in self.model.parameters()]
-        self.optimizer.register_step_post_hook(lambda *_: self.look("optimizer's step"))
-        self.losses = train(
-            self.model, self.optimizer, self.regrow, steps=range(STEPS), after=self.after
-        )
-
-    def statistics(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = self.optimizer.state[parameter]
-        return {
-            key: v for key, v in state.items() if torch.is_tensor(v) and v.shape == parameter.shape
-        }
+        optimizer.register_step_post_hook(lambda *_: self.look("optimizer's step"))
+        self.losses = self.run.train(range(STEPS), self.after)
 
     def look(self, moment: str) -> None:
-        for key, itop in self.masks.items():
+        if self.run.counts() != self.counts:
+            self.wrong.append(f"{moment}: other numbers of active weights")
+        for key, itop in self.run.masks.items():
             if itop.parameter[~itop.mask].any():
                 self.wrong.append(f"{moment}: {key} is not 0 off its mask")
             if not itop.parameter.isfinite().all():
                 self.wrong.append(f"{moment}: {key} is not finite")
-            if int(itop.mask.sum()) != self.first[key]:
-                self.wrong.append(f"{moment}: {key} has another number of active weights")
 
     def after(self, step: int) -> None:
         self.look(f"step {step}")
-        if step + 1 not in self.regrow.update_steps():
+        if step + 1 not in self.run.regrow.update_steps():
             return
-        for key, itop in self.masks.items():
+        for key, itop in self.run.masks.items():
             grown = itop.mask & ~self.old[key]
             self.grown += int(grown.sum())
-            for what, value in {
-                "weight": itop.parameter,
-                **self.statistics(itop.parameter),
-            }.items():
+            for value in (itop.parameter, *self.run.statistics(key)):
                 if value[~itop.mask].any():
-                    self.wrong.append(f"step {step}: {what} of {key} is not 0 off the mask")
+                    self.wrong.append(f"step {step}: a value of {key} is not 0 off the mask")
                 if value[grown].any():
-                    self.wrong.append(f"step {step}: {what} of {key} is not 0 where it grew")
-            self.old[key] = itop.mask.clone()
+                    self.wrong.append(f"step {step}: a value of {key} is not 0 where it grew")
+        self.old = self.run.positions()
 
 
-@pytest.mark.parametrize("built", ["before apply", "after apply"])
-@pytest.mark.parametrize("name", TABLE)
-def test_an_optimizer_keeps_counts_and_zeros_and_trains(name: str, built: str) -> None:
-    watch = Watch(name, built)
+def plain(name: str) -> bool:
+    return name.endswith("decay=0.05") and "foreach=True" not in name and "fused" not in name
+
+
+@pytest.mark.parametrize("before_apply", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", each(TABLE, plain))
+def test_an_optimizer_keeps_counts_and_zeros_and_trains(name: str, before_apply: bool) -> None:
+    watch = Watch(name, before_apply=before_apply)
     assert watch.wrong == []
-    assert watch.regrow.updates == STEPS // 3
+    assert watch.run.regrow.updates == STEPS // 3
     assert watch.grown > 0
-    for old, new in zip(watch.before, watch.model.parameters(), strict=True):
+    for old, new in zip(watch.before, watch.run.model.parameters(), strict=True):
         assert not torch.equal(old, new)
 
 
-FITTING = [name for name in TABLE if name.endswith("decay=0.0")]
-
-
-@pytest.mark.parametrize("name", FITTING)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in TABLE if name.endswith("decay=0.0")])
 def test_an_optimizer_fits_one_batch_sparsely(name: str) -> None:
     model = mlp()
     masks = itop_prune.apply(model, 0.5)
@@ -173,7 +168,8 @@ def test_an_optimizer_fits_one_batch_sparsely(name: str) -> None:
 
 def test_an_optimizer_built_before_apply_trains_as_one_built_after() -> None:
     name = "Adam foreach=True decay=0.05"
-    assert Watch(name, "before apply").losses == Watch(name, "after apply").losses
+    one, other = (Watch(name, before_apply=before) for before in (True, False))
+    assert one.losses == other.losses
 
 
 MOVING: dict[str, Factory] = {
@@ -187,7 +183,7 @@ MOVING: dict[str, Factory] = {
 
 
 @pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
-@pytest.mark.parametrize("name", MOVING)
+@pytest.mark.parametrize("name", each(MOVING, lambda name: name in ("LBFGS", "muon")))
 def test_what_an_optimizer_moves_off_the_mask_is_not_seen_and_gone_at_an_update(name: str) -> None:
     model = mlp()
     masks = itop_prune.apply(model, 0.7)
@@ -217,7 +213,7 @@ def test_what_an_optimizer_moves_off_the_mask_is_not_seen_and_gone_at_an_update(
     assert off, "it belongs into the table above"
 
 
-# --- groups of parameters --------------------------------------------------------------------------------------------
+# --- groups of parameters ------------------------------------------------------------------------
 
 
 def resnet() -> nn.Module:
@@ -269,7 +265,7 @@ def test_groups_of_timm_hold_the_same_parameters_with_the_same_options_before_an
     assert after == before
 
 
-# --- optimizers that keep their state elsewhere ----------------------------------------------------------------------
+# --- optimizers that keep their state elsewhere --------------------------------------------------
 
 
 def test_lookahead_of_timm_is_refused_with_the_reason() -> None:

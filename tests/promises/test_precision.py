@@ -1,10 +1,6 @@
-"""fp32, tf32, bf16, fp16 with a scaler: exact sparsity in each, scores in float32; skipped steps do not count."""
+"""fp32, tf32, bf16, fp16 with a scaler: exact sparsity; skipped steps do not count."""
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,15 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers.processes import QUICKSTART, finished, metrics, start
 from helpers.toys import batch, convnet
 from itop_prune_tools.training import command as train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import itop_prune
-
-ROOT = Path(__file__).parents[2]
-QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 
 
 @contextlib.contextmanager
@@ -125,9 +119,7 @@ def test_clipping_on_an_update_step_sees_the_sparse_gradient(precision: str) -> 
     assert torch.equal(dense.norm, sparse.norm)
 
 
-def test_a_step_that_the_scaler_skips_moves_nothing_and_a_due_update_waits_for_the_next_good_one() -> (
-    None
-):
+def test_a_step_that_the_scaler_skips_moves_nothing_and_a_due_update_waits() -> None:
     run = Run("fp16 autocast, scaler")
     moved = [run.step(0), run.step(1)]
     before, explored = (
@@ -168,32 +160,19 @@ def test_what_the_skipped_step_left_is_not_in_the_gradient_that_grows() -> None:
         )
 
 
-# --- the runner ------------------------------------------------------------------------------------------------------
+# --- the runner ----------------------------------------------------------------------------------
 
 SETTINGS = (QUICKSTART, "epochs=2", "regrow={every: 7, grow: gradient}")
 
 
-def lines_of(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def alone(folder: Path, precision: str) -> subprocess.CompletedProcess[str]:
-    """A run in a process of its own: Accelerate keeps one precision per process."""
-    settings = [*SETTINGS, f"accelerator={{mixed_precision: {precision!r}}}", "--out", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "tools/train.py", *settings],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision", ["bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("no", "fp16"))]
+)
 def test_the_runner_ends_with_exact_sparsity(tmp_path: Path, precision: str) -> None:
-    assert alone(tmp_path / "run", precision).returncode == 0
-    lines = lines_of(tmp_path / "run")
+    """In a process of its own: Accelerate keeps one precision per process."""
+    settings = [f"accelerator={{mixed_precision: {precision!r}}}", "--out", str(tmp_path / "run")]
+    finished(start(["tools/train.py", *SETTINGS, *settings]))
+    lines = metrics(tmp_path / "run")
     assert all(line["sparsity"] == (50_200 - 2_510) / 50_200 for line in lines[:-1])
     assert lines[1]["exploration_rate"] > lines[0]["exploration_rate"] > 0.05
 
@@ -203,4 +182,4 @@ def test_the_runner_does_not_count_steps_that_accelerate_skipped(
 ) -> None:
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", property(lambda self: True))
     assert train.main([*SETTINGS, "--out", str(tmp_path / "run")]) == 0
-    assert [line["exploration_rate"] for line in lines_of(tmp_path / "run")[:-1]] == [0.05, 0.05]
+    assert [line["exploration_rate"] for line in metrics(tmp_path / "run")[:-1]] == [0.05, 0.05]

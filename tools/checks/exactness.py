@@ -73,20 +73,24 @@ class Finding:
 
 
 def count_masks(name: str, sparsity: float = 0.9) -> Finding:
-    """Mask a model on the meta device and count."""
+    """Count the active weights of a model on the meta device, then place masks without values."""
     model = on_meta(name)
     before = dict(model.named_parameters())
     try:
-        masks = itop_prune.apply(model, sparsity)
+        counts = itop_prune.count_active(model, sparsity)
     except ValueError as error:
         return Finding(refused=str(error))
 
+    masks = {}
+    for key in counts:
+        layer, _, tensor = key.rpartition(".")
+        masks[key] = itop_prune.ITOP.place(model.get_submodule(layer), tensor)
     found = Finding()
     found.cover(masks, model)
     weights = sum(itop.mask.numel() for itop in masks.values())
-    if sum(itop.active for itop in masks.values()) != round((1.0 - sparsity) * weights):
+    if sum(counts.values()) != round((1.0 - sparsity) * weights):
         found.wrong.append("the number of active weights is not the budget's")
-    if not all(1 <= itop.active <= itop.mask.numel() for itop in masks.values()):
+    if not all(1 <= counts[key] <= itop.mask.numel() for key, itop in masks.items()):
         found.wrong.append("a layer has less than one active weight, or more than all")
 
     parameters = list(model.parameters())

@@ -1,4 +1,4 @@
-"""Redistribution: the numbers by layer, and what an update makes of them, by hand on two layers of 100 weights."""
+"""Redistribution: numbers by layer, and what an update makes of two layers of 100 weights."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 import itop_prune
 from itop_prune.methods import redistribution
-from itop_prune.methods.lookup import needed
+from itop_prune.methods.lookup import needed_arguments
 from itop_prune.methods.redistribution import REDISTRIBUTIONS
 
 
 class Pair(nn.Module):
-    """Two layers side by side; for an input of ones the dense gradient of each weight is what its layer is told."""
+    """Two layers side by side; the dense gradient of each weight is what its layer is told."""
 
     def __init__(self, sizes: tuple[float, float] = (1.0, 1.0)) -> None:
         super().__init__()
@@ -35,9 +35,7 @@ def active_after(
 ) -> list[int]:
     """How many weights of each layer are active after an update that exchanges a fifth of them."""
     densities = {"a.weight": active[0] / 100, "b.weight": active[1] / 100}
-    masks = itop_prune.apply(
-        model, 1.0 - sum(active) / 200, method=lambda shapes, density: densities
-    )
+    masks = itop_prune.apply(model, 1.0 - sum(active) / 200, method=lambda *_: densities)
     regrow = itop_prune.MaskScheduler(
         masks,
         torch.optim.SGD(model.parameters(), lr=0.0),
@@ -56,22 +54,13 @@ def active_after(
     return [itop.active for itop in masks.values()]
 
 
-@pytest.mark.parametrize("name", REDISTRIBUTIONS)
-def test_a_redistribution_gives_its_statistic_as_it_is(name: str) -> None:
-    assert REDISTRIBUTIONS[name]({"a": 3.0, "b": 1.0}) == {"a": 3.0, "b": 1.0}
-
-
-def test_what_each_asks_for() -> None:
-    offered = dict.fromkeys(redistribution.OFFERED)
-    asked = {
-        name: needed(function, offered, "redistribution")
-        for name, function in REDISTRIBUTIONS.items()
-    }
-    assert asked == {
-        "momentum": ("momentum",),
-        "magnitude": ("magnitude",),
-        "nonzeros": ("active",),
-    }
+def test_a_redistribution_asks_for_one_statistic_and_gives_it_as_it_is() -> None:
+    asked = {}
+    for name, function in REDISTRIBUTIONS.items():
+        assert function({"a": 3.0, "b": 1.0}) == {"a": 3.0, "b": 1.0}
+        asked[name] = needed_arguments(function, redistribution.OFFERED, "redistribution")
+    expected = {"momentum": ("momentum",), "magnitude": ("magnitude",), "nonzeros": ("active",)}
+    assert asked == expected
 
 
 def test_without_redistribution_each_layer_grows_what_it_lost() -> None:
@@ -79,30 +68,23 @@ def test_without_redistribution_each_layer_grows_what_it_lost() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_magnitude_shares_what_grows_by_the_mean_size_of_active_weights(dtype: torch.dtype) -> None:
-    """Each loses 10 of 50; of the 20 that grow a quarter goes to sizes of 1, the rest to sizes of 3."""
+def test_magnitude_and_momentum_share_what_grows_by_mean_sizes(dtype: torch.dtype) -> None:
+    """Each loses 10 of 50; of the 20 that grow a quarter goes to sizes of 1, the rest to 3."""
     assert active_after(Pair(sizes=(1.0, 3.0)).to(dtype), "magnitude") == [45, 55]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_momentum_shares_what_grows_by_the_mean_moving_average(dtype: torch.dtype) -> None:
-    """The same with gradients of -3 and 1 at every step: their averages are as 3 to 1 in size."""
     assert active_after(Pair().to(dtype), "momentum", gradients=(-3.0, 1.0)) == [55, 45]
 
 
-def test_nonzeros_shares_what_grows_by_the_number_of_active_weights_before_the_update() -> None:
-    """16 of 80 leave, all of them the small ones of a; of the 16 that grow 20/80 go to a, 60/80 to b."""
-    assert active_after(Pair(sizes=(1.0, 3.0)), "nonzeros", active=(20, 60), scope="global") == [
-        8,
-        72,
-    ]
+def test_nonzeros_shares_by_the_number_of_active_weights_before_the_update() -> None:
+    """16 of 80 leave, all of them the small ones of a; of 16 that grow 20/80 go to a."""
+    pair = Pair(sizes=(1.0, 3.0))
+    assert active_after(pair, "nonzeros", active=(20, 60), scope="global") == [8, 72]
 
 
 def test_where_the_statistic_is_0_everywhere_the_room_decides() -> None:
-    """Of 20 and 60 weights 4 and 12 leave; 84 and 52 places are free for the 16 that grow: 9.9 and 6.1 of them."""
+    """4 of 20 and 12 of 60 leave; 84 and 52 places are free for 16: 9.9 and 6.1 of them."""
     assert active_after(Pair(sizes=(0.0, 0.0)), "magnitude", active=(20, 60)) == [26, 54]
 
 
 def test_a_layer_that_is_full_leaves_the_rest_to_the_others() -> None:
-    """14 of 70 and 19 of 95 leave. Of the 33 that grow b would get 32.7 and has room for 24; the other 9 go to a."""
+    """14 of 70 and 19 of 95 leave. Of 33 that grow b has room for 24; the other 9 go to a."""
     assert active_after(Pair(sizes=(0.01, 0.99)), "magnitude", active=(70, 95)) == [65, 100]
