@@ -91,7 +91,7 @@ def test_one_rank_goes_on_where_two_stopped_with_as_many_images_a_step_and_no_ot
     again = stopped.with_name("on one rank")
     shutil.copytree(stopped, again)
     assert run(again, *TWO, "--resume") == 1
-    assert "trained on 32 images a step, this would on 16" in capsys.readouterr().err
+    assert "trained on 32 images a step, this run would train on 16" in capsys.readouterr().err
     assert run(again, "epochs=4", "data.batch_size=32", "--resume") == 0
     for ours, theirs in zip(metrics(again), metrics(two), strict=True):
         assert ours["step"] == theirs["step"]
