@@ -1,6 +1,6 @@
 """Where masks start: `apply` decides how many weights of each layer are active, and which ones.
 
-Four verbs: find the weights, count the active ones, draw masks, place them. `count_active` stops
+Four steps: find the weights, count the active ones, draw masks, place them. `count_active` stops
 after the second and leaves the model alone.
 """
 
@@ -64,16 +64,17 @@ def apply(
             together leave in it.
         scores: Which positions start active: "random"; "magnitude", for a pretrained model; or a
             tensor of the parameter's shape for every masked name, whose largest values stay (see
-            `itop_prune.saliency`). The same scores as `method` make it one choice over all layers.
+            `itop_prune.saliency`). Pass the same scores as `method` to rank all layers together.
         densities: Densities of some layers, in [0, 1] by pattern, such as {"head": 1.0}. The others
             share the rest of the budget. These densities hold at the start; `final_method` and
             `redistribute` of MaskScheduler decide anew.
         pattern: "N:M", such as "2:4", keeps N of every M consecutive weights along dimension 1
             (inputs, input channels), in every layer and at every update. `sparsity` is then 1 - N /
-            M, and `method` stays as it is. Scores choose within each group of M.
+            M; leave `method` at its default. Scores choose within each group of M.
         include: Patterns (`fnmatch`) of what to mask. A pattern matches a parameter by its name
             ("layer1.0.conv1.weight") or by its layer's name ("layer1.0.conv1").
-        exclude: Patterns of what to leave dense, such as "head". It does not count in the budget.
+        exclude: Patterns of what to leave dense, such as "head". Excluded weights do not count in
+            the sparsity.
         strict: Whether a layer that an N:M pattern does not divide is an error. Otherwise it stays
             dense without a mask, and a warning lists it.
         seed: Of the random positions. Equal seeds give equal masks, on every device and rank.

@@ -63,9 +63,9 @@ class MaskScheduler:
     scores leave the mask, and as many with the highest `grow` scores enter it. While the density
     falls, more leave than enter. Weights that enter start at 0, and so does every optimizer
     statistic of theirs. A weight just pruned may grow again at once, as in the ITOP authors' code
-    and RigL's, and then never left. The count is rounded up (RigL's code rounds it down), and an
-    update at the very step of `stop` is made. A layer without a gradient at an update stays as it
-    is.
+    and RigL's, and then keeps its value. The count is rounded up (RigL's code rounds it down). The
+    step `stop * total_steps` itself still gets its update. A layer without a gradient at an update
+    stays as it is.
 
     The rate at a step (counted from 1) is `min_rate + (rate - min_rate) * schedule(min(1, step /
     (stop * total_steps)))`. With `final_sparsity` the density follows `density` from its present
@@ -257,16 +257,16 @@ class MaskScheduler:
         return self._exploration.survival_rates()
 
     def survival_rate(self) -> float:
-        """Compute the same for all layers together; NaN before the second update."""
+        """Compute the survival rate over all layers; NaN before the second update."""
         return self._exploration.survival_rate()
 
     def step(self) -> bool:
         """Count one optimizer step, and prune and regrow when it is time.
 
-        Call it after every optimizer step that happened, before gradients are cleared. Do not call
-        it in the middle of an accumulation, nor if a gradient scaler skipped the step. After the
-        last update it only counts, unless an update is still due. If a criterion fails or gives
-        NaN, some masks may have moved: go back to a checkpoint.
+        Call it after every optimizer step that was not skipped, before gradients are cleared. Do
+        not call it in the middle of an accumulation, nor if a gradient scaler skipped the step.
+        After the last update it only counts, unless an update is still due. If a criterion fails or
+        gives NaN, some masks may have moved: go back to a checkpoint.
 
         Returns:
             True when an update was made.
@@ -388,7 +388,7 @@ class MaskScheduler:
     def _write(self, name: str, mask: Tensor) -> None:
         """Write a new mask; set values and statistics of weights that left or entered to 0.
 
-        So a weight that grows starts at 0. A weight pruned and grown again at once was never out.
+        So a weight that grows starts at 0. A weight pruned and grown again at once keeps both.
         """
         itop = self._masks[name]
         self._exploration.record(name, itop.mask, mask)
@@ -432,7 +432,8 @@ class MaskScheduler:
         """Continue from a `state_dict`; load the model's and the optimizer's state dicts as well.
 
         Raises:
-            ValueError: It is no such state, or one of other masks; nothing is changed then.
+            ValueError: It is no state of a MaskScheduler, or was saved for other masks; nothing is
+                changed then.
         """
         missing = [key for key in SAVED if key not in state]
         if missing:

@@ -65,7 +65,7 @@ def prune_and_regrow(
     tensor([1, 0, 1, 0, 1, 0], dtype=torch.int32)
     """
     kept = prune(mask, prune_scores, n_prune, generator)
-    del prune_scores  # they make room for the scores to grow
+    del prune_scores  # frees memory before the scores to grow are computed
 
     if callable(grow_scores):
         grow_scores = grow_scores(kept)
@@ -130,7 +130,7 @@ def select(
         A bool tensor of the shape of `scores`.
 
     Raises:
-        NaNScores: An allowed score that is looked at closely is NaN.
+        NaNScores: An allowed score is NaN, and `count` is not 0.
 
     >>> select(torch.tensor([4.0, 3.0, 2.0, 1.0]), torch.tensor([False, True, True, True]), 1)
     tensor([False,  True, False, False])
@@ -152,7 +152,7 @@ def _split_search(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, 
     where the scores are few, all allowed positions are candidates. NaN is always a candidate.
     """
     size = len(scores)
-    stride = size // SAMPLE | 1  # odd: an even stride could follow a dimension of the weight
+    stride = (size // SAMPLE) | 1  # odd: an even stride could follow a dimension of the weight
     if stride > 1:
         sample = scores[::stride][allowed[::stride]]
         share = count / size
@@ -206,12 +206,13 @@ def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tenso
 def shares_of_best(
     scores: Mapping[str, Tensor], count: int, most: Mapping[str, int] | None = None
 ) -> dict[str, float]:
-    """Count how many of the `count` largest scores of all layers together lie in each layer.
+    """Share out the `count` largest scores of all layers together: how many lie in each layer.
 
     Args:
         scores: One number per position, by layer; of any shapes, on any devices.
         count: How many positions to select, 0 to all.
-        most: Upper bounds by layer. The next best of the other layers replace what exceeds them.
+        most: Upper bounds by layer. What exceeds a bound goes to the next best scores of other
+            layers.
 
     Returns:
         Numbers that sum to `count`. They are whole unless positions tie for the last places. Each
@@ -274,4 +275,5 @@ def seeded(device: torch.device, *stream: object) -> torch.Generator:
     True
     """
     digest = hashlib.blake2b(repr(stream).encode(), digest_size=8).digest()
+    # Shifted, since some devices take seeds of 63 bits.
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)

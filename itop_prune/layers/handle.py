@@ -27,7 +27,7 @@ class ITOP(prune.BasePruningMethod):
 
     The layer holds the parameter `<name>_orig` and the bool buffer `<name>_mask`. `layer.<name>` is
     the effective weight, their product (see `itop_prune.layers.masked_layer`). The hook computes
-    nothing. By it `torch.nn.utils.prune` recognizes the layer, and `prune.remove` undoes the mask.
+    nothing. It exists so that `torch.nn.utils.prune` recognizes the layer and can undo the mask.
     """
 
     PRUNING_TYPE = "unstructured"
@@ -83,7 +83,7 @@ class ITOP(prune.BasePruningMethod):
     def place(cls, module: nn.Module, name: str) -> "ITOP":
         """Give one parameter a mask with uninitialized values, which the caller must write.
 
-        Obstacles are not looked for, and the parameter is not touched.
+        It does not check whether the parameter can be masked, and does not touch it.
         """
         itop = cls(module, name)
         attach(module, name, torch.empty_like(module.get_parameter(name), dtype=torch.bool))
@@ -92,7 +92,7 @@ class ITOP(prune.BasePruningMethod):
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The tensor that the optimizer holds (`<name>_orig`); 0 wherever the mask is False."""
+        """The tensor that the optimizer holds (`<name>_orig`); 0 off the mask after each update."""
         return getattr(self._layer, parameter_name(self._tensor_name))
 
     @property
@@ -148,7 +148,7 @@ class ITOP(prune.BasePruningMethod):
                 f"{self._tensor_name} of {type(module).__name__} is sharded by FSDP2, which keeps "
                 "its name; load itop_prune.dense_state_dict(model) into a plain model instead"
             )
-        self.take_dense_gradient()
+        self.take_dense_gradient()  # its hooks would stay on the parameter
         detach(module, self._tensor_name)
 
     @torch.no_grad()

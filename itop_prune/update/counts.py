@@ -1,7 +1,7 @@
 """How many weights leave and enter each layer at an update. Whole numbers by layer; sums are exact.
 
 `plan_changes` makes the table of an update. The functions below it are plain arithmetic, except for
-the scope "global", which looks at the scores.
+two: `_lowest_of_all` reads scores, and `_redistribute` reads weights or momentum.
 """
 
 import math
@@ -39,19 +39,19 @@ def plan_changes(
         density_moves: Whether the density is on its way to the final one.
     """
     weights = {name: layer.itop.mask.numel() for name, layer in layers.items()}
-    spare_dense = rules.redistribute is None
-    proportions: Mapping[str, float]
     if rules.across_layers:
-        n_prune, proportions = _prune_across_layers(
+        n_prune, exchanged = _prune_across_layers(
             rules, layers, active, target, weights, rate, density_moves
         )
     else:
-        n_prune = proportions = prune_counts(active, target, weights, rate, spare_dense)
+        n_prune = prune_counts(active, target, weights, rate, rules.redistribute is None)
+        exchanged = n_prune
     kept = {name: active[name] - n_prune[name] for name in layers}
 
     if not rules.shares_layers:
         return {name: (n_prune[name], target[name] - kept[name]) for name in layers}
 
+    proportions: Mapping[str, float] = exchanged
     if rules.redistribute:
         known = {"weights": weights, "active": active, "pruned": n_prune}
         proportions = _redistribute(rules.redistribute, layers, known)
@@ -226,7 +226,7 @@ def _redistribute(
         if need in known:
             given[need] = known[need]
         else:
-            given[need] = {name: layer.mean_size(need) for name, layer in layers.items()}
+            given[need] = {name: layer.mean_magnitude(need) for name, layer in layers.items()}
     raw = redistribute.function(**given)
 
     wrong: object = raw

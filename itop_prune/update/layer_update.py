@@ -28,7 +28,7 @@ class LayerUpdate(NamedTuple):
     def new_mask(self, rules: Rules, n_prune: int, n_grow: int) -> Tensor:
         """Compute the layer's mask after the update, by `topology.prune_and_regrow`.
 
-        A pattern N:M fills its groups instead of growing anywhere.
+        With an N:M pattern each group regrows what it lost, and `n_grow` is not used.
 
         Raises:
             ValueError: Scores are NaN; the message names criterion and layer.
@@ -104,9 +104,9 @@ class LayerUpdate(NamedTuple):
         """
         return topology.seeded(self.itop.mask.device, *self.stream, self.name, *stream)
 
-    def mean_size(self, statistic: str) -> float:
-        """Compute the mean size of the active weights ("magnitude") or of their momentum."""
-        if statistic == "magnitude":
+    def mean_magnitude(self, of: str) -> float:
+        """Compute the mean abs of the active weights ("magnitude"), or of their "momentum"."""
+        if of == "magnitude":
             sizes = whole(self.itop.weight).float()
         else:
             sizes = self.gradients.momentum(self.name)

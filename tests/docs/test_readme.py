@@ -1,7 +1,6 @@
 """The README is true: its Python runs, its commands parse, and what it names exists."""
 
-import ast
-import importlib.util
+import concurrent.futures
 import inspect
 import os
 import re
@@ -21,7 +20,6 @@ import itop_prune
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FIRST_SCREEN = README.partition("\n## ")[0]
-OPTIONAL = {"transformers", "lightning"}  # shown in the README, and in no extra of the project
 RESULTS = ROOT / "recipes" / "results"
 
 
@@ -76,26 +74,9 @@ def test_there_are_python_blocks():
     assert len(in_language("python")) >= 5
 
 
-@pytest.mark.parametrize(
-    ("heading", "block"), in_language("python"), ids=[name for name, _ in in_language("python")]
-)
-def test_a_python_block_runs_in_a_process_of_its_own(heading, block, tmp_path):
-    imported = {
-        name.split(".")[0]
-        for node in ast.walk(ast.parse(block))
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in (
-            [node.module]
-            if isinstance(node, ast.ImportFrom)
-            else [alias.name for alias in node.names]
-        )
-    }
-    missing = {name for name in imported & OPTIONAL if importlib.util.find_spec(name) is None}
-    if missing:
-        pytest.skip(f"{heading}: {', '.join(missing)} is not installed")
-
-    script = tmp_path / "block.py"
-    script.write_text(block, encoding="utf-8")
+def run_block(block: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    folder.mkdir()
+    (folder / "block.py").write_text(block, encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {
         **os.environ,
@@ -103,15 +84,33 @@ def test_a_python_block_runs_in_a_process_of_its_own(heading, block, tmp_path):
         "PYTHONIOENCODING": "utf-8",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-W", "default", "block.py"],
-        cwd=tmp_path,
+        cwd=folder,
         env=environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=240,
     )
 
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess]:
+    """Run all Python blocks, two at a time."""
+    root = tmp_path_factory.mktemp("blocks")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        jobs = {
+            heading: pool.submit(run_block, block, root / str(number))
+            for number, (heading, block) in enumerate(in_language("python"))
+        }
+        return {heading: job.result() for heading, job in jobs.items()}
+
+
+@pytest.mark.parametrize(
+    ("heading", "block"), in_language("python"), ids=[name for name, _ in in_language("python")]
+)
+def test_a_python_block_runs_in_a_process_of_its_own(heading, block, finished):
+    done = finished[heading]
     assert done.returncode == 0, done.stderr
     assert (
         re.findall(r"^.*(?:block\.py|itop_prune/).*Warning.*$", done.stderr, flags=re.MULTILINE)

@@ -110,4 +110,4 @@ def test_random_streams_differ_by_run_update_layer_and_use() -> None:
 
 
 def test_mean_sizes_are_of_active_weights() -> None:
-    assert layer_update().mean_size("magnitude") == (1 + 2 + 5 + 6) / 4
+    assert layer_update().mean_magnitude("magnitude") == (1 + 2 + 5 + 6) / 4
