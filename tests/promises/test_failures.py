@@ -83,6 +83,7 @@ masks, train.build, itop_prune.MaskScheduler.step = [], keep, other
 
 
 @gloo
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -90,10 +91,9 @@ masks, train.build, itop_prune.MaskScheduler.step = [], keep, other
             OTHER_WEIGHTS_AT_THE_START,
             "error: ranks hold different head.bias of the model; before the first step",
         ),
-        pytest.param(
+        (
             OTHER_WEIGHTS_LATER,
             "error: ranks hold different layers.0.weight; the run has diverged by step 14",
-            marks=pytest.mark.slow,
         ),
     ],
     ids=["at the start", "between updates"],

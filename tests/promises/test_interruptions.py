@@ -73,6 +73,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @gloo
 def test_two_ranks_stopped_by_sigterm_and_resumed_are_the_two_that_never_stopped(
     two: Path, stopped: Path
@@ -84,6 +85,7 @@ def test_two_ranks_stopped_by_sigterm_and_resumed_are_the_two_that_never_stopped
     assert_same_end(two, again)
 
 
+@pytest.mark.slow
 @gloo
 def test_one_rank_goes_on_where_two_stopped_with_as_many_images_a_step_and_no_others(
     two: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
@@ -247,6 +249,7 @@ def test_a_line_written_after_a_stop_in_its_evaluation_and_before_a_kill_is_not_
 # --- one process ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_of_the_step(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = start(["tools/train.py", QUICKSTART, *SETTINGS, "epochs=400", "--out", str(folder)])

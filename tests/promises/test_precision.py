@@ -165,9 +165,8 @@ def test_what_the_skipped_step_left_is_not_in_the_gradient_that_grows() -> None:
 SETTINGS = (QUICKSTART, "epochs=2", "regrow={every: 7, grow: gradient}")
 
 
-@pytest.mark.parametrize(
-    "precision", ["bf16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("no", "fp16"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "no", "fp16"])
 def test_the_runner_ends_with_exact_sparsity(tmp_path: Path, precision: str) -> None:
     """In a process of its own: Accelerate keeps one precision per process."""
     settings = [f"accelerator={{mixed_precision: {precision!r}}}", "--out", str(tmp_path / "run")]

@@ -223,6 +223,7 @@ def test_every_method_is_a_recipe_and_each_is_trained_as_the_runner_trains_it():
         ) * 5
 
 
+@pytest.mark.slow
 def test_a_line_a_seed_and_what_they_come_to(set_itop, capsys):
     capsys.readouterr()
     assert (

@@ -242,6 +242,7 @@ def test_a_model_is_trained_by_name(tmp_path: Path) -> None:
     assert "| trained, 64 px | exact |" in table
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_is_reported_and_the_others_are_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

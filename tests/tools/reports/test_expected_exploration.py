@@ -19,6 +19,7 @@ def test_an_update_finds_its_share_of_what_was_never_active() -> None:
     assert expected.explored(0.1, [0.1]) == pytest.approx((10 + 90 / 91) / 100)
 
 
+@pytest.mark.slow
 def test_a_run_has_explored_what_is_expected(
     made: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -153,6 +153,7 @@ def test_a_sparse_file_has_masks_and_weights_rounded_as_asked(run: Path, tmp_pat
         assert torch.equal(rounded[name], tensor.half() if tensor.is_floating_point() else tensor)
 
 
+@pytest.mark.slow
 def test_it_says_what_it_wrote_and_the_file_of_a_deployed_model_is_smaller(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -358,6 +359,7 @@ def test_weights_that_onnx_has_no_room_for_are_refused(
     assert "use --to torch" in error_of(capsys, run, tmp_path / "model.onnx", "--to", "onnx")
 
 
+@pytest.mark.slow
 def test_onnx_is_written_unchecked_without_a_runtime_and_refused_without_the_exporter(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def test_without_out_the_seeds_lie_under_runs(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("question", [20, 76 + 20], ids=["in the first", "in the second"])
 def test_seeds_stopped_in_between_go_on_where_they_stopped(tmp_path, capsys, question):
     """A run asks 82 times whether to stop: after each of 76 steps, and in its evaluations."""
@@ -81,6 +82,7 @@ def test_seeds_stopped_in_between_go_on_where_they_stopped(tmp_path, capsys, que
         assert_same_end(tmp_path / "stopped" / f"seed{seed}", tmp_path / "whole" / f"seed{seed}")
 
 
+@pytest.mark.slow
 def test_resume_keeps_finished_seeds_ends_unfinished_ones_and_adds_new_ones(tmp_path, capsys):
     assert seeds(tmp_path / "all", 2) == 0
     before = (tmp_path / "all" / "seed0" / "metrics.jsonl").read_text()
