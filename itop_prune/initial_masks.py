@@ -149,7 +149,7 @@ def count_active(
     """
     groups = _check_budget(sparsity, method, densities, pattern)
     targets = _find_targets(model, include, exclude, groups, strict)
-    if _is_scores(method):
+    if method == "magnitude":
         _refuse_meta(targets)
     return _count(targets, sparsity, method, densities, groups)
 
@@ -166,10 +166,12 @@ def _check_budget(
             f"sparsity is {sparsity!r}; allowed is a number in [0, 1), the share of zeros: 0.9 "
             "keeps a tenth"
         )
-    if isinstance(method, str) and ":" in method:
+    is_number_of_yaml = isinstance(method, int) and not isinstance(method, bool)
+    if is_number_of_yaml or (isinstance(method, str) and ":" in method):
+        example = method if isinstance(method, str) else "2:4"  # YAML reads 2:4 as 124
         raise ValueError(
             f"method is {method!r}; a pattern N:M has an argument of its own: write "
-            f"pattern={method!r} and leave method out"
+            f'pattern="{example}" and leave method out'
         )
     if not _is_scores(method):
         known = {**DISTRIBUTIONS, "magnitude": None}
@@ -247,8 +249,8 @@ def _refuse_meta(targets: Mapping[str, Target]) -> None:
     if meta:
         raise ValueError(
             f"{meta[0]} is on the meta device, where weights have no values; call "
-            "itop_prune.count_active for the counts alone, or model.to_empty(device=...) and load "
-            "or initialize the weights first"
+            "itop_prune.count_active for the counts alone (with another method than magnitude), or "
+            "model.to_empty(device=...) and load or initialize the weights first"
         )
 
 

@@ -106,7 +106,7 @@ def grow(
             "that"
         )
     try:
-        return mask ^ select(as_float(scores), ~mask, count, generator)
+        return mask ^ select(scores, ~mask, count, generator)
     except NaNScores:
         raise NaNScores("grow") from None
 
@@ -120,7 +120,7 @@ def select(
     Positions that tie for the last places are drawn at random.
 
     Args:
-        scores: One floating-point number per position, of any shape and memory format.
+        scores: One number per position, of any shape and memory format.
         allowed: Bool, of the shape of `scores`; at least `count` positions are True.
         count: How many positions to select.
         generator: Draws among ties, on the device of `scores`. None takes tied positions in index
@@ -138,7 +138,7 @@ def select(
     if count == 0:
         return torch.zeros_like(allowed)
 
-    flat = scores.flatten()
+    flat = as_float(scores).flatten()
     certain, candidates, rest = _split_search(flat, allowed.flatten(), count)
     values = flat.index_select(0, candidates)
     chosen = candidates.index_select(0, _top(values, rest, generator))
@@ -179,7 +179,7 @@ def _true_positions(mask: Tensor) -> Tensor:
 
     Eight positions are seen as one whole number first, so most of them are passed over at once.
     """
-    if len(mask) % 8 or mask.storage_offset() % 8:
+    if len(mask) % 8 or mask.storage_offset() % 8 or not mask.is_contiguous():
         return mask.nonzero().squeeze(1)
     words = mask.view(torch.int64).nonzero().squeeze(1)
     found = mask.view(-1, 8).index_select(0, words).flatten().nonzero().squeeze(1)

@@ -276,7 +276,7 @@ def _ranks(scores: Tensor, generator: torch.Generator) -> Tensor:
     """Rank scores in ascending order, from 0; ties are ranked at random."""
     shuffled = torch.randperm(len(scores), generator=generator, device=scores.device)
     order = shuffled[scores[shuffled].argsort(stable=True)]
-    ranks = torch.empty(len(scores), device=scores.device)
+    ranks = torch.empty(len(scores), dtype=torch.float32, device=scores.device)
     ranks[order] = torch.arange(len(scores), dtype=ranks.dtype, device=scores.device)
     return ranks
 

@@ -6,12 +6,12 @@ two: `_lowest_of_all` reads scores, and `_redistribute` reads weights or momentu
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from itop_prune import topology
 from itop_prune.methods.distributions import apportion, scaled
 from itop_prune.methods.lookup import CheckedFunction
-from itop_prune.methods.validation import is_number
 from itop_prune.update.layer_update import LayerUpdate
 from itop_prune.update.rules import Rules
 
@@ -240,4 +240,4 @@ def _redistribute(
 
 
 def _is_proportion(value: object) -> bool:
-    return is_number(value) and 0.0 <= float(value) < math.inf
+    return isinstance(value, Real) and 0.0 <= float(value) < math.inf

@@ -37,8 +37,8 @@ class Exploration:
 
     def begin_update(self) -> None:
         """Begin an update, in which layers without a record gain no weights."""
-        self._grown_before, self._grown, self._survived = self._grown, {}, {}
-        self._entered = dict.fromkeys(self.explored, 0)
+        self._grown_before, self._grown = self._grown, {}
+        self._entered, self._survived = {}, {}
 
     def record(self, name: str, before: Tensor, after: Tensor) -> None:
         """Record an update of one layer: its mask before and after."""
@@ -60,7 +60,9 @@ class Exploration:
 
     def entered(self) -> dict[str, int]:
         """Count, by layer, the weights that entered its mask at the last update; {} before one."""
-        return dict(self._entered)
+        if not self._entered:
+            return {}
+        return dict.fromkeys(self.explored, 0) | self._entered
 
     def survival_rates(self) -> dict[str, float]:
         """Compute, by layer, the share of the last update but one's new weights that are left.

@@ -327,7 +327,7 @@ def test_no_pattern_is_none() -> None:
 
 @pytest.mark.parametrize("place", [itop_prune.apply, itop_prune.count_active])
 def test_a_pattern_given_as_method_is_an_error_that_names_the_argument(place: Callable) -> None:
-    message = r"method is '2:4'; a pattern N:M has an argument of its own: write pattern='2:4'"
+    message = r"method is '2:4'; a pattern N:M has an argument of its own: write pattern=\"2:4\""
     with pytest.raises(ValueError, match=message):
         place(mlp(), 0.5, "2:4")
 

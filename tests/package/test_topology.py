@@ -372,3 +372,12 @@ def test_a_full_layer_leaves_its_places_to_the_next_best() -> None:
 def test_shares_of_nan_name_the_layer() -> None:
     with pytest.raises(ValueError, match="scores of b hold NaN"):
         shares_of_best({"a": torch.ones(2), "b": torch.tensor([1.0, math.nan])}, 2)
+
+
+def test_masks_and_scores_that_are_not_contiguous_are_selected_from_all_the_same() -> None:
+    wide = torch.rand(16, 48, generator=rng()) < 0.5
+    for mask in (wide[:, 0], wide[:, ::2], torch.tensor(True).expand(4, 4)):
+        scores = torch.rand(mask.shape, generator=rng(1))
+        moved = prune_and_regrow(mask, scores, scores, 2, 1, rng())
+        assert torch.equal(moved, prune_and_regrow(mask.clone(), scores, scores, 2, 1, rng()))
+        assert moved.sum() == mask.sum() - 1

@@ -115,7 +115,7 @@ def full(*arguments, **options):
 torch.save = full
 """
 SECOND_LINE = """
-from itop_prune_tools.run_folder import metrics
+from itop_prune_tools.run_folder import json_lines
 lines = []
 class FullDisk:
     strerror = os.strerror
@@ -124,7 +124,7 @@ class FullDisk:
         lines.append(1)
         if len(lines) == 3:  # an epoch writes a line here and the updates into layers.jsonl
             raise OSError(28, "No space left on device")
-metrics.os = FullDisk
+json_lines.os = FullDisk
 """
 
 
