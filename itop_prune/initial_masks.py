@@ -249,7 +249,7 @@ def _refuse_meta(targets: Mapping[str, Target]) -> None:
     if meta:
         raise ValueError(
             f"{meta[0]} is on the meta device, where weights have no values; call "
-            "itop_prune.count_active for the counts alone (with another method than magnitude), or "
+            "itop_prune.count_active for the counts (with another method than magnitude), or "
             "model.to_empty(device=...) and load or initialize the weights first"
         )
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
+Positions = NDArray[np.integer]
 SKIP = 255
 """The byte that stands for so many inactive weights and no active one."""
 
@@ -26,7 +27,7 @@ def encode(mask: NDArray[np.bool_]) -> tuple[str, Bytes]:
     return ("gaps", gaps) if len(gaps) < len(bits) else ("bits", bits)
 
 
-def decode(encoding: str, code: Bytes, size: int) -> NDArray[np.int64]:
+def decode(encoding: str, code: Bytes, size: int) -> Positions:
     """Read the positions of active weights among `size`, in rising order.
 
     Raises:
@@ -58,18 +59,22 @@ def encode_gaps(mask: NDArray[np.bool_]) -> Bytes:
     return code
 
 
-def decode_gaps(code: Bytes, size: int) -> NDArray[np.int64]:
+def decode_gaps(code: Bytes, size: int) -> Positions:
     """Read positions from gaps.
 
-    >>> decode_gaps(np.array([2, 0, 2], np.uint8), 8)
-    array([2, 3, 6])
+    >>> decode_gaps(np.array([2, 0, 2], np.uint8), 8).tolist()
+    [2, 3, 6]
     """
     ends = code < SKIP
-    covered = np.cumsum(code + ends, dtype=np.int64)  # weights up to each byte
-    if len(covered) and covered[-1] > size:
-        raise ValueError(f"the gaps cover {covered[-1]} weights of {size}")
+    total = int(code.sum(dtype=np.int64)) + np.count_nonzero(ends)
+    if total > size:
+        raise ValueError(f"the gaps cover {total} weights of {size}")
 
-    return (covered if ends.all() else covered[ends]) - 1
+    number = np.int32 if size < 2**31 else np.int64  # half the memory, where that is enough
+    covered = np.cumsum(code + ends, dtype=number)  # weights up to each byte
+    positions = covered if ends.all() else covered[ends]
+    positions -= 1
+    return positions
 
 
 def encode_bits(mask: NDArray[np.bool_]) -> Bytes:
@@ -81,7 +86,7 @@ def encode_bits(mask: NDArray[np.bool_]) -> Bytes:
     return np.packbits(mask, bitorder="little")
 
 
-def decode_bits(code: Bytes, size: int) -> NDArray[np.int64]:
+def decode_bits(code: Bytes, size: int) -> Positions:
     """Read positions from bits.
 
     >>> decode_bits(np.array([76, 1], np.uint8), 9)

@@ -59,8 +59,8 @@ class ActiveWeights:
     @torch.no_grad()
     def write_into(self, weight: Tensor, mask: Tensor) -> None:
         """Write weight and mask into contiguous tensors of the shape, on any device."""
-        places = self.positions.to(weight.device)
-        weight.view(-1).zero_().scatter_(0, places, self.values.to(weight))
+        places = self.positions.to(weight.device, torch.int64)
+        weight.view(-1).zero_().index_copy_(0, places, self.values.to(weight))
         mask.view(-1).zero_().index_fill_(0, places, True)
 
 
@@ -155,20 +155,17 @@ def read(path: Path) -> Mapping[str, Entry]:
         ValueError: It is damaged, no safetensors file, or of another version.
     """
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
 
-    state: dict[str, Entry] = {}
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get(FORMAT)
-            for name in file.keys():  # noqa: SIM118  # it is no mapping
-                state[name] = file.get_tensor(name)
+            if about is None:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file: {error}; copy or save it again"
         ) from None
-
-    if about is None:
-        return state
 
     version, _, rest = about.partition(" ")
     if version != VERSION:
@@ -178,11 +175,13 @@ def read(path: Path) -> Mapping[str, Entry]:
         )
 
     checksum, _, layouts = rest.partition(" ")
-    if checksum != _checksum(path.read_bytes())[1]:
+    content = path.read_bytes()
+    if checksum != _checksum(content)[1]:
         raise ValueError(
             f"{path} is damaged: its checksum is not that of what it holds; copy or save it again"
         )
 
+    state: dict[str, Entry] = {**load(content)}
     try:
         for name, layout in json.loads(layouts).items():
             weight = _active_weights(state, name, layout)

@@ -22,7 +22,7 @@ def assert_comes_back(mask: np.ndarray) -> None:
     assert code.dtype == np.uint8
     assert len(code) <= math.ceil(len(mask) / 8)
     positions = decode(encoding, code, len(mask))
-    assert positions.dtype == np.int64
+    assert np.issubdtype(positions.dtype, np.signedinteger)
     assert np.array_equal(positions, np.flatnonzero(mask))
 
 
