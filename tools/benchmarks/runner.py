@@ -157,6 +157,6 @@ print(1e3 * (time.perf_counter() - began))
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return float(done.stdout)
 
-    yield Measured("import itop_prune, after torch", 100.0, unit="ms").take(
+    yield Measured("import itop_prune, after torch", 150.0, unit="ms").take(
         settings.rounds(10), once
     )
