@@ -87,25 +87,20 @@ def _numbers(dense: float, seconds: float) -> tuple[str, str, str]:
     return f"{1e3 * dense:.3f} ms", f"{1e3 * seconds:.3f} ms", f"{dense / seconds:.2f}"
 
 
-def interleaved_times(
-    functions: Mapping[str, Callable[[], object]],
-    at_least: int,
-    within: float,
-    reduce: Callable[[list[float]], float],
-    wait: Callable[[], object] = lambda: None,
-) -> dict[str, float]:
-    """Time functions in rounds, each function once a round, and reduce the seconds of each.
+def interleave(
+    functions: Mapping[str, Callable[[], float]], at_least: int, within: float = 0.0
+) -> dict[str, list[float]]:
+    """Call functions in rounds, each once a round, and collect the numbers that they return.
 
-    One call of each comes first and does not count: it may compile or allocate.
+    A first round does not count: it may compile or allocate. A drift of the machine's speed reaches
+    all functions in the same way.
 
     Args:
         functions: Functions by name.
         at_least: Number of rounds to take.
         within: Go on for so many seconds, up to 1000 rounds.
-        reduce: What the rounds of a function are reduced with: `min`, `statistics.median`.
-        wait: Called before the clock is read, for a device that computes on its own.
     """
-    taken: dict[str, list[float]] = {name: [] for name in functions}
+    found: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
 
@@ -114,12 +109,40 @@ def interleaved_times(
         if turn >= at_least and time.perf_counter() > until:
             break
         for name, function in functions.items():
+            found[name].append(function())
+    return found
+
+
+def interleaved_times(
+    functions: Mapping[str, Callable[[], object]],
+    at_least: int,
+    within: float,
+    reduce: Callable[[list[float]], float],
+    wait: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Time functions in rounds, as `interleave` calls them, and reduce the seconds of each.
+
+    Args:
+        functions: Functions by name.
+        at_least: Number of rounds to take.
+        within: Go on for so many seconds, up to 1000 rounds.
+        reduce: What the rounds of a function are reduced with: `min`, `statistics.median`.
+        wait: Called before the clock is read, for a device that computes on its own.
+    """
+
+    def timer(function: Callable[[], object]) -> Callable[[], float]:
+        def seconds() -> float:
             wait()
             began = time.perf_counter()
             function()
             wait()
-            taken[name].append(time.perf_counter() - began)
-    return {name: reduce(seconds) for name, seconds in taken.items()}
+            return time.perf_counter() - began
+
+        return seconds
+
+    timers = {name: timer(function) for name, function in functions.items()}
+    found = interleave(timers, at_least, within)
+    return {name: reduce(seconds) for name, seconds in found.items()}
 
 
 def clone_tensors(arguments: Any) -> Any:

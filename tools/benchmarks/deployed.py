@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import itop_prune
-from itop_prune.inference.measurement import relative_error
+from itop_prune.inference.measurement import interleave, relative_error
 
 from ..models import registration as models  # noqa: F401  (registers the MLP and LeNet-300-100 with timm)
-from .measure import Settings, interleave, seconds
+from .measure import Settings, seconds
 
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "MLP 3072-1024-512-10": ("cifar_mlp", {}, (1, 3, 32, 32)),

@@ -1,10 +1,12 @@
 """Time and memory of calls: rounds of two functions in alternation, and the bytes alive at once."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
+from itop_prune.inference.measurement import interleave
 
 CPU = torch.device("cpu")
 
@@ -46,20 +48,6 @@ class Measured:
         self.ours += found["ours"]
         self.other += found.get("other", [])
         return self
-
-
-def interleave(functions: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call functions in alternation and collect the results of each; a first round does not count.
-
-    A drift of the machine's speed then reaches all of them in the same way.
-    """
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(1 + rounds):
-        for name, function in functions.items():
-            result = function()
-            if number > 0:
-                found[name].append(result)
-    return found
 
 
 def seconds(call: Callable[[], object], device: torch.device = CPU) -> float:
