@@ -129,6 +129,7 @@ def trained_by_ours(folder: Path, overrides: list[str]) -> tuple[float, float]:
     return found.top1[0], found.explored[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [DENSE, STATIC, GRADIENT], ids=["dense", "static", "gradient"])
 def test_from_the_same_masks_it_is_the_run_of_the_runner(method, short, tmp_path, monkeypatch):
     """Only random growth and the drawing of the masks differ."""
@@ -145,6 +146,7 @@ def test_from_the_same_masks_it_is_the_run_of_the_runner(method, short, tmp_path
     assert len(active) == (1 + 176 // 20 if method == GRADIENT else 1)
 
 
+@pytest.mark.slow
 def test_random_growth_explores_as_the_runner_does_while_counts_drift(short, tmp_path):
     settings = recipe(*short, *RANDOM)
     _, explored, active = authors.train(settings)

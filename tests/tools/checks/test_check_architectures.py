@@ -226,6 +226,7 @@ def names_in(table: str) -> list[str]:
     return [line.split()[1] for line in rows.splitlines()[1:]]
 
 
+@pytest.mark.slow
 def test_names_are_counted_and_their_table_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 # Outputs
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning:timm.*", "ignore::DeprecationWarning:torch.*"
 )
@@ -126,7 +127,7 @@ def test_a_graph_computes_what_the_masked_model_does_for_any_number_of_images(
         torch.testing.assert_close(computed(images), model(images).detach(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".pth", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_dense_file_is_a_checkpoint_of_timm_s(name: str, suffix: str, tmp_path: Path) -> None:
     weights, model, x = family(tmp_path, name)

@@ -38,6 +38,7 @@ def test_each_seed_is_the_run_that_it_is_alone(tmp_path):
     assert metrics(tmp_path / "3") != metrics(tmp_path / "4")
 
 
+@pytest.mark.slow
 def test_the_last_line_is_mean_and_deviation_of_the_seeds_that_were_asked_for(tmp_path, capsys):
     assert seeds(tmp_path / "all", 1, "seed=7") == 0
     assert last_line(capsys.readouterr().out).startswith("1 seed of all: ")
@@ -52,6 +53,7 @@ def test_the_last_line_is_mean_and_deviation_of_the_seeds_that_were_asked_for(tm
     assert statistics.stdev(top1) > 0
 
 
+@pytest.mark.slow
 def test_without_out_the_seeds_lie_under_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert train.main([QUICKSTART, "epochs=1", "--seeds", "2"]) == 0
