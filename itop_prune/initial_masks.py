@@ -84,9 +84,9 @@ def apply(
         The masks, keyed by the names that `model.named_parameters()` gave before.
 
     Raises:
-        ValueError: A value is out of range, a name is unknown, nothing is there to mask, a pattern
-            matches nothing, the model is on the meta device, or a selected weight can't be masked
-            (masked already, tied, parametrized) or divided, with `strict`. The model is then
+        ValueError: A value is out of range, a name is unknown, or a name pattern matches nothing.
+            Or a selected weight can't be masked: it has a mask, is tied, parametrized or on the
+            meta device, or an N:M pattern does not divide it and `strict` is set. The model is then
             unchanged.
 
     Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv
