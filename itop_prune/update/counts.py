@@ -44,7 +44,7 @@ def plan_changes(
             rules, layers, active, target, weights, rate, density_moves
         )
     else:
-        n_prune = prune_counts(active, target, weights, rate, rules.redistribute is None)
+        n_prune = prune_counts(active, target, weights, rate, rules.spare_dense)
         exchanged = n_prune
     kept = {name: active[name] - n_prune[name] for name in layers}
 
@@ -180,16 +180,15 @@ def _prune_across_layers(
     While the density moves, only its cut is made over all layers. Each layer then exchanges its
     share of what it has left (GraNet: Liu et al., 2021, arXiv 2106.10404).
     """
-    spare_dense = rules.redistribute is None
     if not density_moves:
-        total = sum(prune_counts(active, target, weights, rate, spare_dense).values())
+        total = sum(prune_counts(active, target, weights, rate, rules.spare_dense).values())
         n_prune = _lowest_of_all(rules, layers, active, total)
         return n_prune, n_prune
 
     excess = max(0, sum(active.values()) - sum(target.values()))
     cut = _lowest_of_all(rules, layers, active, excess)
     left = {name: active[name] - cut[name] for name in layers}
-    exchanged = prune_counts(left, left, weights, rate, spare_dense)
+    exchanged = prune_counts(left, left, weights, rate, rules.spare_dense)
     return {name: cut[name] + exchanged[name] for name in layers}, exchanged
 
 

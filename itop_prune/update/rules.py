@@ -64,6 +64,11 @@ class Rules(NamedTuple):
         return {need for function in functions for need in function.needs}
 
     @property
+    def spare_dense(self) -> bool:
+        """Whether a dense layer exchanges nothing, since what it pruned could only grow in it."""
+        return self.redistribute is None
+
+    @property
     def shares_layers(self) -> bool:
         """Whether only the sum over layers is kept, not the count of each layer."""
         return self.across_layers or self.redistribute is not None

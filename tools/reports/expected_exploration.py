@@ -11,7 +11,6 @@ the weights that were never active. After all updates
 What is trained or pruned in between does not matter.
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,22 +21,13 @@ import numpy as np
 from ..run_folder import history
 from ..run_folder.folder import RunError, in_a_line
 from ..run_folder.labels import counted
+from .report import parse_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each run; return 1 if one was left out."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "runs",
-        type=Path,
-        nargs="+",
-        metavar="RUN",
-        help="a run folder, or one that holds seed<k>/ runs",
-    )
     status = 0
-    for folder in history.folders(parser.parse_args(argv).runs):
+    for folder in parse_runs(argv, __doc__):
         try:
             print(summary_line(folder))
         except RunError as error:

@@ -17,10 +17,10 @@ from ..run_folder import history
 from ..run_folder.folder import RunError, in_a_line
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report of each run and print its path; return 1 if one could not be written."""
+def parse_runs(argv: Sequence[str] | None, description: str | None) -> list[Path]:
+    """Read a command line of folders, and list the runs in them."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "runs",
@@ -29,8 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="RUN",
         help="a run folder, or one that holds seed<k>/ runs",
     )
+    return history.folders(parser.parse_args(argv).runs)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report of each run and print its path; return 1 if one could not be written."""
     status = 0
-    for run in history.folders(parser.parse_args(argv).runs):
+    for run in parse_runs(argv, __doc__):
         try:
             print(write(run))
         except (RunError, ImportError, OSError) as error:
