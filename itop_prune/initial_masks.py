@@ -262,7 +262,9 @@ def _count(
     groups: Pattern | None,
 ) -> dict[str, int]:
     """Count the active weights of each layer."""
-    shapes = {name: kernel_shape(layer, tensor) for name, (layer, tensor) in targets.items()}
+    shapes = {}
+    for name, (layer, tensor) in targets.items():
+        shapes[name] = kernel_shape(layer, tuple(layer.get_parameter(tensor).shape))
     if groups is not None:
         n, m = groups
         return {name: math.prod(shape) * n // m for name, shape in shapes.items()}

@@ -1,5 +1,6 @@
 """The handle of a mask, `ITOP`; `find_masks` finds all of a model, `remove` bakes them in."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,8 +16,10 @@ from itop_prune.layers.masked_layer import (
     is_standardized,
     masked_names,
     pattern_of,
+    shape_of,
+    sparse_names,
 )
-from itop_prune.layers.names import mask_name, parameter_name, pattern_name
+from itop_prune.layers.names import mask_name, parameter_name, pattern_name, positions_name
 from itop_prune.patterns import Pattern, holds
 from itop_prune.sharding import is_sharded, like, zero_off_mask
 from itop_prune.topology import count_true
@@ -72,11 +75,11 @@ class ITOP(prune.BasePruningMethod):
                 "itop_prune.patterns.best_of_groups makes such a mask"
             )
 
-        itop = cls.place(module, name)
+        itop = cls(module, name)
+        itop._attach(mask)
         if pattern is not None:
             setattr(module, pattern_name(name), pattern)
-        itop.mask.copy_(mask)
-        itop.zero_off_mask()
+        module.register_forward_pre_hook(itop)
         return itop
 
     @classmethod
@@ -89,6 +92,13 @@ class ITOP(prune.BasePruningMethod):
         attach(module, name, torch.empty_like(module.get_parameter(name), dtype=torch.bool))
         module.register_forward_pre_hook(itop)
         return itop
+
+    def _attach(self, mask: Tensor) -> None:
+        """Turn the parameter into what the storage holds; 0 off the mask."""
+        weight = self._layer.get_parameter(self._tensor_name)
+        attach(self._layer, self._tensor_name, torch.empty_like(weight, dtype=torch.bool))
+        self.mask.copy_(mask)
+        self.zero_off_mask()
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -106,16 +116,26 @@ class ITOP(prune.BasePruningMethod):
         return getattr(self._layer, self._tensor_name).detach()
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+        return shape_of(self._layer, self._tensor_name)
+
+    @property
+    def size(self) -> int:
+        """How many weights the dense tensor has."""
+        return math.prod(self.shape)
+
+    @property
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape that distributions count with: (out, in, ...)."""
-        return kernel_shape(self._layer, parameter_name(self._tensor_name))
+        return kernel_shape(self._layer, self.shape)
 
     @property
     def outputs(self) -> int:
         """How many outputs the weights of the tensor feed."""
         if getattr(self._layer, "transposed", False):
-            return self.mask.shape[1] * int(self._layer.groups)  # type: ignore[arg-type]
-        return self.mask.shape[0]
+            return self.shape[1] * int(self._layer.groups)  # type: ignore[arg-type]
+        return self.shape[0]
 
     @property
     def pattern(self) -> Pattern | None:
@@ -149,7 +169,10 @@ class ITOP(prune.BasePruningMethod):
                 "its name; load itop_prune.dense_state_dict(model) into a plain model instead"
             )
         self.take_dense_gradient()  # its hooks would stay on the parameter
-        detach(module, self._tensor_name)
+        self._detach()
+
+    def _detach(self) -> None:
+        detach(self._layer, self._tensor_name)
 
     @torch.no_grad()
     def write_mask(self, mask: Tensor) -> Tensor:
@@ -159,7 +182,7 @@ class ITOP(prune.BasePruningMethod):
         of 0 that grows into them is 0 in use.
 
         Returns:
-            Bool: active before and after.
+            Bool, of the parameter's shape: active before and after.
         """
         stayed = self.mask & mask
         if is_standardized(type(self._layer)):
@@ -188,12 +211,11 @@ class ITOP(prune.BasePruningMethod):
 
     def __repr__(self) -> str:
         where = f"{type(self._layer).__name__}.{self._tensor_name}"
-        mask = self._layer._buffers.get(mask_name(self._tensor_name))
-        if mask is None:
-            return f"ITOP({where}, removed)"
+        if self._tensor_name not in masked_names(self._layer):
+            return f"{type(self).__name__}({where}, removed)"
         pattern = "" if self.pattern is None else f" in {self.pattern[0]}:{self.pattern[1]}"
-        count = "?" if mask.is_meta else f"{self.active:,}"
-        return f"ITOP({where}, {count} of {mask.numel():,} active{pattern})"
+        count = "?" if self.parameter.is_meta else f"{self.active:,}"
+        return f"{type(self).__name__}({where}, {count} of {self.size:,} active{pattern})"
 
 
 def active_weights(masks: Mapping[str, ITOP]) -> dict[str, int]:
@@ -226,11 +248,11 @@ def exclude_masks_from_ddp(model: nn.Module) -> None:
     """Stop DistributedDataParallel from sending the masks at every forward; all ranks hold them."""
     model = unwrap(model)
     key = "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
-    names = {
-        f"{prefix}.{mask_name(name)}".lstrip(".")
-        for prefix, layer in model.named_modules()
-        for name in masked_names(layer)
-    }
+    names = set()
+    for prefix, layer in model.named_modules():
+        for name in masked_names(layer):
+            buffer = positions_name(name) if name in sparse_names(layer) else mask_name(name)
+            names.add(f"{prefix}.{buffer}".lstrip("."))
     others = set(getattr(model, key, ()))
     if others:  # of the user, or of masks that are gone
         present = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}

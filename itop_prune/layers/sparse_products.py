@@ -1,0 +1,181 @@
+"""Linear layers and convolutions in sparse storage: the dense weight lives for one product.
+
+Autograd would keep the weight of every layer from the forward to the backward. Here the backward
+makes the weight again, so at any time one layer's is there. Under torch.compile both directions are
+operators of their own. Otherwise the compiler could keep the weights after all.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from itop_prune.layers.names import layout_name, positions_name, probe_name, values_name
+from itop_prune.layers.sparse_storage import Layout, dense, gather
+
+NAME = "weight"
+"""The weight that a linear layer or a convolution multiplies with."""
+
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+"""Stride, padding, dilation and groups of a convolution; a linear layer has none."""
+LINEAR: Geometry = ((), (), (), 0)
+
+
+def forward(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    channels_last: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Compute the output of a layer."""
+    weight = dense(values, positions, Layout(tuple(shape), channels_last))
+    if not stride:
+        return F.linear(x, weight, bias)
+    nothing = [0] * len(stride)
+    return torch.ops.aten.convolution(
+        x, weight, bias, stride, padding, dilation, False, nothing, groups
+    )
+
+
+def backward(
+    gradient: Tensor,
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    shape: Sequence[int],
+    channels_last: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the input and of the dense weight; empty where not needed."""
+    for_x, for_weight = gradient.new_empty(0), gradient.new_empty(0)
+    layout = Layout(tuple(shape), channels_last)
+    if not stride:
+        if needs_x:
+            for_x = gradient.matmul(dense(values, positions, layout))
+        if needs_weight:
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            for_weight = rows.t().mm(x.reshape(-1, x.shape[-1]))
+        return for_x, for_weight
+
+    # Without the input's gradient the weight's numbers are not read, only its shape.
+    weight = dense(values, positions, layout) if needs_x else values.new_empty(()).expand(shape)
+    nothing = [0] * len(stride)
+    needs = [needs_x, needs_weight, False]
+    found = torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, stride, padding, dilation, False, nothing, groups, needs
+    )
+    return found[0] if needs_x else for_x, found[1] if needs_weight else for_weight
+
+
+_forward_op = torch.library.custom_op("itop_prune::product", forward, mutates_args=())
+_backward_op = torch.library.custom_op("itop_prune::product_backward", backward, mutates_args=())
+_forward_op.register_fake(forward)
+_backward_op.register_fake(backward)
+
+
+class _Product(torch.autograd.Function):
+    """The output of a layer. Both gradients are made of differentiable operations."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        bias: Tensor | None,
+        probe: Tensor | None,
+        layout: Layout,
+        geometry: Geometry,
+    ) -> Tensor:
+        compute = _forward_op if torch.compiler.is_compiling() else forward
+        return compute(x, values, positions, bias, *layout, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, positions, _, _, ctx.layout, ctx.geometry = inputs
+        ctx.save_for_backward(x, values, positions)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, positions = ctx.saved_tensors
+        needs_x, needs_values, _, needs_bias, needs_probe, _, _ = ctx.needs_input_grad
+        compute = _backward_op if torch.compiler.is_compiling() else backward
+        for_x, for_weight = compute(
+            gradient,
+            x,
+            values,
+            positions,
+            *ctx.layout,
+            *ctx.geometry,
+            needs_x,
+            needs_values or needs_probe,
+        )
+
+        for_bias = None
+        if needs_bias:
+            channels = -1 if ctx.geometry == LINEAR else 1
+            others = [dim for dim in range(gradient.ndim) if dim != channels % gradient.ndim]
+            for_bias = gradient.sum(others) if others else gradient
+        return (
+            for_x if needs_x else None,
+            gather(for_weight, positions) if needs_values else None,
+            None,
+            for_bias,
+            for_weight if needs_probe else None,
+            None,
+            None,
+        )
+
+
+def product(layer: nn.Module, x: Tensor, geometry: Geometry = LINEAR) -> Tensor:
+    """Compute the output of a layer, in the type of autocast where that is on."""
+    values: Tensor = getattr(layer, values_name(NAME))
+    probe = getattr(layer, probe_name(NAME)) if isinstance(values, nn.Parameter) else None
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        narrow = torch.get_autocast_dtype(x.device.type)
+        x, values = x.to(narrow), values.to(narrow)
+        bias = None if bias is None else bias.to(narrow)
+    positions, layout = getattr(layer, positions_name(NAME)), getattr(layer, layout_name(NAME))
+    return _Product.apply(x, values, positions, bias, probe, layout, geometry)
+
+
+def linear_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """Stand in for `nn.Linear.forward`."""
+    return product(layer, x)
+
+
+def convolution_forward(layer: Any, x: Tensor) -> Tensor:
+    """Stand in for the forward of a convolution that is not transposed.
+
+    Padding by another number than 0, "same" padding, and inputs without a batch take the weight as
+    a whole tensor.
+    """
+    plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if not plain or x.ndim != len(getattr(layer, layout_name(NAME)).shape):
+        return layer._conv_forward(x, layer.weight, layer.bias)
+    return product(layer, x, (layer.stride, layer.padding, layer.dilation, layer.groups))
+
+
+def forward_of(base: type[nn.Module]) -> Any:
+    """Find the forward that stands in for that of a class, or None if the class has its own."""
+    if base.forward is nn.Linear.forward:
+        return linear_forward
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if base.forward is kind.forward and base._conv_forward is kind._conv_forward:  # type: ignore[attr-defined]
+            return convolution_forward
+    return None
