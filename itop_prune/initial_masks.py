@@ -7,6 +7,7 @@ after the second and leaves the model alone.
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from itop_prune.layers.maskable import (
     unwrap,
 )
 from itop_prune.layers.masked_layer import effective, is_standardized
+from itop_prune.layers.sparse_handle import SparseITOP
 from itop_prune.messages import nearest
 from itop_prune.methods.distributions import DISTRIBUTIONS, Distribution, active_counts
 from itop_prune.methods.lookup import lookup
@@ -30,6 +32,7 @@ from itop_prune.methods.validation import checked_seed, is_number
 from itop_prune.patterns import Pattern
 
 SCORES = ("random", "magnitude")
+STORAGES = {"mask": ITOP, "sparse": SparseITOP}
 
 Patterns = str | Iterable[str]
 Scores = Mapping[str, Tensor]
@@ -46,13 +49,15 @@ def apply(
     include: Patterns = ("*",),
     exclude: Patterns = (),
     strict: bool = False,
+    storage: Literal["mask", "sparse"] = "mask",
     seed: int = 0,
 ) -> dict[str, ITOP]:
     """Make a model sparse: mask every weight matrix of a convolution or linear map.
 
-    Weights are 0 where their mask is False. Parameters stay the same objects in the same order,
-    under the name `<name>_orig`, so an optimizer may be built before or after. Biases, norms,
-    embeddings and position tables stay as they are. A frozen weight is masked too, but never moved.
+    Weights are 0 where their mask is False. Biases, norms, embeddings and position tables stay as
+    they are. A frozen weight is masked too, but never moved. With the storage "mask" parameters
+    stay the same objects in the same order, under the name `<name>_orig`, so an optimizer may be
+    built before or after. With "sparse" build it after.
 
     Args:
         model: Any module with values, on any device; changed in place.
@@ -77,6 +82,11 @@ def apply(
             the sparsity.
         strict: Whether a layer that an N:M pattern does not divide is an error. Otherwise it stays
             dense without a mask, and a warning lists it.
+        storage: "mask" keeps the dense parameter and a bool mask, as torch's own pruning does.
+            "sparse" keeps the active values, in a new parameter `<name>_values` of the shape (1,
+            active), and their positions. Gradients and optimizer statistics are then as small. It
+            trains the same. FSDP2 and optimizers that look at the matrix (Muon, Shampoo) can't
+            take it.
         seed: Of the random positions. Equal seeds give equal masks, on every device and rank.
             Torch's global generators are not touched.
 
@@ -101,10 +111,11 @@ def apply(
     targets = _find_targets(model, include, exclude, groups, strict)
     _refuse_meta(targets)
     _check_scores_name(scores)
+    handle = lookup(storage, STORAGES, "storage")
 
     counts = _count(targets, sparsity, method, densities, groups)
     masks = _draw_masks(targets, counts, scores, groups, seed)
-    applied = {name: ITOP.apply(*targets[name], masks.pop(name), groups) for name in targets}
+    applied = {name: handle.apply(*targets[name], masks.pop(name), groups) for name in targets}
 
     exclude_masks_from_ddp(unwrap(model))
     if scores != "random" or _is_scores(method):

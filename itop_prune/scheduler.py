@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from itop_prune import distributed
-from itop_prune.distributed import UpdateInputs
-from itop_prune.layers.handle import ITOP, active_weights
+from itop_prune.distributed import UpdateInputs, world_size
+from itop_prune.layers.handle import ITOP, active_weights, find_masks
 from itop_prune.methods import schedules
 from itop_prune.methods.criteria import Criterion
 from itop_prune.methods.distributions import Distribution
@@ -20,8 +20,7 @@ from itop_prune.methods.redistribution import Redistribution
 from itop_prune.methods.schedules import Schedule
 from itop_prune.methods.validation import checked_seed
 from itop_prune.patterns import check_held
-from itop_prune.sharding import zero_off_mask
-from itop_prune.update.counts import check_floor, plan_changes
+from itop_prune.update.counts import Counts, check_floor, plan_changes
 from itop_prune.update.density import DensityTargets
 from itop_prune.update.diagnostics import PendingWarnings, layer_warnings, no_dense_gradient
 from itop_prune.update.exploration import Exploration
@@ -31,7 +30,9 @@ from itop_prune.update.optimizer_state import (
     check_holds_parameters,
     check_statistics,
     has_any_gradient,
+    pad_to,
     statistics,
+    zero_statistics,
 )
 from itop_prune.update.rules import Rules
 from itop_prune.update.timetable import Timetable
@@ -186,11 +187,12 @@ class MaskScheduler:
         self._exploration = Exploration(self._masks, survival)
         self._without_gradient = set(self._movable())  # layers without one since the last update
         self._warnings = PendingWarnings()
+        self._moved: dict[str, Tensor] = {}
+        """In sparse storage: slots with another owner than at the last call of `clean_average`."""
         self._prepare_next_step()
 
     def _check_fit(self) -> None:
         """Refuse masks, rules and optimizer that do not fit together."""
-        masks = {name: itop.mask for name, itop in self._masks.items()}
         patterns = {
             name: itop.pattern for name, itop in self._masks.items() if itop.pattern is not None
         }
@@ -200,9 +202,9 @@ class MaskScheduler:
                 f"{name} keeps {n} of every {m} weights, and redistribute and final_sparsity would "
                 "change how many; leave them out, or place masks without a pattern"
             )
-        check_held(masks, patterns)
+        check_held({name: self._masks[name].mask for name in patterns}, patterns)
 
-        weights = {name: mask.numel() for name, mask in masks.items()}
+        weights = {name: itop.size for name, itop in self._masks.items()}
         check_floor(self._rules, weights, self._density.smallest)
         if self._density.moves and not self.update_steps():
             table = self._timetable
@@ -214,7 +216,7 @@ class MaskScheduler:
 
         check_holds_parameters(self._optimizer, self._masks)
         check_statistics(self._optimizer, self._masks)
-        distributed.check_equal_masks(masks)
+        distributed.check_equal_masks({name: itop.buffer for name, itop in self._masks.items()})
 
     @property
     def explored(self) -> Mapping[str, Tensor]:
@@ -259,6 +261,24 @@ class MaskScheduler:
     def survival_rate(self) -> float:
         """Compute the survival rate over all layers; NaN before the second update."""
         return self._exploration.survival_rate()
+
+    @torch.no_grad()
+    def clean_average(self, *averages: nn.Module) -> None:
+        """Set weights of averages (timm's `ModelEmaV3.module`) to 0 that have left the masks.
+
+        Call it after the averages' update, in a step in which masks moved or in every step; give
+        it all averages at once. Where an update may add weights to a layer in sparse storage
+        (redistribution, the scope "global"), call it before the averages' update too. It makes
+        their parameters as long as the model's.
+
+        An average of buffers (`ModelEmaV2`, `AveragedModel(use_buffers=True)`) can't be right,
+        since masks and positions are no numbers to average.
+        """
+        for average in averages:
+            for name, itop in find_masks(average).items():
+                if name in self._masks:
+                    itop.follow(self._masks[name], self._moved.get(name))
+        self._moved.clear()
 
     def step(self) -> bool:
         """Count one optimizer step, and prune and regrow when it is time.
@@ -311,7 +331,7 @@ class MaskScheduler:
             name: LayerUpdate(
                 name,
                 itop,
-                self._exploration.of(name, itop.mask),
+                self.explored,
                 self._gradients,
                 (self._seed, self.updates),
             )
@@ -323,13 +343,16 @@ class MaskScheduler:
         target = self._density.targets(active, self._timetable.progress(self._step))
         changes = plan_changes(self._rules, layers, active, target, self.rate, self._density.moves)
 
+        self._check_slots(changes, active)
+
         self._exploration.begin_update()
         for name, itop in masks.items():
             n_prune, n_grow = changes.get(name, (0, 0))
             if n_prune or n_grow:
                 self._write(name, layers[name].new_mask(self._rules, n_prune, n_grow))
             else:
-                self._exploration.record(name, itop.mask, itop.mask)
+                mask = itop.mask
+                self._exploration.record(name, mask, mask)
         self._gradients.end_update()
         self.updates += 1
         self._without_gradient = set(masks)
@@ -338,10 +361,10 @@ class MaskScheduler:
     def _inspect(self, masks: Mapping[str, ITOP]) -> UpdateInputs | None:
         """Inspect all layers on all ranks, and collect warnings; None if the update must wait."""
         check_holds_parameters(self._optimizer, masks)
-        tensors = {name: itop.mask for name, itop in masks.items()}
+        counts = {name: itop.count() for name, itop in masks.items()}
         parameters = {name: itop.parameter for name, itop in masks.items()}
         dense = self._gradients.collected if self._gradients.needed else None
-        inputs = distributed.inspect(parameters, tensors, dense)
+        inputs = distributed.inspect(parameters, counts, dense)
 
         if not inputs.finite:
             self.skipped += 1
@@ -365,7 +388,7 @@ class MaskScheduler:
             return None
 
         if self._check_ranks:
-            held = {f"mask of {name}": mask for name, mask in tensors.items()}
+            held = {f"mask of {name}": itop.buffer for name, itop in masks.items()}
             held |= parameters
             advice = f"the run has diverged by step {self._step}: go back to a checkpoint before it"
             distributed.check_equal(held, advice)
@@ -392,10 +415,26 @@ class MaskScheduler:
         """
         itop = self._masks[name]
         self._exploration.record(name, itop.mask, mask)
+        found = statistics(self._optimizer, itop.parameter)
         stayed = itop.write_mask(mask)
-        for tensor in statistics(self._optimizer, itop.parameter).values():
-            zero_off_mask(tensor, stayed)
+        zero_statistics(self._optimizer, itop.parameter, found, stayed)
+
+        if itop.storage == "sparse":
+            before = self._moved.get(name, ~stayed)
+            self._moved[name] = ~stayed | pad_to(before, stayed.shape)
         self._gradients.forget(name)
+
+    def _check_slots(self, changes: Mapping[str, tuple[int, int]], active: Counts) -> None:
+        """Refuse an update that makes a parameter longer while ranks exchange its gradients."""
+        for name, (n_prune, n_grow) in changes.items():
+            itop, needed = self._masks[name], active[name] - n_prune + n_grow
+            if itop.storage == "sparse" and needed > itop.parameter.numel() and world_size() > 1:
+                raise RuntimeError(
+                    f"{name} is to have {needed:,} active weights, and its parameter holds "
+                    f"{itop.parameter.numel():,}: ranks can't change its length in training. Start "
+                    'with more active weights, keep each layer\'s count (scope="layer", '
+                    'redistribute="none"), or take storage="mask"'
+                )
 
     def _movable(self) -> dict[str, ITOP]:
         """List the masks whose parameters can be trained."""
@@ -456,7 +495,7 @@ class MaskScheduler:
 
     def __repr__(self) -> str:
         active = sum(active_weights(self._masks).values())
-        total = sum(itop.mask.numel() for itop in self._masks.values())
+        total = sum(itop.size for itop in self._masks.values())
         coming = "now" if self._due else self._timetable.next_update(self._step)
         return (
             f"MaskScheduler({len(self._masks)} masks, {active:,} of {total:,} active, "

@@ -149,7 +149,7 @@ def summarize(
     rows = []
     for name, layer, tensor in walk(model):
         if name in masks:
-            shape = tuple(masks[name].mask.shape)
+            shape = masks[name].shape
             rows.append(Row(name, shape, math.prod(shape), active[name], seen.get(name)))
             continue
 

@@ -22,7 +22,6 @@ from itop_prune.layers.masked_layer import (
 from itop_prune.layers.names import mask_name, parameter_name, pattern_name, positions_name
 from itop_prune.patterns import Pattern, holds
 from itop_prune.sharding import is_sharded, like, zero_off_mask
-from itop_prune.topology import count_true
 
 
 class ITOP(prune.BasePruningMethod):
@@ -34,6 +33,8 @@ class ITOP(prune.BasePruningMethod):
     """
 
     PRUNING_TYPE = "unstructured"
+    storage = "mask"
+    """How the layer holds the weight, as `apply` names it."""
     _gradient_hook: DenseGradientHook | None = None
 
     def __init__(self, layer: nn.Module, name: str) -> None:
@@ -111,6 +112,11 @@ class ITOP(prune.BasePruningMethod):
         return getattr(self._layer, mask_name(self._tensor_name))
 
     @property
+    def buffer(self) -> Tensor:
+        """The buffer that says which weights are active, in the form of the storage."""
+        return self.mask
+
+    @property
     def weight(self) -> Tensor:
         """The effective weight, detached; 0 wherever the mask is False."""
         return getattr(self._layer, self._tensor_name).detach()
@@ -148,7 +154,11 @@ class ITOP(prune.BasePruningMethod):
     @property
     def active(self) -> int:
         """How many weights are active."""
-        return count_true(self.mask)
+        return int(self.count())
+
+    def count(self) -> Tensor:
+        """Count the active weights, as a tensor on their device: the host need not wait."""
+        return self.mask.count_nonzero()
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Restrict `default_mask` to the present mask; part of torch's contract."""
@@ -192,8 +202,18 @@ class ITOP(prune.BasePruningMethod):
         return stayed
 
     def zero_off_mask(self) -> None:
-        """Set the parameter to 0 wherever the mask is False, as in an average after an update."""
+        """Set the parameter to 0 wherever the mask is False."""
         zero_off_mask(self.parameter, self.mask)
+
+    def follow(self, other: "ITOP", changed: Tensor | None) -> None:
+        """Set weights of an average to 0 that are not those of another model's mask any more.
+
+        Args:
+            other: The mask of the model that is averaged.
+            changed: Bool, of the parameter's shape: what has moved since the last call, in sparse
+                storage. None: nothing.
+        """
+        zero_off_mask(self.parameter, other.mask)
 
     def collect_dense_gradient(self) -> None:
         """Collect the dense gradient in the backward passes to come; `.grad` stays sparse."""

@@ -32,7 +32,7 @@ from itop_prune.layers.names import (
     shape_name,
     values_name,
 )
-from itop_prune.layers.sparse_storage import DenseWeight, layout_of
+from itop_prune.layers.sparse_storage import dense_weight, layout_of
 from itop_prune.patterns import Pattern, holds
 from itop_prune.sharding import like, zero_off_mask
 
@@ -190,7 +190,7 @@ def _sparse_weight_property(name: str, centred: bool) -> property:
         values = getattr(layer, values_key)
         probe = getattr(layer, probe_key) if isinstance(values, nn.Parameter) else None
         positions, layout = getattr(layer, positions_key), getattr(layer, layout_key)
-        weight = DenseWeight.apply(values, positions, layout, probe)
+        weight = dense_weight(values, positions, layout, probe)
         if not centred:
             return weight
         # Passes on the gradient of every position, of which those with a slot are gathered.
@@ -332,10 +332,9 @@ class MaskedLayer:
         for name in self.sparse_names:
             layout = getattr(self, layout_name(name))
             if len(layout.shape) in (4, 5):
-                like_it = torch.empty([2] * len(layout.shape)).to(
-                    memory_format=layout.memory_format
-                )
-                setattr(self, layout_name(name), layout_of(fn(like_it))._replace(shape=layout.shape))
+                example = torch.empty([2] * len(layout.shape))
+                moved = layout_of(fn(example.to(memory_format=layout.memory_format)))
+                setattr(self, layout_name(name), layout._replace(channels_last=moved.channels_last))
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -371,9 +370,7 @@ class MaskedLayer:
                 used = getattr(layer, positions_name(name)) >= 0
                 zero_off_mask(getattr(layer, values_name(name)), used.unsqueeze(0))
             else:
-                zero_off_mask(
-                    getattr(layer, parameter_name(name)), getattr(layer, mask_name(name))
-                )
+                zero_off_mask(getattr(layer, parameter_name(name)), getattr(layer, mask_name(name)))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -395,9 +392,7 @@ def _mask_problem(layer: nn.Module, name: str, state: Mapping[str, Any], prefix:
 
 def _prepare_masked(layer: nn.Module, name: str, state: dict[str, Any], prefix: str) -> bool:
     """Make the entries of a masked parameter; tell whether they are others than the present."""
-    dense, parameter, mask = (
-        prefix + key for key in (name, parameter_name(name), mask_name(name))
-    )
+    dense, parameter, mask = (prefix + key for key in (name, parameter_name(name), mask_name(name)))
     present = getattr(layer, mask_name(name))
     changed = state.get(mask) is not present  # else weight and mask were written in place
     if mask in state:
@@ -445,9 +440,7 @@ def _prepare_sparse(layer: nn.Module, name: str, state: dict[str, Any], prefix: 
         state.setdefault(positions, present)
 
     if values in state and positions in state:
-        slots = len(state[positions])
-        sparse_storage.resize(getattr(layer, values_name(name)), slots)
-        layer._buffers[positions_name(name)] = present.new_empty(slots) if slots != len(present) else present
+        sparse_storage.resize_layer(layer, name, len(state[positions]))
     return changed
 
 

@@ -20,6 +20,8 @@ class SparseITOP(ITOP):
     `layer.<name>` is the dense weight, made when it is read.
     """
 
+    storage = "sparse"
+
     @property
     def parameter(self) -> nn.Parameter:
         """The tensor that the optimizer holds (`<name>_values`); 0 in free slots."""
@@ -31,18 +33,22 @@ class SparseITOP(ITOP):
         return getattr(self._layer, positions_name(self._tensor_name))
 
     @property
+    def buffer(self) -> Tensor:
+        """The positions."""
+        return self.positions
+
+    @property
     def mask(self) -> Tensor:
         """Make the mask: bool, True = active, of the dense shape."""
         return sparse_storage.mask_of(self.positions, self.shape)
 
     @property
-    def active(self) -> int:
-        """How many weights are active."""
-        return int((self.positions >= 0).count_nonzero())
-
-    @property
     def _layout(self) -> Layout:
         return getattr(self._layer, layout_name(self._tensor_name))
+
+    def count(self) -> Tensor:
+        """Count the slots that hold a weight, as a tensor on their device."""
+        return (self.positions >= 0).count_nonzero()
 
     def _attach(self, mask: Tensor) -> None:
         attach_sparse(self._layer, self._tensor_name, mask)
@@ -66,18 +72,23 @@ class SparseITOP(ITOP):
             parameter.copy_(sparse_storage.gather(centred, before))
 
         positions, stayed = sparse_storage.reassign(before, mask)
-        sparse_storage.resize(parameter, len(positions))
+        sparse_storage.resize_layer(self._layer, self._tensor_name, len(positions))
+        self.positions.copy_(positions)
         parameter.masked_fill_(~stayed, 0)
-        if len(positions) == len(before):
-            before.copy_(positions)
-        else:
-            self._layer._buffers[positions_name(self._tensor_name)] = positions
         return stayed.unsqueeze(0)
 
     def zero_off_mask(self) -> None:
         """Set free slots to 0."""
         with torch.no_grad():
             self.parameter.masked_fill_(self.positions < 0, 0)
+
+    @torch.no_grad()
+    def follow(self, other: ITOP, changed: Tensor | None) -> None:
+        """Set slots of an average to 0 whose owner has changed, and make as many as there are."""
+        slots = other.parameter.shape[1]
+        sparse_storage.resize_layer(self._layer, self._tensor_name, slots)
+        if changed is not None:
+            self.parameter.masked_fill_(changed.to(self.parameter.device), 0)
 
     def collect_dense_gradient(self) -> None:
         """Collect the dense gradient in the backward passes to come, beside the slots' own."""

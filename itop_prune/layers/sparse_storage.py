@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from itop_prune.layers.names import positions_name, values_name
+
 
 class Layout(NamedTuple):
     """The dense weight's shape, and whether its channels are stored last."""
@@ -95,8 +97,8 @@ def reassign(positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The new positions; bool, of their length: which slots keep their weight.
 
-    >>> positions, mask = torch.tensor([5, 0, 3]), torch.tensor([False, True, True, True, False, False])
-    >>> reassign(positions, mask)
+    >>> mask = torch.tensor([False, True, True, True, False, False])
+    >>> reassign(torch.tensor([5, 0, 3]), mask)
     (tensor([1, 2, 3]), tensor([False, False,  True]))
     """
     entering = mask.flatten().clone()
@@ -132,6 +134,15 @@ def resize(parameter: nn.Parameter, slots: int) -> None:
         parameter.grad = F.pad(gradient, (0, more))
 
 
+def resize_layer(layer: nn.Module, name: str, slots: int) -> None:
+    """Give a weight in sparse storage another number of slots; new ones are free."""
+    positions = layer.get_buffer(positions_name(name))
+    more = slots - len(positions)
+    if more:
+        resize(layer.get_parameter(values_name(name)), slots)
+        layer._buffers[positions_name(name)] = F.pad(positions, (0, more), value=-1)
+
+
 def problem(values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> str:
     """Explain why these can't be a weight of this shape, or return "".
 
@@ -163,11 +174,8 @@ def problem(values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> str:
     return ""
 
 
-class DenseWeight(torch.autograd.Function):
-    """The dense weight, for whoever reads it. Its backward gathers the gradients of the slots.
-
-    A `probe` of the dense shape gets the dense gradient. Its values are not read.
-    """
+class _DenseWeight(torch.autograd.Function):
+    """The dense weight, for whoever reads it. Its backward gathers the gradients of the slots."""
 
     generate_vmap_rule = True
 
@@ -187,3 +195,17 @@ class DenseWeight(torch.autograd.Function):
         (positions,) = ctx.saved_tensors
         values = gather(gradient, positions) if ctx.needs_input_grad[0] else None
         return values, None, None, gradient if ctx.needs_input_grad[3] else None
+
+
+def dense_weight(
+    values: Tensor, positions: Tensor, layout: Layout, probe: Tensor | None = None
+) -> Tensor:
+    """Make the dense weight for autograd.
+
+    Args:
+        values: (1, slots).
+        positions: (slots,).
+        layout: Of the dense weight.
+        probe: Of the dense shape; it gets the dense gradient, and its values are not read.
+    """
+    return _DenseWeight.apply(values, positions, layout, probe)

@@ -38,7 +38,7 @@ def plan_changes(
         rate: The share of active weights to exchange.
         density_moves: Whether the density is on its way to the final one.
     """
-    weights = {name: layer.itop.mask.numel() for name, layer in layers.items()}
+    weights = {name: layer.itop.size for name, layer in layers.items()}
     if rules.across_layers:
         n_prune, exchanged = _prune_across_layers(
             rules, layers, active, target, weights, rate, density_moves
@@ -199,8 +199,8 @@ def _lowest_of_all(
     most, scores = {}, {}
     for name, layer in layers.items():
         mask = layer.itop.mask
-        most[name] = max(0, active[name] - minimum(rules, mask.numel()))
-        scores[name] = -topology.as_float(layer.prune_scores(rules.prune)[mask])
+        most[name] = max(0, active[name] - minimum(rules, layer.itop.size))
+        scores[name] = -topology.as_float(layer.prune_scores(rules.prune, mask)[mask])
 
     total = min(total, sum(most.values()))
     try:

@@ -76,7 +76,7 @@ class DenseGradients:
 
     @torch.no_grad()
     def _add(self, name: str, collected: Tensor | None) -> None:
-        mean = distributed.mean(collected, self._masks[name].mask)
+        mean = self._mean(name, collected)
         if collected is None:
             self._from_other_ranks[name] = mean
 
@@ -89,13 +89,17 @@ class DenseGradients:
             after = DECAY * before + (1.0 - DECAY) * mean
             self._averages[name] = torch.where(finite, after, before)
 
+    def _mean(self, name: str, collected: Tensor | None) -> Tensor:
+        itop = self._masks[name]
+        return distributed.mean(collected, itop.shape, itop.parameter.device)
+
     def gradient(self, name: str) -> Tensor:
         """Compute the gradient for an update: of its step, or the sum over the last steps."""
         if name not in self._sums:
             collected = self.collected.pop(name)
             if collected is None:
                 collected = self._from_other_ranks.pop(name, None)
-            self._sums[name] = distributed.mean(collected, self._masks[name].mask)
+            self._sums[name] = self._mean(name, collected)
         return self._sums[name]
 
     def momentum(self, name: str) -> Tensor:
@@ -127,6 +131,6 @@ class DenseGradients:
     def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy tensors to the devices of their masks."""
         return {
-            name: tensor.to(self._masks[name].mask.device, copy=True)
+            name: tensor.to(self._masks[name].parameter.device, copy=True)
             for name, tensor in tensors.items()
         }

@@ -1,6 +1,6 @@
 """One layer at an update: the tensors that criteria ask for, their scores, and the new mask."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ class LayerUpdate(NamedTuple):
 
     name: str
     itop: ITOP
-    explored: Tensor
+    explored: Mapping[str, Tensor]
     gradients: DenseGradients
     stream: tuple[object, ...]
     """Seeds the generators: the run's seed and the number of the update."""
@@ -42,10 +42,10 @@ class LayerUpdate(NamedTuple):
         try:
             if pattern is None:
                 return topology.prune_and_regrow(
-                    mask, self.prune_scores(rules.prune), grow_scores, n_prune, n_grow, ties
+                    mask, self.prune_scores(rules.prune, mask), grow_scores, n_prune, n_grow, ties
                 )
 
-            kept = topology.prune(mask, self.prune_scores(rules.prune), n_prune, ties)
+            kept = topology.prune(mask, self.prune_scores(rules.prune, mask), n_prune, ties)
             return patterns.grow_in_groups(kept, grow_scores(kept), *pattern, ties)
         except topology.NaNScores as error:
             criterion = rules.prune if error.role == "prune" else rules.grow
@@ -53,9 +53,9 @@ class LayerUpdate(NamedTuple):
                 f"{criterion.name} gave NaN for {self.name}; scores must be numbers"
             ) from None
 
-    def prune_scores(self, criterion: CheckedFunction) -> Tensor:
-        """Score every position for pruning."""
-        return self.scores(criterion, self.itop.mask, "prune")
+    def prune_scores(self, criterion: CheckedFunction, mask: Tensor) -> Tensor:
+        """Score every position for pruning; `mask` is the present one."""
+        return self.scores(criterion, mask, "prune")
 
     def scores(self, criterion: CheckedFunction, mask: Tensor, *stream: object) -> Tensor:
         """Score every position by a criterion.
@@ -74,7 +74,7 @@ class LayerUpdate(NamedTuple):
             "mask": lambda: mask,
             "grad": lambda: self.gradients.gradient(self.name),
             "momentum": lambda: self.gradients.momentum(self.name),
-            "explored": lambda: self.explored,
+            "explored": lambda: self.explored[self.name],
             "generator": lambda: self.generator(*stream),
         }
         given = {need: offered[need]() for need in criterion.needs}
@@ -102,7 +102,7 @@ class LayerUpdate(NamedTuple):
         The strings of `stream` tell random streams apart. Changing one changes the results for
         every seed.
         """
-        return topology.seeded(self.itop.mask.device, *self.stream, self.name, *stream)
+        return topology.seeded(self.itop.parameter.device, *self.stream, self.name, *stream)
 
     def mean_magnitude(self, of: str) -> float:
         """Compute the mean abs of the active weights ("magnitude"), or of their "momentum"."""

@@ -62,7 +62,7 @@ class Finding:
     def cover(self, masks: dict[str, itop_prune.ITOP], model: nn.Module) -> None:
         """Record how much of a model is masked."""
         self.masked = len(masks)
-        self.covered = sum(itop.mask.numel() for itop in masks.values()) / size_of(model)
+        self.covered = sum(itop.size for itop in masks.values()) / size_of(model)
 
     def compare(self, ours: Tensor, theirs: Tensor) -> None:
         """Record the relative error between two tensors if it is the largest so far."""
@@ -87,10 +87,10 @@ def count_masks(name: str, sparsity: float = 0.9) -> Finding:
         masks[key] = itop_prune.ITOP.place(model.get_submodule(layer), tensor)
     found = Finding()
     found.cover(masks, model)
-    weights = sum(itop.mask.numel() for itop in masks.values())
+    weights = sum(itop.size for itop in masks.values())
     if sum(counts.values()) != round((1.0 - sparsity) * weights):
         found.wrong.append("the number of active weights is not the budget's")
-    if not all(1 <= counts[key] <= itop.mask.numel() for key, itop in masks.items()):
+    if not all(1 <= counts[key] <= itop.size for key, itop in masks.items()):
         found.wrong.append("a layer has less than one active weight, or more than all")
 
     parameters = list(model.parameters())
@@ -181,7 +181,7 @@ class _Pair:
         self.to_grow[:] = [
             key
             for key, itop in self.masks.items()
-            if key in self.dense_gradients and self.active[key] < itop.mask.numel()
+            if key in self.dense_gradients and self.active[key] < itop.size
         ]
         # A deep model has gradients of 1e8 on two small images.
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

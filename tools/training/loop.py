@@ -320,7 +320,7 @@ def sparse_numbers(run: Run) -> dict[str, float | None]:
     Without a mask scheduler R_s is the density of the masks; 1 for a dense model.
     """
     masks = itop_prune.find_masks(run.unwrapped_model)
-    weights = sum(itop.mask.numel() for itop in masks.values())
+    weights = sum(itop.size for itop in masks.values())
     active = sum(active_weights(masks).values())
 
     numbers: dict[str, float | None] = {
