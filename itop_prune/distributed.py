@@ -148,12 +148,10 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def mean(gradient: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Average a gradient over the ranks, whole; None counts as zeros of the shape."""
+def mean(gradient: Tensor) -> Tensor:
+    """Average a gradient over the ranks, whole."""
     if is_sharded(gradient):  # FSDP2 has averaged it already
         return whole(gradient)
-    if gradient is None:
-        gradient = torch.zeros(shape, device=device)
     if world_size() > 1:
         distributed.all_reduce(gradient)
         gradient /= world_size()

@@ -23,7 +23,7 @@ from itop_prune.layers.maskable import (
     unwrap,
 )
 from itop_prune.layers.masked_layer import effective, is_standardized
-from itop_prune.layers.sparse_handle import SparseITOP
+from itop_prune.layers.sparse_handle import STORAGES
 from itop_prune.messages import nearest
 from itop_prune.methods.distributions import DISTRIBUTIONS, Distribution, active_counts
 from itop_prune.methods.lookup import lookup
@@ -32,7 +32,6 @@ from itop_prune.methods.validation import checked_seed, is_number
 from itop_prune.patterns import Pattern
 
 SCORES = ("random", "magnitude")
-STORAGES = {"mask": ITOP, "sparse": SparseITOP}
 
 Patterns = str | Iterable[str]
 Scores = Mapping[str, Tensor]

@@ -162,5 +162,7 @@ def summarize(
             rows.append(Row(name, shape, weight.numel(), count, None, masked=False))
 
     parameters = sum(math.prod(p.shape) for p in unwrap(model).parameters())
+    for itop in masks.values():
+        parameters += itop.size - math.prod(itop.parameter.shape)
     cost = None if example_inputs is None else flops(model, example_inputs)
     return Summary(tuple(rows), parameters, cost)

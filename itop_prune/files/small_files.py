@@ -23,7 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.layers.maskable import plain_name, unwrap
-from itop_prune.layers.names import mask_name, parameter_name
+from itop_prune.layers.names import (
+    mask_name,
+    parameter_name,
+    positions_name,
+    shape_name,
+    values_name,
+)
+from itop_prune.layers.sparse_storage import problem
 from itop_prune.sharding import whole
 
 FORMAT, VERSION = "itop_prune", "3"
@@ -65,6 +72,41 @@ class ActiveWeights:
 
 
 Entry = Tensor | ActiveWeights
+
+
+def with_active_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Put `ActiveWeights` in place of weights in sparse storage, under the names of a mask."""
+    names = {entry.removesuffix("_positions") for entry in state if entry.endswith("_positions")}
+    owners: dict[str, str] = {}
+    for name in names:
+        entries = values_name(name), positions_name(name), shape_name(name)
+        if all(entry in state for entry in entries):
+            owners |= dict.fromkeys(entries, name)
+
+    found: dict[str, Any] = {}
+    for entry, tensor in state.items():
+        if entry not in owners:
+            found[entry] = tensor
+        elif entry == values_name(owners[entry]):
+            name = owners[entry]
+            weight = _read_slots(name, tensor, state[positions_name(name)], state[shape_name(name)])
+            found[parameter_name(name)] = found[mask_name(name)] = weight
+    return found
+
+
+def _read_slots(name: str, values: Tensor, positions: Tensor, shape: Tensor) -> ActiveWeights:
+    """Read a weight in sparse storage, in the order of its positions.
+
+    Raises:
+        ValueError: Values, positions and shape do not fit together.
+    """
+    dense_shape = tuple(int(size) for size in shape.tolist())
+    reason = problem(values, positions, dense_shape)
+    if reason:
+        raise ValueError(f"{name}: {reason}")
+    order = positions.argsort()
+    order = order[positions[order] >= 0]
+    return ActiveWeights(values.detach().squeeze(0)[order], positions[order], dense_shape)
 
 
 def masked(state: Mapping[str, object]) -> set[str]:
@@ -124,7 +166,7 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
 
     from itop_prune.files import positions
 
-    path = Path(path)
+    path, state = Path(path), with_active_weights(state)
     _check(state, path, dtype)
 
     tensors, layouts = {}, {}
@@ -133,8 +175,10 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
             tensors[name] = _convert(name, _on_cpu(state[name]), dtype)
             continue
 
-        weight = _on_cpu(state[parameter_name(name)])
-        mask = _on_cpu(state[mask_name(name)]).bool()
+        weight, mask = state[parameter_name(name)], state[mask_name(name)]
+        if isinstance(weight, ActiveWeights):
+            weight, mask = weight.dense()
+        weight, mask = _on_cpu(weight), _on_cpu(mask).bool()
         encoding, code = positions.encode(mask.flatten().numpy())
         values = weight.flatten()[mask.flatten()]
         tensors[parameter_name(name)] = _convert(name, values, dtype)
@@ -217,7 +261,7 @@ def _check(state: Mapping[str, object], path: Path, dtype: object) -> None:
             "there are no masks, and without them the file would not be small; call "
             "itop_prune.apply first, or save a dense model's state_dict() with safetensors"
         )
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    others = [name for name, value in state.items() if not isinstance(value, Entry)]
     if others:
         raise ValueError(
             f"{', '.join(others)} holds no tensor, and this file nothing else; let "

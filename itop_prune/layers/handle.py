@@ -85,7 +85,7 @@ class ITOP(prune.BasePruningMethod):
 
     @classmethod
     def place(cls, module: nn.Module, name: str) -> "ITOP":
-        """Give one parameter a mask with uninitialized values, which the caller must write.
+        """Give one parameter a mask that holds nothing yet, which the caller must write.
 
         It does not check whether the parameter can be masked, and does not touch it.
         """

@@ -50,6 +50,14 @@ class SparseITOP(ITOP):
         """Count the slots that hold a weight, as a tensor on their device."""
         return (self.positions >= 0).count_nonzero()
 
+    @classmethod
+    def place(cls, module: nn.Module, name: str) -> ITOP:
+        """Give one parameter a mask without active weights, which the caller must write."""
+        itop = cls(module, name)
+        itop._attach(torch.zeros_like(module.get_parameter(name), dtype=torch.bool))
+        module.register_forward_pre_hook(itop)
+        return itop
+
     def _attach(self, mask: Tensor) -> None:
         attach_sparse(self._layer, self._tensor_name, mask)
 
@@ -141,3 +149,6 @@ class SparseGradientHook(DenseGradientHook):
         if self._values_came_first:
             self._add()
         self._values_came_first = False
+
+
+STORAGES = {"mask": ITOP, "sparse": SparseITOP}

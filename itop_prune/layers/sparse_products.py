@@ -6,7 +6,7 @@ operators of their own. Otherwise the compiler could keep the weights after all.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,17 @@ from itop_prune.layers.sparse_storage import Layout, dense, gather
 NAME = "weight"
 """The weight that a linear layer or a convolution multiplies with."""
 
-Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
-"""Stride, padding, dilation and groups of a convolution; a linear layer has none."""
-LINEAR: Geometry = ((), (), (), 0)
+
+class Geometry(NamedTuple):
+    """Of a convolution; a linear layer has none."""
+
+    stride: Sequence[int] = ()
+    padding: Sequence[int] = ()
+    dilation: Sequence[int] = ()
+    groups: int = 0
+
+
+LINEAR = Geometry()
 
 
 def forward(
@@ -101,7 +109,7 @@ class _Product(torch.autograd.Function):
         layout: Layout,
         geometry: Geometry,
     ) -> Tensor:
-        compute = _forward_op if torch.compiler.is_compiling() else forward
+        compute: Any = _forward_op if torch.compiler.is_compiling() else forward
         return compute(x, values, positions, bias, *layout, *geometry)
 
     @staticmethod
@@ -113,7 +121,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, values, positions = ctx.saved_tensors
         needs_x, needs_values, _, needs_bias, needs_probe, _, _ = ctx.needs_input_grad
-        compute = _backward_op if torch.compiler.is_compiling() else backward
+        compute: Any = _backward_op if torch.compiler.is_compiling() else backward
         for_x, for_weight = compute(
             gradient,
             x,
@@ -168,7 +176,8 @@ def convolution_forward(layer: Any, x: Tensor) -> Tensor:
     plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     if not plain or x.ndim != len(getattr(layer, layout_name(NAME)).shape):
         return layer._conv_forward(x, layer.weight, layer.bias)
-    return product(layer, x, (layer.stride, layer.padding, layer.dilation, layer.groups))
+    geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+    return product(layer, x, geometry)
 
 
 def forward_of(base: type[nn.Module]) -> Any:

@@ -90,8 +90,11 @@ class DenseGradients:
             self._averages[name] = torch.where(finite, after, before)
 
     def _mean(self, name: str, collected: Tensor | None) -> Tensor:
-        itop = self._masks[name]
-        return distributed.mean(collected, itop.shape, itop.parameter.device)
+        """Average over the ranks; a rank that collected nothing takes part with zeros."""
+        if collected is None:
+            itop = self._masks[name]
+            collected = torch.zeros(itop.shape, device=itop.parameter.device)
+        return distributed.mean(collected)
 
     def gradient(self, name: str) -> Tensor:
         """Compute the gradient for an update: of its step, or the sum over the last steps."""
