@@ -312,10 +312,16 @@ def _draw_masks(
     groups: Pattern | None,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Draw the mask of each weight: the positions with the largest scores."""
+    """Draw the mask of each weight: positions at random, or those with the largest scores."""
     masks = {}
     for name, target in targets.items():
         generator = topology.seeded(torch.device("cpu"), seed, name)
+        if scores == "random" and groups is None:
+            layer, tensor = target
+            nowhere = torch.zeros(layer.get_parameter(tensor).shape, dtype=torch.bool)
+            masks[name] = topology.draw(nowhere, counts[name], generator)
+            continue
+
         values = _initial_scores(scores, name, target, generator)
         if groups is None:
             everywhere = torch.ones_like(values, dtype=torch.bool)

@@ -28,7 +28,7 @@ class NaNScores(ValueError):
 def prune_and_regrow(
     mask: Tensor,
     prune_scores: Tensor,
-    grow_scores: Tensor | Callable[[Tensor], Tensor],
+    grow_scores: Tensor | Callable[[Tensor], Tensor] | None,
     n_prune: int,
     n_grow: int,
     generator: torch.Generator | None = None,
@@ -43,10 +43,11 @@ def prune_and_regrow(
         mask: Bool, True = active. It is read, never written.
         prune_scores: Of the mask's shape. The active positions with the smallest scores are pruned.
         grow_scores: Of the mask's shape, or a function that makes them from the mask after pruning.
-            The inactive positions with the largest scores grow.
+            The inactive positions with the largest scores grow. None: all have the same chance.
         n_prune: How many to prune, 0 to the number of active positions.
         n_grow: How many to grow, 0 to the number of inactive positions after pruning.
         generator: Draws among ties, on the mask's device. None takes tied positions in index order.
+            Without `grow_scores` it draws what grows.
 
     Returns:
         A bool tensor of the mask's shape with exactly `mask.sum() - n_prune + n_grow` active
@@ -67,6 +68,8 @@ def prune_and_regrow(
     kept = prune(mask, prune_scores, n_prune, generator)
     del prune_scores  # frees memory before the scores to grow are computed
 
+    if grow_scores is None:
+        return draw(kept, n_grow, generator)
     if callable(grow_scores):
         grow_scores = grow_scores(kept)
     return grow(kept, grow_scores, n_grow, generator)
@@ -99,16 +102,47 @@ def grow(
     >>> grow(torch.tensor([True, False, False]), torch.tensor([3.0, 1.0, 2.0]), 1)
     tensor([ True, False,  True])
     """
+    _count_inactive(mask, count)
+    try:
+        return mask ^ select(scores, ~mask, count, generator)
+    except NaNScores:
+        raise NaNScores("grow") from None
+
+
+def draw(mask: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Add `count` inactive positions drawn at random, all with the same chance.
+
+    Positions are drawn among all, and active ones are drawn again. So the time depends on how many
+    grow, not on how many there are, unless most are active.
+
+    >>> int(draw(torch.zeros(2, 3, dtype=torch.bool), 4).sum())
+    4
+    """
+    inactive = _count_inactive(mask, count)
+    flat = mask.flatten().clone()
+    if inactive < len(flat) // 4 or count > inactive // 2:
+        free = (~flat).nonzero().squeeze(1)
+        flat[free[torch.randperm(inactive, generator=generator, device=mask.device)[:count]]] = True
+        return flat.view(mask.shape)
+
+    left = count
+    while left:
+        drawn = torch.randint(len(flat), (left,), generator=generator, device=mask.device)
+        new = drawn[~flat[drawn]].unique()
+        flat[new] = True
+        left -= len(new)
+    return flat.view(mask.shape)
+
+
+def _count_inactive(mask: Tensor, count: int) -> int:
+    """Count the inactive positions, of which `count` are to grow."""
     inactive = mask.numel() - count_true(mask)
     if not 0 <= count <= inactive:
         raise ValueError(
             f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to "
             "that"
         )
-    try:
-        return mask ^ select(scores, ~mask, count, generator)
-    except NaNScores:
-        raise NaNScores("grow") from None
+    return inactive
 
 
 def select(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from itop_prune import patterns, topology
 from itop_prune.layers.handle import ITOP
+from itop_prune.methods import criteria
 from itop_prune.methods.lookup import CheckedFunction
 from itop_prune.methods.validation import check_scores
 from itop_prune.sharding import whole
@@ -36,8 +37,11 @@ class LayerUpdate(NamedTuple):
         mask, pattern = self.itop.mask, self.itop.pattern
         ties = self.generator("ties")
 
-        def grow_scores(kept: Tensor) -> Tensor:
+        def scored(kept: Tensor) -> Tensor:
             return self.scores(rules.grow, kept)
+
+        # Random growth draws positions. It needs no score of every one.
+        grow_scores = None if rules.grow.function is criteria.random else scored
 
         try:
             if pattern is None:
@@ -46,7 +50,7 @@ class LayerUpdate(NamedTuple):
                 )
 
             kept = topology.prune(mask, self.prune_scores(rules.prune, mask), n_prune, ties)
-            return patterns.grow_in_groups(kept, grow_scores(kept), *pattern, ties)
+            return patterns.grow_in_groups(kept, scored(kept), *pattern, ties)
         except topology.NaNScores as error:
             criterion = rules.prune if error.role == "prune" else rules.grow
             raise ValueError(
