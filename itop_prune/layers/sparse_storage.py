@@ -71,7 +71,7 @@ def gather(tensor: Tensor, positions: Tensor) -> Tensor:
     >>> gather(torch.tensor([[7.0, 1.0], [2.0, 5.0]]), torch.tensor([3, -1, 0]))
     tensor([[5., 0., 7.]])
     """
-    taken = torch.take(tensor, positions.long())  # -1 takes the last number
+    taken = tensor.reshape(-1).index_select(0, positions.clamp(min=0))
     return torch.where(positions < 0, torch.zeros_like(taken), taken).unsqueeze(0)
 
 
