@@ -145,7 +145,7 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
     content = bytearray(save(tensors, {FORMAT: about}))
     start, checksum = _checksum(content)
     content[start : start + len(checksum)] = checksum.encode()
-    replace_file(path, content)
+    _replace_file(path, content)
 
 
 def read(path: Path) -> Mapping[str, Entry]:
@@ -275,7 +275,7 @@ def _checksum(content: bytes | bytearray) -> tuple[int, str]:
     return start, f"{found:08x}"
 
 
-def replace_file(path: Path, content: bytes | bytearray) -> None:
+def _replace_file(path: Path, content: bytes | bytearray) -> None:
     """Write a file that appears under its name when all of it is on the disk."""
     unfinished = path.with_name(f"{path.name}.{os.urandom(4).hex()}.unfinished")  # of one rank
     try:

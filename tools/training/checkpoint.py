@@ -178,7 +178,10 @@ def check_weights(path: Path) -> None:
 def write_checksums(files: Sequence[Path]) -> None:
     """Write the checksums of files in one folder beside them, whole or not at all."""
     sums = {file.name: checksum(file) for file in files}
-    small_files.replace_file(files[0].with_name(CHECKSUMS), json.dumps(sums, indent=1).encode())
+    path = files[0].with_name(CHECKSUMS)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    unfinished.replace(path)
 
 
 def checksum(path: Path) -> str:

@@ -73,7 +73,7 @@ def restore(
 
     state = load_checkpoint(folder, run.models)
     with usable(folder):
-        check_state(state, run)
+        check_form(state, run)
     if state["images_per_step"] != images_per_step:
         raise RunError(
             f"{folder} trained on {state['images_per_step']} images a step, this run would train "
@@ -81,6 +81,8 @@ def restore(
             "accelerator.gradient_accumulation_steps; change them so that the product is the same"
         )
 
+    with usable(folder):
+        check_steps(state, run)
     with usable(folder, "optimizer: "):
         load_optimizer_state(run.optimizer, state["optimizer"])
     with usable(folder, "regrow: "):
@@ -120,31 +122,44 @@ def usable(folder: Path, key: str = "") -> Iterator[None]:
         ) from None
 
 
-def check_state(state: dict[str, Any], run: Run) -> None:
-    """Refuse a state of other types than a run saves, or of a step that this run does not have.
+def check_form(state: Any, run: Run) -> None:
+    """Refuse a state without the keys and types that a run saves.
 
     Raises:
         ValueError: The message names the key.
     """
     counts = {"step": 0, "updates": 0, "skipped": 0, "due": False}
-    regrow = counts if run.regrow else None
-    sections = {"progress": asdict(Progress()), "images_per_step": 0, "optimizer": {}}
-    check_types(state, {**sections, "regrow": regrow}, "the state")
+    form = {
+        "progress": asdict(Progress()),
+        "images_per_step": 0,
+        "optimizer": {},
+        "regrow": counts if run.regrow else None,
+    }
+    check_types(state, form, "the state")
 
+
+def check_steps(state: dict[str, Any], run: Run) -> None:
+    """Refuse a state of an epoch or a step that the run does not have.
+
+    Raises:
+        ValueError: The message names the key.
+    """
     epoch, step = state["progress"]["epoch"], state["progress"]["step"]
-    first = epoch * run.steps_per_epoch
     if not 0 <= epoch <= run.epochs:
-        raise ValueError(f"progress.epoch is {epoch}; the run has {run.epochs} epochs")
-    if not first <= step <= min(first + run.steps_per_epoch, run.total_steps):
+        raise ValueError(f"progress.epoch is {epoch}; allowed is 0 to {run.epochs}")
+
+    first = epoch * run.steps_per_epoch
+    last = min(first + run.steps_per_epoch, run.total_steps)
+    if not first <= step <= last:
         raise ValueError(
-            f"progress.step is {step} after {epoch} epochs of {run.steps_per_epoch} steps each"
+            f"progress.step is {step}; allowed after {epoch} epochs is {first} to {last}"
         )
-    if regrow and not 0 <= state["regrow"]["step"] <= step:
-        raise ValueError(f"regrow.step is {state['regrow']['step']}, and progress.step {step}")
+    if run.regrow and not 0 <= state["regrow"]["step"] <= step:
+        raise ValueError(f"regrow.step is {state['regrow']['step']}; allowed is 0 to {step}")
 
 
 def check_types(value: Any, like: Any, name: str, prefix: str = "") -> None:
-    """Refuse a value of another type, or a mapping that lacks keys or has values of other types.
+    """Refuse a value of another type, or a mapping with such a value or without a key.
 
     Raises:
         ValueError: The message names the value.

@@ -11,7 +11,7 @@ import torch
 from helpers.processes import QUICKSTART
 from itop_prune_tools.training import command as train
 from itop_prune_tools.training.checkpoint import damage, write_checksums
-from itop_prune_tools.training.resume import check_state
+from itop_prune_tools.training.resume import check_form, check_steps
 
 State = dict[str, Any]
 Change = Callable[[State], State]
@@ -67,14 +67,13 @@ OF_OTHER_FORM = {
     "progress.epoch is missing or no int": replaced("2", "progress", "epoch"),
     "progress.best is missing or no float": replaced(None, "progress", "best"),
     "regrow.updates is missing or no int": replaced(True, "regrow", "updates"),
-    "progress.step is 1000000000 after 2 epochs of 38 steps": replaced(10**9, "progress", "step"),
-    "progress.step is -1 after 2 epochs": replaced(-1, "progress", "step"),
-    "progress.step is 77 after 2 epochs": replaced(77, "progress", "step"),
-    "progress.step is 39 after 2 epochs": replaced(39, "progress", "step"),
-    "progress.epoch is 3; the run has 2 epochs": replaced(3, "progress", "epoch"),
-    "progress.epoch is -1; the run has 2 epochs": replaced(-1, "progress", "epoch"),
-    "regrow.step is 77, and progress.step 76": replaced(77, "regrow", "step"),
-    "regrow.step is -1, and progress.step 76": replaced(-1, "regrow", "step"),
+    "progress.step is -1; allowed after 2 epochs is 76 to 76": replaced(-1, "progress", "step"),
+    "progress.step is 77; allowed after 2 epochs is 76 to 76": replaced(77, "progress", "step"),
+    "progress.step is 76; allowed after 0 epochs is 0 to 38": replaced(0, "progress", "epoch"),
+    "progress.epoch is 3; allowed is 0 to 2": replaced(3, "progress", "epoch"),
+    "progress.epoch is -1; allowed is 0 to 2": replaced(-1, "progress", "epoch"),
+    "regrow.step is 77; allowed is 0 to 76": replaced(77, "regrow", "step"),
+    "regrow.step is -1; allowed is 0 to 76": replaced(-1, "regrow", "step"),
 }
 
 
@@ -82,14 +81,21 @@ OF_OTHER_FORM = {
 def test_keys_types_and_steps_of_a_state_are_checked(finished: Path, problem: str) -> None:
     state = torch.load(last_checkpoint(finished) / "state.pt")
     run: Any = SimpleNamespace(regrow=True, epochs=2, steps_per_epoch=38, total_steps=76)
-    check_state(state, run)
+    check(state, run)
     with pytest.raises(ValueError, match=f"^{problem}"):
-        check_state(OF_OTHER_FORM[problem](state), run)
+        check(OF_OTHER_FORM[problem](state), run)
+
+
+def check(state: State, run: Any) -> None:
+    check_form(state, run)
+    check_steps(state, run)
 
 
 OF_NO_RUN = {
     "the state is missing or no dict": lambda state: [1, 2],
-    "progress.step is 1000000000 after 2 epochs": replaced(10**9, "progress", "step"),
+    "progress.step is 1000000000; allowed after 2 epochs is 76 to 76; remove": replaced(
+        10**9, "progress", "step"
+    ),
     "progress.loss_sums: ": replaced(["0.5"], "progress", "loss_sums"),
     "optimizer: ": replaced([], "optimizer", "param_groups"),
     "regrow: the state lacks dense": without("regrow", "dense"),
