@@ -32,6 +32,7 @@ from itop_prune.update.optimizer_state import (
     check_holds_parameters,
     check_statistics,
     has_any_gradient,
+    may_write_nan,
     statistics,
 )
 from itop_prune.update.rules import Rules
@@ -286,6 +287,10 @@ class MaskScheduler:
             ValueError: A criterion or redistribution did not give numbers, or the masked parameters
                 are no longer those that the optimizer holds.
         """
+        if may_write_nan(self._optimizer):
+            for itop in self._masks.values():
+                itop.zero_off_mask()
+
         step = self._step + 1
         due = self._due or step in self.update_steps()
         needs_gradients = due or self.listens or self._without_gradient or step == 1

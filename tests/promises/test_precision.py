@@ -13,6 +13,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from helpers.processes import QUICKSTART, finished, metrics, start
 from helpers.toys import batch, convnet, mlp
 from itop_prune_tools.training import command as train
+from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -240,6 +242,79 @@ def test_an_optimizer_wrapped_by_accelerate_brings_its_scaler() -> None:
 def test_what_is_no_scaler_is_refused() -> None:
     with pytest.raises(ValueError, match=r"scaler is float; allowed is a torch.amp.GradScaler"):
         Run("fp32", scaler=1024.0)  # type: ignore[arg-type]
+
+
+# --- optimizers that divide 0 by 0 ---------------------------------------------------------------
+
+
+class HalfRun:
+    """A run without a scaler; the loss is large, so the squares of gradients are not 0."""
+
+    def __init__(self, dtype: torch.dtype, eps: float, *, moving: bool) -> None:
+        torch.manual_seed(0)
+        layers = nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 4)
+        self.model = nn.Sequential(*layers).to(dtype)
+        self.masks = itop_prune.apply(self.model, 0.5)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, eps=eps)
+        self.regrow = None
+        if moving:
+            self.regrow = itop_prune.MaskScheduler(
+                self.masks, self.optimizer, total_steps=60, every=3, grow="gradient"
+            )
+        self.average, self.dtype = ModelEmaV3(self.model, decay=0.5), dtype
+
+    def train(self) -> list[float]:
+        losses = []
+        for step in range(12):
+            x, y = batch(step, 20)
+            loss = 1000.0 * F.cross_entropy(self.model(x.to(self.dtype)).float(), y)
+            loss.backward()
+            losses.append(loss.item())
+            self.optimizer.step()
+            moved = self.regrow.step() if self.regrow else False
+            self.average.update(self.model)
+            for itop in itop_prune.find_masks(self.average).values() if moved else ():
+                itop.zero_off_mask()
+            self.optimizer.zero_grad()
+        return losses
+
+
+def assert_good(model: nn.Module, path: Path) -> None:
+    """Weights in use are finite, 0 off their masks, and the same in files."""
+    itop_prune.save(model, path)
+    saved, dense = load_file(path), itop_prune.dense_state_dict(model)
+    for name, itop in itop_prune.find_masks(model).items():
+        assert itop.weight.isfinite().all(), name
+        assert not itop.weight[~itop.mask].any(), name
+        assert torch.equal(dense[name], itop.weight), name
+        assert torch.equal(saved[f"{name}_orig"], itop.weight[itop.mask]), name
+
+
+def test_static_masks_in_float16_survive_an_optimizer_that_writes_nan(tmp_path: Path) -> None:
+    """An eps of 1e-8 is 0 in float16."""
+    run = HalfRun(torch.float16, 1e-8, moving=False)
+    losses = run.train()
+    assert any(itop.parameter.isnan().any() for itop in run.masks.values())
+    assert min(losses) < 0.95 * losses[0]
+    for model in (run.model, run.average.module):
+        assert_good(model, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eps"), [(torch.float16, 1e-8), (torch.bfloat16, 0.0), (torch.float32, 0.0)]
+)
+def test_moving_masks_survive_an_optimizer_that_writes_nan(
+    dtype: torch.dtype, eps: float, tmp_path: Path
+) -> None:
+    run = HalfRun(dtype, eps, moving=True)
+    losses = run.train()
+    assert run.regrow is not None
+    assert (run.regrow.updates, run.regrow.skipped) == (4, 0)
+    assert min(losses) < 0.95 * losses[0]
+    for model in (run.model, run.average.module):
+        assert_good(model, tmp_path / "model.safetensors")
+        for itop in itop_prune.find_masks(model).values():
+            assert itop.parameter.isfinite().all()
 
 
 # --- the runner ----------------------------------------------------------------------------------
