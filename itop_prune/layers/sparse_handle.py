@@ -98,10 +98,8 @@ class SparseITOP(ITOP):
         if changed is not None:
             self.parameter.masked_fill_(changed.to(self.parameter.device), 0)
 
-    def collect_dense_gradient(self) -> None:
-        """Collect the dense gradient in the backward passes to come, beside the slots' own."""
-        if self._gradient_hook is None:
-            self._gradient_hook = SparseGradientHook(self._layer, self._tensor_name)
+    def _kind_of_hook(self) -> type[DenseGradientHook]:
+        return SparseGradientHook
 
 
 class SparseGradientHook(DenseGradientHook):
