@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from itop_prune import distributed
+from itop_prune import bits, distributed
 from itop_prune.distributed import UpdateInputs, world_size
 from itop_prune.layers.handle import ITOP, active_weights
 from itop_prune.methods import schedules
@@ -196,8 +196,9 @@ class MaskScheduler:
         self._exploration = Exploration(self._masks, survival)
         self._without_gradient = set(self._movable())  # layers without one since the last update
         self._warnings = PendingWarnings()
-        self._moved: dict[str, Tensor] = {}
-        """In sparse storage: slots with another owner than at the last call of `clean_average`."""
+        # Of sparse storage, as bits with their shape: slots with another owner than at the last
+        # call of `clean_average`.
+        self._moved: dict[str, tuple[Tensor, torch.Size]] = {}
         self._prepare_next_step()
 
     def _check_fit(self) -> None:
@@ -289,7 +290,8 @@ class MaskScheduler:
         """
         for masks in averages:
             for name in masks.keys() & self._masks.keys():
-                masks[name].follow(self._masks[name], self._moved.get(name))
+                moved = bits.unpack(*self._moved[name]) if name in self._moved else None
+                masks[name].follow(self._masks[name], moved)
         self._moved.clear()
 
     def step(self) -> bool:
@@ -436,8 +438,10 @@ class MaskScheduler:
         zero_statistics(self._optimizer, itop.parameter, found, stayed)
 
         if itop.storage == "sparse":
-            before = self._moved.get(name, ~stayed)
-            self._moved[name] = ~stayed | pad_to(before, stayed.shape)
+            moved, earlier = ~stayed, self._moved.get(name)
+            if earlier is not None:
+                moved |= pad_to(bits.unpack(*earlier), stayed.shape)
+            self._moved[name] = bits.pack(moved), moved.shape
         self._gradients.forget(name)
 
     def _check_slots(self, changes: Mapping[str, tuple[int, int]], active: Counts) -> None:

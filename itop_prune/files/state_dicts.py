@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from itop_prune.layers.masked_layer import (
     sparse_names,
 )
 from itop_prune.layers.names import mask_name, parameter_name, positions_name, values_name
-from itop_prune.layers.sparse_handle import STORAGES
+from itop_prune.layers.sparse_handle import STORAGES, Storage
 from itop_prune.layers.sparse_storage import gather
 from itop_prune.messages import nearest
 from itop_prune.methods.lookup import lookup
@@ -86,7 +86,7 @@ def load(
     source: Mapping[str, Tensor] | str | Path,
     *,
     strict: bool = True,
-    storage: Literal["mask", "sparse"] = "mask",
+    storage: Storage = "mask",
 ) -> dict[str, ITOP]:
     """Make a model sparse with the weights and masks of a saved sparse model.
 

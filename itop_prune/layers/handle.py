@@ -211,8 +211,8 @@ class ITOP(prune.BasePruningMethod):
 
         Args:
             other: The mask of the model that is averaged.
-            changed: Bool, of the parameter's shape: what has moved since the last call, in sparse
-                storage. None: nothing.
+            changed: Bool, of the other parameter's shape: what has moved since the last call. Only
+                sparse storage needs it; None: nothing.
         """
         zero_off_mask(self.parameter, other.mask.to(self.parameter.device))
 

@@ -1,5 +1,7 @@
 """The handle of a mask in sparse storage: the layer holds active values and their positions."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle, unserializable_hook
@@ -149,4 +151,5 @@ class SparseGradientHook(DenseGradientHook):
         self._values_came_first = False
 
 
-STORAGES = {"mask": ITOP, "sparse": SparseITOP}
+Storage = Literal["mask", "sparse"]
+STORAGES: dict[str, type[ITOP]] = {"mask": ITOP, "sparse": SparseITOP}

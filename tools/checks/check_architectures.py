@@ -35,6 +35,7 @@ from rich.progress import (
 )
 
 import itop_prune
+from itop_prune.layers.sparse_handle import Storage
 
 from . import architectures, exactness
 
@@ -206,7 +207,7 @@ def choose(everything: bool, glob: str | None) -> list[str]:
     return list(architectures.smallest().values())
 
 
-def check(name: str, real: bool, storage: str = "mask") -> Line:
+def check(name: str, real: bool, storage: Storage = "mask") -> Line:
     """Check one model; an error in it becomes its result."""
     begin = time.perf_counter()
     try:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import itop_prune
 from itop_prune.inference.measurement import relative_error
+from itop_prune.layers.sparse_handle import Storage
 from itop_prune.layers.sparse_storage import gather
 
 from .architectures import on_meta, size_of, with_images
@@ -108,7 +109,7 @@ def count_masks(name: str, sparsity: float = 0.9) -> Finding:
 
 
 def train_beside_twin(
-    name: str, storage: str = "mask", sparsity: float = 0.5, **keywords: Any
+    name: str, storage: Storage = "mask", sparsity: float = 0.5, **keywords: Any
 ) -> Finding:
     """Train a model for two steps with an update between them, beside a dense twin.
 
@@ -141,7 +142,7 @@ def train_beside_twin(
 class _Pair:
     """A masked model and its dense twin, which train side by side."""
 
-    def __init__(self, model: nn.Module, x: Tensor, storage: str, sparsity: float) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, storage: Storage, sparsity: float) -> None:
         self.model, self.twin, self.x = model, copy.deepcopy(model), x
         self.found = Finding(size=x.shape[-1])
         self.masks = itop_prune.apply(model, sparsity, method="uniform", storage=storage)
