@@ -125,12 +125,11 @@ def draw(mask: Tensor, count: int, generator: torch.Generator | None = None) -> 
         flat[free[torch.randperm(inactive, generator=generator, device=mask.device)[:count]]] = True
         return flat.view(mask.shape)
 
-    left = count
+    left, wanted = count, len(flat) - inactive + count
     while left:
         drawn = torch.randint(len(flat), (left,), generator=generator, device=mask.device)
-        new = drawn[~flat[drawn]].unique()
-        flat[new] = True
-        left -= len(new)
+        flat.index_fill_(0, drawn, True)
+        left = wanted - count_true(flat)
     return flat.view(mask.shape)
 
 
@@ -200,15 +199,15 @@ def _split_search(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, 
                 certain = (scores > largest[above]).bitwise_and_(allowed)
 
             excluded = (scores <= largest[-1]).bitwise_or_(certain)
-            candidates = _true_positions(excluded.bitwise_not_().bitwise_and_(allowed))
+            candidates = true_positions(excluded.bitwise_not_().bitwise_and_(allowed))
             rest = count - count_true(certain)
             if 0 < rest <= len(candidates):
                 return certain, candidates, rest
 
-    return torch.zeros_like(allowed), _true_positions(allowed), count
+    return torch.zeros_like(allowed), true_positions(allowed), count
 
 
-def _true_positions(mask: Tensor) -> Tensor:
+def true_positions(mask: Tensor) -> Tensor:
     """Find the True positions of a 1-d bool tensor, most of which are False.
 
     Eight positions are seen as one whole number first, so most of them are passed over at once.

@@ -75,13 +75,13 @@ class SparseITOP(ITOP):
         Returns:
             Bool, of the parameter's shape: which slots keep their weight.
         """
-        parameter, before = self.parameter, self.positions
+        parameter, positions, before = self.parameter, self.positions, self.mask
         if is_standardized(type(self._layer)):
-            weight = sparse_storage.dense(parameter, before, self._layout)
-            centred = effective(weight, self.mask & mask, True)
-            parameter.copy_(sparse_storage.gather(centred, before))
+            weight = sparse_storage.dense(parameter, positions, self._layout)
+            centred = effective(weight, before & mask, True)
+            parameter.copy_(sparse_storage.gather(centred, positions))
 
-        positions, stayed = sparse_storage.reassign(before, mask)
+        positions, stayed = sparse_storage.reassign(positions, before, mask)
         sparse_storage.resize_layer(self._layer, self._tensor_name, len(positions))
         self.positions.copy_(positions)
         parameter.masked_fill_(~stayed, 0)
