@@ -169,7 +169,11 @@ class ITOP(prune.BasePruningMethod):
         return stayed
 
     def zero_off_mask(self) -> None:
-        """Set the parameter to 0 wherever the mask is False, as in an average after an update."""
+        """Set the parameter to 0 wherever the mask is False.
+
+        Call it for the masks of an EMA copy after every update of the average. The average takes in
+        old values of pruned weights, and what some optimizers (Muon) write off the mask.
+        """
         zero_off_mask(self.parameter, self.mask)
 
     def collect_dense_gradient(self) -> None:
