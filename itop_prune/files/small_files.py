@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from itop_prune.layers.maskable import plain_name, unwrap
 from itop_prune.layers.names import mask_name, parameter_name
+from itop_prune.messages import listed
 from itop_prune.sharding import whole
 
 FORMAT, VERSION = "itop_prune", "3"
@@ -45,15 +46,14 @@ class ActiveWeights:
         """Make the weight, 0 wherever the mask is False, and the mask.
 
         Raises:
-            ValueError: So large a weight does not fit into memory.
+            ValueError: So large a weight does not fit into memory, or has an unusual dtype.
         """
         try:
             weight = self.values.new_empty(self.shape)
             mask = self.values.new_empty(self.shape, dtype=torch.bool)
+            self.write_into(weight, mask)
         except (RuntimeError, TypeError) as error:  # of a file that was made by hand
             raise ValueError(f"a weight of shape {self.shape} can't be made: {error}") from None
-
-        self.write_into(weight, mask)
         return weight, mask
 
     @torch.no_grad()
@@ -105,8 +105,8 @@ def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -
             keeps its own.
 
     Raises:
-        ValueError: The model has no masks, a name or dtype is not allowed, or a number does not
-            fit into the dtype.
+        ValueError: The model has no masks, a name or dtype is not allowed, a tensor is not dense
+            or has no values, or a number does not fit into the dtype.
         OSError: The file can't be written.
     """
     state = {plain_name(name): tensor for name, tensor in unwrap(model).state_dict().items()}
@@ -217,12 +217,19 @@ def _check(state: Mapping[str, object], path: Path, dtype: object) -> None:
             "there are no masks, and without them the file would not be small; call "
             "itop_prune.apply first, or save a dense model's state_dict() with safetensors"
         )
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    others = [name for name, value in state.items() if not _is_plain(value)]
     if others:
         raise ValueError(
-            f"{', '.join(others)} holds no tensor, and this file nothing else; let "
+            f"{listed(others)} holds no dense tensor with values, and this file nothing else; let "
             "get_extra_state return one, or write model.state_dict() with torch.save"
         )
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether it is a dense tensor with values."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_meta or value.is_quantized or value.is_nested)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
