@@ -108,6 +108,7 @@ def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -
         ValueError: The model has no masks, a name or dtype is not allowed, a tensor is not dense
             or has no values, or a number does not fit into the dtype.
         OSError: The file can't be written.
+        ImportError: safetensors or numpy is not installed.
     """
     state = {plain_name(name): tensor for name, tensor in unwrap(model).state_dict().items()}
     write(state, path, dtype)
@@ -117,15 +118,12 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
     """Write the state dict of a sparse model as `save` writes the model.
 
     Raises:
-        ValueError: As of `save`.
-        OSError: As of `save`.
+        ValueError, OSError, ImportError: As of `save`.
     """
-    from safetensors.torch import save  # optional dependencies, needed for this format alone
-
-    from itop_prune.files import positions
-
     path = Path(path)
     _check(state, path, dtype)
+    safetensors = _import_safetensors()
+    from itop_prune.files import positions  # it needs numpy
 
     tensors, layouts = {}, {}
     for name, entries in entries_by_weight(state).items():
@@ -142,7 +140,7 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
         layouts[name] = {"shape": list(weight.shape), "positions": encoding}
 
     about = f"{VERSION} {NO_CHECKSUM} {json.dumps(layouts)}"
-    content = bytearray(save(tensors, {FORMAT: about}))
+    content = bytearray(safetensors.torch.save(tensors, {FORMAT: about}))
     start, checksum = _checksum(content)
     content[start : start + len(checksum)] = checksum.encode()
     _replace_file(path, content)
@@ -153,16 +151,15 @@ def read(path: Path) -> Mapping[str, Entry]:
 
     Raises:
         ValueError: It is damaged, no safetensors file, or of another version.
+        ImportError: As of `save`.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load
-
+    safetensors = _import_safetensors()
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get(FORMAT)
             if about is None:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file: {error}; copy or save it again"
         ) from None
@@ -181,7 +178,7 @@ def read(path: Path) -> Mapping[str, Entry]:
             f"{path} is damaged: its checksum is not that of what it holds; copy or save it again"
         )
 
-    state: dict[str, Entry] = {**load(content)}
+    state: dict[str, Entry] = {**safetensors.torch.load(content)}
     try:
         for name, layout in json.loads(layouts).items():
             weight = _active_weights(state, name, layout)
@@ -191,6 +188,18 @@ def read(path: Path) -> Mapping[str, Entry]:
             f"{path} is damaged: {error!r}; copy it again, or write it with itop_prune.save"
         ) from None
     return state
+
+
+def _import_safetensors() -> Any:
+    """Import safetensors and numpy, which only files of this format need."""
+    try:
+        import numpy  # noqa: F401
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f"{error}; .safetensors files need two more packages: pip install safetensors numpy"
+        ) from None
+    return safetensors
 
 
 def dense_tensors(state: Mapping[str, Entry]) -> Mapping[str, Tensor]:

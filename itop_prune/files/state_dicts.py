@@ -83,6 +83,7 @@ def load(
         FileNotFoundError: There is no such file.
         ValueError: The source is no state dict, is damaged, has no masks, or does not fit. The
             model is then as it was.
+        ImportError: A .safetensors file needs safetensors and numpy, and one is not installed.
     """
     if isinstance(source, Mapping):
         found = _StateDict.of(_find_state_dict(source, "the source"))

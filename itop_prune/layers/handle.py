@@ -242,5 +242,5 @@ def exclude_masks_from_ddp(model: nn.Module) -> None:
 
     if names:
         setattr(model, key, sorted(names))
-    elif hasattr(model, key):
-        delattr(model, key)
+    else:  # an attribute that a wrapper (PEFT's) merely forwards stays
+        vars(model).pop(key, None)
