@@ -3,6 +3,7 @@
 `step` decides when, `_update` makes an update: inspect, plan the changes, write the new masks.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -34,24 +35,13 @@ from itop_prune.update.optimizer_state import (
     statistics,
 )
 from itop_prune.update.rules import Rules
+from itop_prune.update.saved_state import check_state
 from itop_prune.update.timetable import Timetable
 
 ORDER = (
     "The order is loss.backward(), optimizer.step(), step() of the MaskScheduler, and only then "
     "optimizer.zero_grad()"
 )
-
-SAVED = (
-    "step",
-    "updates",
-    "skipped",
-    "due",
-    "without_gradient",
-    "first_counts",
-    "dense",
-    "explored",
-)
-"""The keys that a state dict must have to be loaded."""
 
 
 class MaskScheduler:
@@ -82,7 +72,7 @@ class MaskScheduler:
         total_steps: Optimizer steps of the whole training, at least 1.
         every: Steps between updates, at least 1. The paper takes 1500 for random growth and 4000
             for growth by gradient on CIFAR-10. Choose it large enough to train new weights, and
-            small enough for many updates.
+            small enough for many updates. If it leaves room for none, a warning says so.
         stop: The last update, as a share of `total_steps`, in (0, 1].
         rate: Share of the active weights exchanged at an update, at the beginning; in (0, 1], or 0
             with `final_sparsity`.
@@ -204,13 +194,15 @@ class MaskScheduler:
 
         weights = {name: mask.numel() for name, mask in masks.items()}
         check_floor(self._rules, weights, self._density.smallest)
-        if self._density.moves and not self.update_steps():
+        if not self.update_steps():
             table = self._timetable
-            raise ValueError(
-                f"every is {table.every} and the last update could be at step "
-                f"{table.stop * table.total_steps:g}: none is made, and final_sparsity never "
-                "reached; lower every"
-            )
+            last = table.stop * table.total_steps
+            found = f"every is {table.every} and the last update could be at step {last:g}: none is"
+            if self._density.moves:
+                raise ValueError(f"{found} made, and final_sparsity never reached; lower every")
+            if distributed.is_first():
+                advice = "lower every, or leave the MaskScheduler out to train with static masks"
+                warnings.warn(f"{found} made, the masks never move; {advice}", stacklevel=3)
 
         check_holds_parameters(self._optimizer, self._masks)
         check_statistics(self._optimizer, self._masks)
@@ -435,13 +427,7 @@ class MaskScheduler:
             ValueError: It is no state of a MaskScheduler, or was saved for other masks; nothing is
                 changed then.
         """
-        missing = [key for key in SAVED if key not in state]
-        if missing:
-            raise ValueError(
-                f"the state lacks {', '.join(missing)}; give what a MaskScheduler's state_dict() "
-                "returned"
-            )
-
+        check_state(state, self.explored)
         self._exploration.load_state_dict(state)
         self._step, self._due = state["step"], state["due"]
         self.updates, self.skipped = state["updates"], state["skipped"]

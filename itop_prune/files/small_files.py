@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from itop_prune.layers.maskable import plain_name, unwrap
 from itop_prune.layers.names import mask_name, parameter_name
 from itop_prune.messages import listed
+from itop_prune.methods.validation import is_plain
 from itop_prune.sharding import whole
 
 FORMAT, VERSION = "itop_prune", "3"
@@ -226,19 +227,12 @@ def _check(state: Mapping[str, object], path: Path, dtype: object) -> None:
             "there are no masks, and without them the file would not be small; call "
             "itop_prune.apply first, or save a dense model's state_dict() with safetensors"
         )
-    others = [name for name, value in state.items() if not _is_plain(value)]
+    others = [name for name, value in state.items() if not is_plain(value)]
     if others:
         raise ValueError(
             f"{listed(others)} holds no dense tensor with values, and this file nothing else; let "
             "get_extra_state return one, or write model.state_dict() with torch.save"
         )
-
-
-def _is_plain(value: object) -> bool:
-    """Tell whether it is a dense tensor with values."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return False
-    return not (value.is_meta or value.is_quantized or value.is_nested)
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

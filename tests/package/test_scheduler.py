@@ -5,6 +5,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import itop_prune
 from itop_prune import ITOP, MaskScheduler, topology
-from itop_prune.scheduler import SAVED
+from itop_prune.update.saved_state import SAVED
 
 NAMES = ["0.weight", "2.weight", "4.weight"]  # of `mlp`
 growths = pytest.mark.parametrize("grow", ["random", "gradient"])
@@ -61,6 +62,18 @@ def test_step_tells_when_masks_moved_and_updates_are_counted() -> None:
     assert [step for step, answer in enumerate(answers, start=1) if answer] == [3, 6]
     assert list(run.regrow.update_steps()) == [3, 6]
     assert (run.regrow.updates, run.regrow.skipped) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "last"), [({"every": 1500}, "12"), ({"every": 6, "stop": 0.25}, "3")]
+)
+def test_masks_that_will_never_move_are_announced(options: dict[str, Any], last: str) -> None:
+    found = f"every is {options['every']} and the last update could be at step {last}: none is made"
+    with pytest.warns(UserWarning, match=f"^{found}, the masks never move; lower every") as warned:
+        run = run_of(**options)
+    assert [Path(warning.filename).name for warning in warned] == ["sparse_run.py"]
+    run.train(range(12))
+    assert run.regrow.updates == 0
 
 
 def test_past_the_last_update_steps_are_counted_and_gradients_may_be_gone() -> None:
