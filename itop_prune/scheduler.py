@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from itop_prune import distributed
 from itop_prune.distributed import UpdateInputs
 from itop_prune.layers.handle import ITOP, active_weights
+from itop_prune.messages import listed
 from itop_prune.methods import schedules
 from itop_prune.methods.criteria import Criterion
 from itop_prune.methods.distributions import Distribution
@@ -65,7 +66,8 @@ class MaskScheduler:
     as many as it lost, by its highest `grow` scores.
 
     Args:
-        masks: What `itop_prune.apply` returned, or a part of it. Only these masks move.
+        masks: What `itop_prune.apply` returned, or a part of it. Only these masks move. A new
+            scheduler may take over from an old one, but the two can't take turns.
         optimizer: It must hold the masked parameters; wrapped by Accelerate or not. The scheduler
             sets its statistics to 0 for weights that leave or enter a mask, and changes nothing
             else of it.
@@ -172,6 +174,7 @@ class MaskScheduler:
 
         self._step, self._due = 0, False
         self.updates = self.skipped = 0
+        self._token: object | None = None  # stands for this scheduler in the masks that it moves
         self._gradients = DenseGradients(self._masks, self._rules.needs, gradient_steps, every)
         self._exploration = Exploration(self._masks, survival)
         self._without_gradient = set(self._movable())  # layers without one since the last update
@@ -265,11 +268,12 @@ class MaskScheduler:
 
         Raises:
             RuntimeError: No masked parameter has a gradient at the first step or at a due update.
-                They were cleared before, and the step is not counted. Or a criterion failed, or
-                ranks have diverged.
+                They were cleared before, and the step is not counted. Or another MaskScheduler
+                moves the same masks, a criterion failed, or ranks have diverged.
             ValueError: A criterion or redistribution did not give numbers, or the masked parameters
                 are no longer those that the optimizer holds.
         """
+        self._take_over()
         step = self._step + 1
         due = self._due or step in self.update_steps()
         needs_gradients = due or self.listens or self._without_gradient or step == 1
@@ -291,6 +295,20 @@ class MaskScheduler:
         self._prepare_next_step()
         self._warnings.issue()
         return moved
+
+    def _take_over(self) -> None:
+        """Take the masks over from any scheduler before; refuse if one has taken them since."""
+        if self._token is None:
+            self._token = object()
+            for itop in self._masks.values():
+                itop._moved_by = self._token
+
+        lost = [name for name, itop in self._masks.items() if itop._moved_by is not self._token]
+        if lost:
+            raise RuntimeError(
+                f"another MaskScheduler has stepped with {listed(lost)} since this one did; a mask "
+                "has one at a time: step only one of them, or give each its own masks"
+            )
 
     @torch.no_grad()
     def _update(self, masks: Mapping[str, ITOP]) -> bool:
@@ -434,10 +452,12 @@ class MaskScheduler:
         self._without_gradient = set(state["without_gradient"])
         self._density.first = dict(state["first_counts"])
         self._gradients.load_state_dict(state["dense"])
+        self._token = None  # it may take over again
         self._prepare_next_step()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._token = None  # masks that are copied belong to no scheduler
         self._prepare_next_step()  # hooks are not copied
 
     def __repr__(self) -> str:

@@ -32,6 +32,7 @@ class ITOP(prune.BasePruningMethod):
 
     PRUNING_TYPE = "unstructured"
     _gradient_hook: DenseGradientHook | None = None
+    _moved_by: object | None = None  # the MaskScheduler that stepped last, by a token of it
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self._layer = layer
