@@ -8,7 +8,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from itop_prune.files import small_files
+from itop_prune.files.writing import flush, replacing, unfinished_name
 
+from ..run_folder.folder import CHECKPOINTS
 from .sharded import load_model_state
 
 StateDict = dict[str, Tensor]
@@ -46,9 +47,8 @@ class Checkpoints:
                 stay whole.
         """
         target = self.folder / f"step-{step:09d}"
-        unfinished, copy = self.folder / ".unfinished", self.folder / ".unfinished-best"
+        unfinished, copy = unfinished_name(target), unfinished_name(self.folder / "best")
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             for name, tensors in models.items():
                 save_model(tensors, unfinished / f"{name}.safetensors")
@@ -58,7 +58,6 @@ class Checkpoints:
 
             # The best comes first: a run killed between the two resumes from before both.
             if best:
-                shutil.rmtree(copy, ignore_errors=True)
                 shutil.copytree(unfinished, copy)
                 replace_folder(copy, self.folder / "best")
             replace_folder(unfinished, target)
@@ -75,7 +74,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """List the folders, oldest first, without the best."""
-        return sorted(self.folder.glob("step-*"))
+        return sorted(self.folder.glob(CHECKPOINTS))
 
     def last(self) -> Path | None:
         """Find the newest checkpoint."""
@@ -155,7 +154,7 @@ def checksum(path: Path) -> str:
 
 
 def save_model(state: StateDict, path: Path) -> None:
-    """Write a state dict as safetensors, whole or not at all."""
+    """Write a state dict as safetensors."""
     # safetensors refuses shared memory, which a module under two names has.
     tensors: StateDict = {}
     seen: set[int] = set()
@@ -164,13 +163,7 @@ def save_model(state: StateDict, path: Path) -> None:
         tensors[name] = tensor.clone() if shared else tensor.contiguous()
         seen.add(tensor.data_ptr())
 
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        save_file(tensors, unfinished)
-        unfinished.replace(path)
-    except (OSError, SafetensorError):
-        unfinished.unlink(missing_ok=True)
-        raise
+    save_file(tensors, path)
 
 
 def save_result(state: StateDict, path: Path) -> None:
@@ -184,7 +177,8 @@ def save_result(state: StateDict, path: Path) -> None:
         small_files.write(state, path.with_name("sparse.safetensors"))
 
     try:
-        save_model(state, path)
+        with replacing(path) as unfinished:
+            save_model(state, unfinished)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} could not be written: {error}; once it can be, go on with --resume"
@@ -194,12 +188,11 @@ def save_result(state: StateDict, path: Path) -> None:
 def replace_folder(source: Path, target: Path) -> None:
     """Flush a finished folder to the disk and rename it into place."""
     for path in (*source.iterdir(), source):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        flush(path)
 
     removed = set_aside(target)
-    source.rename(target)
+    source.replace(target)
+    flush(target.parent)
     shutil.rmtree(removed, ignore_errors=True)
 
 
@@ -210,8 +203,7 @@ def remove_folder(folder: Path) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Rename a folder, if it exists, to a name that nothing reads; return that name."""
-    removed = folder.with_name(f".removed-{folder.name}")
-    shutil.rmtree(removed, ignore_errors=True)
+    removed = unfinished_name(folder)
     if folder.exists():
-        folder.rename(removed)
+        folder.replace(removed)
     return removed
