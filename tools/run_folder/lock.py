@@ -1,8 +1,8 @@
 """Lock a run folder, so that one process at a time writes into it.
 
-The lock belongs to the process: it ends with the process, however that dies. On a Linux NFS client
-from 2.6.12 on it holds between machines too, as a lock on the server; mounted with `nolock` or
-`local_lock` it holds only within one machine. On Windows nothing is locked.
+The lock ends with the process that holds it, however that ends. On NFS, Linux 2.6.12 and later
+emulate it by a lock on the server. NFS that is mounted with `nolock` or `local_lock` locks only
+within one machine. On Windows nothing is locked.
 """
 
 import contextlib
