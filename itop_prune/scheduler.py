@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from itop_prune import distributed
@@ -33,6 +34,7 @@ from itop_prune.update.optimizer_state import (
     check_holds_parameters,
     check_statistics,
     has_any_gradient,
+    may_write_nan,
     statistics,
 )
 from itop_prune.update.rules import Rules
@@ -106,6 +108,8 @@ class MaskScheduler:
         seed: Of random criteria and ties.
         check_ranks: Whether ranks compare a checksum of masks and weights at every update, and stop
             a run that has diverged. Masks are compared once, here, in any case.
+        scaler: The gradient scaler of the loop. Each backward's dense gradient is divided by the
+            scale of that backward. An optimizer wrapped by Accelerate brings its own.
 
     Raises:
         ValueError: A value is out of range, a name is unknown, the optimizer does not hold a masked
@@ -149,6 +153,7 @@ class MaskScheduler:
         survival: bool = False,
         seed: int = 0,
         check_ranks: bool = False,
+        scaler: GradScaler | None = None,
     ) -> None:
         self._timetable = Timetable(
             total_steps,
@@ -175,7 +180,11 @@ class MaskScheduler:
         self._step, self._due = 0, False
         self.updates = self.skipped = 0
         self._token: object | None = None  # stands for this scheduler in the masks that it moves
-        self._gradients = DenseGradients(self._masks, self._rules.needs, gradient_steps, every)
+        if scaler is None:
+            scaler = getattr(optimizer, "scaler", None)  # of Accelerate's wrapper
+        self._gradients = DenseGradients(
+            self._masks, self._rules.needs, gradient_steps, every, scaler
+        )
         self._exploration = Exploration(self._masks, survival)
         self._without_gradient = set(self._movable())  # layers without one since the last update
         self._warnings = PendingWarnings()
@@ -274,6 +283,10 @@ class MaskScheduler:
                 are no longer those that the optimizer holds.
         """
         self._take_over()
+        if may_write_nan(self._optimizer):
+            for itop in self._masks.values():
+                itop.zero_off_mask()
+
         step = self._step + 1
         due = self._due or step in self.update_steps()
         needs_gradients = due or self.listens or self._without_gradient or step == 1

@@ -12,7 +12,6 @@ equal files.
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ from itop_prune.layers.names import mask_name, parameter_name
 from itop_prune.messages import listed
 from itop_prune.methods.validation import is_plain
 from itop_prune.sharding import whole
+
+from .writing import replacing
 
 FORMAT, VERSION = "itop_prune", "3"
 DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
@@ -287,16 +288,10 @@ def _checksum(content: bytes | bytearray) -> tuple[int, str]:
 
 def _replace_file(path: Path, content: bytes | bytearray) -> None:
     """Write a file that appears under its name when all of it is on the disk."""
-    unfinished = path.with_name(f"{path.name}.{os.urandom(4).hex()}.unfinished")  # of one rank
     try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(content)
     except OSError as error:
         raise OSError(
-            f"{path} could not be written: {error}; a file of that name is as it was"
+            f"{path} could not be written: {error}; a file of that name is whole"
         ) from None
-    finally:
-        unfinished.unlink(missing_ok=True)

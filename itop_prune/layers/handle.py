@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.utils import prune
 
 from itop_prune.layers.dense_gradient import DenseGradientHook, ShardedDenseGradientHook
@@ -177,11 +178,14 @@ class ITOP(prune.BasePruningMethod):
         """
         zero_off_mask(self.parameter, self.mask)
 
-    def collect_dense_gradient(self) -> None:
-        """Collect the dense gradient in the backward passes to come; `.grad` stays sparse."""
+    def collect_dense_gradient(self, scaler: GradScaler | None = None) -> None:
+        """Collect the dense gradient in the backward passes to come; `.grad` stays sparse.
+
+        With a scaler the gradient of each pass is divided by its scale.
+        """
         if self._gradient_hook is None:
             kind = ShardedDenseGradientHook if is_sharded(self.parameter) else DenseGradientHook
-            self._gradient_hook = kind(self._layer, self._tensor_name)
+            self._gradient_hook = kind(self._layer, self._tensor_name, scaler)
 
     def take_dense_gradient(self) -> Tensor | None:
         """Stop collecting and return the dense gradient, float32, or None if there is none."""

@@ -137,7 +137,12 @@ def effective(weight: Tensor, mask: Tensor, centred: bool) -> Tensor:
 
 
 def _product(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Multiply a tensor by a mask, viewed as uint8 in eager mode: half the time of bool."""
+    """Multiply a tensor by a mask, viewed as uint8 in eager mode: half the time of bool.
+
+    In float16 Adam's eps is 0, so it writes 0 / 0 off the mask. A product would keep that NaN.
+    """
+    if tensor.dtype is torch.float16:  # by identity: in a trace the type is a proxy
+        return torch.where(mask, tensor, 0.0)
     graph = (
         torch.compiler.is_compiling() or torch.jit.is_tracing()
     )  # a trace can't express the view

@@ -4,12 +4,14 @@
 - `ema.safetensors`: the same of the average, if the recipe has one.
 - `state.pt`: everything else, read with `weights_only=True`.
 - `checksums.json`: the SHA-256 of each file.
+
+A run folder has the final `model.safetensors`, with checksums of the same form.
 """
 
 import hashlib
 import json
-import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from itop_prune.files import small_files
+from itop_prune.files.state_dicts import check_archive
+from itop_prune.files.writing import flush, replacing, unfinished_name
 
+from ..run_folder.folder import CHECKPOINTS
 from .sharded import load_model_state
 
 StateDict = dict[str, Tensor]
@@ -46,19 +51,16 @@ class Checkpoints:
                 stay whole.
         """
         target = self.folder / f"step-{step:09d}"
-        unfinished, copy = self.folder / ".unfinished", self.folder / ".unfinished-best"
+        unfinished, copy = unfinished_name(target), unfinished_name(self.folder / "best")
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             for name, tensors in models.items():
                 save_model(tensors, unfinished / f"{name}.safetensors")
             torch.save(state, unfinished / "state.pt")
-            sums = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
-            (unfinished / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+            write_checksums(sorted(unfinished.iterdir()), unfinished / CHECKSUMS)
 
             # The best comes first: a run killed between the two resumes from before both.
             if best:
-                shutil.rmtree(copy, ignore_errors=True)
                 shutil.copytree(unfinished, copy)
                 replace_folder(copy, self.folder / "best")
             replace_folder(unfinished, target)
@@ -75,7 +77,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """List the folders, oldest first, without the best."""
-        return sorted(self.folder.glob("step-*"))
+        return sorted(self.folder.glob(CHECKPOINTS))
 
     def last(self) -> Path | None:
         """Find the newest checkpoint."""
@@ -116,6 +118,7 @@ def load_checkpoint(folder: Path, models: dict[str, nn.Module]) -> dict[str, Any
     """
     try:
         path = folder / "state.pt"
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, model in models.items():
             path = folder / f"{name}.safetensors"
@@ -127,22 +130,54 @@ def load_checkpoint(folder: Path, models: dict[str, nn.Module]) -> dict[str, Any
     return state
 
 
-def damage(folder: Path) -> str:
-    """Describe what differs from the checksums of a checkpoint; "" if nothing does."""
-    try:
-        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        files = {name: folder / name for name in sums if Path(name).name == name}
-        if not files.keys() >= {"model.safetensors", "state.pt"}:
-            return f"{folder / CHECKSUMS} names no model and state"
+def damage(folder: Path, only: str | None = None) -> str:
+    """Describe what differs from the checksums of a folder; "" if nothing does.
 
-        for name, path in files.items():
-            if checksum(path) != sums[name]:
-                return f"{path} is damaged"
+    Args:
+        folder: A checkpoint.
+        only: Name of a single file to check, if the checksums have it. The folder may then be any.
+    """
+    path = folder / CHECKSUMS
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(sums, dict) or not all(isinstance(text, str) for text in sums.values()):
+            return f"{path} is damaged: it holds no checksums by file name"
+
+        files = {name: folder / name for name in sums if Path(name).name == name}
+        if only:
+            files = {name: file for name, file in files.items() if name == only}
+        elif not files.keys() >= {"model.safetensors", "state.pt"}:
+            return f"{path} names no model and state"
+
+        for name, file in files.items():
+            if checksum(file) != sums[name]:
+                return f"{file} is damaged"
         return ""
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
-    except (OSError, ValueError, TypeError) as error:
-        return f"{folder / CHECKSUMS} can't be read: {error}"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{path} can't be read: {error}"
+
+
+def check_weights(path: Path) -> None:
+    """Refuse a file that differs from the checksums beside it, if there are any.
+
+    Raises:
+        CheckpointError: This one does, or the checksums are damaged.
+    """
+    sums = path.with_name(CHECKSUMS)
+    problem = damage(path.parent, only=path.name) if sums.exists() else ""
+    if problem:
+        raise CheckpointError(
+            f"{problem}; allowed are files that match {sums}: take other weights, or remove it if "
+            "you changed them yourself"
+        )
+
+
+def write_checksums(files: Sequence[Path], path: Path) -> None:
+    """Write the checksums of files in one folder."""
+    sums = {file.name: checksum(file) for file in files}
+    path.write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
 
 def checksum(path: Path) -> str:
@@ -155,7 +190,7 @@ def checksum(path: Path) -> str:
 
 
 def save_model(state: StateDict, path: Path) -> None:
-    """Write a state dict as safetensors, whole or not at all."""
+    """Write a state dict as safetensors."""
     # safetensors refuses shared memory, which a module under two names has.
     tensors: StateDict = {}
     seen: set[int] = set()
@@ -164,13 +199,7 @@ def save_model(state: StateDict, path: Path) -> None:
         tensors[name] = tensor.clone() if shared else tensor.contiguous()
         seen.add(tensor.data_ptr())
 
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        save_file(tensors, unfinished)
-        unfinished.replace(path)
-    except (OSError, SafetensorError):
-        unfinished.unlink(missing_ok=True)
-        raise
+    save_file(tensors, path)
 
 
 def save_result(state: StateDict, path: Path) -> None:
@@ -184,7 +213,12 @@ def save_result(state: StateDict, path: Path) -> None:
         small_files.write(state, path.with_name("sparse.safetensors"))
 
     try:
-        save_model(state, path)
+        # Weights without checksums are not checked: if a kill comes between, they count as good.
+        path.with_name(CHECKSUMS).unlink(missing_ok=True)
+        with replacing(path) as unfinished:
+            save_model(state, unfinished)
+        with replacing(path.with_name(CHECKSUMS)) as unfinished:
+            write_checksums([path], unfinished)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} could not be written: {error}; once it can be, go on with --resume"
@@ -194,12 +228,11 @@ def save_result(state: StateDict, path: Path) -> None:
 def replace_folder(source: Path, target: Path) -> None:
     """Flush a finished folder to the disk and rename it into place."""
     for path in (*source.iterdir(), source):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        flush(path)
 
     removed = set_aside(target)
-    source.rename(target)
+    source.replace(target)
+    flush(target.parent)
     shutil.rmtree(removed, ignore_errors=True)
 
 
@@ -210,8 +243,7 @@ def remove_folder(folder: Path) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Rename a folder, if it exists, to a name that nothing reads; return that name."""
-    removed = folder.with_name(f".removed-{folder.name}")
-    shutil.rmtree(removed, ignore_errors=True)
+    removed = unfinished_name(folder)
     if folder.exists():
-        folder.rename(removed)
+        folder.replace(removed)
     return removed

@@ -19,7 +19,6 @@ from ..data.datasets import Data
 from ..data.seeding import seed_everything
 from ..data.source import Batch
 from ..reports.report import attempt
-from ..run_folder.folder import check_same_recipe, start
 from ..run_folder.metrics import Metrics
 from .bad_losses import BadLosses
 from .checkpoint import Checkpoints, save_result
@@ -92,15 +91,12 @@ class Training:
         self.layer_log = LayerLog(folder, run, data.shape, self.ranks, enabled=self.is_main)
 
     def begin(self, resume: bool) -> None:
-        """Start the run folder, or restore the run from it."""
+        """Restore a run that goes on, and show where it begins."""
         messages: list[str] = []
         if resume:
-            on_main(self.accelerator, check_same_recipe, self.folder, self.recipe)
             messages = restore(
                 self.run, self.accelerator, self.checkpoints, self.loss_sum, self.images_per_step
             )
-        else:
-            on_main(self.accelerator, start, self.folder, self.recipe)
         self.check_ranks()
 
         self.display = Display(

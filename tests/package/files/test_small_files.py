@@ -697,11 +697,12 @@ def test_the_name_is_given_once_all_is_on_the_disk(
 
     def watched(handle: int) -> None:
         fsync(handle)
-        (unfinished,) = path.parent.iterdir()
-        seen.append((path.exists(), unfinished.read_bytes()))
+        (written,) = path.parent.iterdir()
+        seen.append((path.exists(), written.read_bytes()))
 
     monkeypatch.setattr(os, "fsync", watched)
-    assert seen == [(False, saved(path))]
+    content = saved(path)
+    assert seen == [(False, content), (True, content)]  # of the file, then of its folder
 
 
 def test_two_that_write_one_name_at_once_leave_a_whole_file(

@@ -14,8 +14,10 @@ from itop_prune_tools.training import checkpoint
 from itop_prune_tools.training.checkpoint import (
     CheckpointError,
     Checkpoints,
+    check_weights,
     damage,
     load_checkpoint,
+    save_result,
 )
 from safetensors import SafetensorError
 from torch import nn
@@ -158,6 +160,19 @@ def test_the_best_is_kept_beside_the_last_few_until_a_better_one(checkpoints: Ch
     assert names(checkpoints.folder) == ["best", "step-000000005", "step-000000006"]
 
 
+@pytest.mark.parametrize("name", ["step-000000001-mine", "step-1", "step-00000000a", "step-old"])
+def test_a_folder_of_another_name_is_no_checkpoint_and_stays(
+    checkpoints: Checkpoints, name: str
+) -> None:
+    folders = [checkpoints.save(5, {"model": sparse().state_dict()}, {})]
+    shutil.copytree(folders[0], checkpoints.folder / name)
+    for step in (6, 7):
+        folders.append(checkpoints.save(step, {"model": sparse().state_dict()}, {}))
+    assert checkpoints.all() == folders[1:]
+    assert checkpoints.last_before(4) is None
+    assert damage(checkpoints.folder / name) == ""
+
+
 # A full disk, a killed process
 
 
@@ -243,7 +258,7 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_not_in_the_way(
     assert checkpoints.all() == []
     folder = checkpoints.save(6, {"model": sparse().state_dict()}, {"step": 6})
     assert load_checkpoint(folder, {}) == {"step": 6}
-    assert names(checkpoints.folder) == [folder.name]
+    assert checkpoints.all() == [folder]
 
 
 # What is not believed
@@ -276,6 +291,39 @@ def dump(value: object, path: Path) -> None:
 def folder_of_torch(value: object, folder: Path) -> Path:
     torch.save(value, folder / "evil.pt")
     return folder / "evil.pt"
+
+
+def test_a_flipped_byte_in_a_tensor_of_the_state_is_found_without_the_checksums_too(
+    checkpoints: Checkpoints,
+) -> None:
+    tensor = torch.arange(50)
+    folder = checkpoints.save(5, {"model": sparse().state_dict()}, {"tensor": tensor})
+    content = (folder / "state.pt").read_bytes()
+    (folder / "state.pt").write_bytes(content.replace(b"\x07" + bytes(7), b"\x87" + bytes(7)))
+    with pytest.raises(CheckpointError, match=r"state\.pt can't be read: .* Bad CRC-32"):
+        load_checkpoint(folder, {})
+
+
+NOT_CHECKSUMS = {
+    "[" * 3000: "can't be read: ",
+    "{": "can't be read: ",
+    '["model.safetensors", "state.pt"]': "is damaged: it holds no checksums by file name",
+    '{"model.safetensors": 1, "state.pt": 2}': "is damaged: it holds no checksums by file name",
+    '{"model.safetensors": ["0"], "state.pt": "0"}': "is damaged: it holds no checksums by file",
+    "3": "is damaged: it holds no checksums by file name",
+}
+
+
+@pytest.mark.parametrize("text", NOT_CHECKSUMS, ids=lambda text: text[:10])
+def test_checksums_of_another_form_are_one_error(checkpoints: Checkpoints, text: str) -> None:
+    folder = checkpoints.save(5, {"model": sparse().state_dict()}, STATE)
+    path = folder / "checksums.json"
+    path.write_text(text)
+    assert damage(folder).startswith(f"{path} {NOT_CHECKSUMS[text]}")
+    with pytest.raises(CheckpointError) as caught:
+        check_weights(folder / "model.safetensors")
+    assert str(caught.value).startswith(f"{path} {NOT_CHECKSUMS[text]}")
+    assert "take other weights, or remove it" in str(caught.value)
 
 
 @pytest.mark.parametrize("part", ["state.pt", "model.safetensors"])
@@ -321,6 +369,28 @@ def test_the_best_is_in_place_before_the_checkpoint_that_knows_of_it(
     )
 
 
+def test_a_checkpoint_is_flushed_then_renamed_and_then_the_folder_of_all_is_flushed(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle: int) -> None:
+        fsync(handle)
+        events.append(os.fstat(handle).st_ino)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        events.append(target.name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", watched_fsync)
+        patch.setattr(os, "replace", watched_replace)
+        folder = checkpoints.save(5, {"model": sparse().state_dict()}, {})
+    assert set(events[:-2]) == {path.stat().st_ino for path in (*folder.iterdir(), folder)}
+    assert events[-2:] == [folder.name, checkpoints.folder.stat().st_ino]
+
+
 def test_a_folder_that_is_removed_never_keeps_its_name_in_part(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +401,52 @@ def test_a_folder_that_is_removed_never_keeps_its_name_in_part(
     )  # killed before anything is gone
     checkpoint.remove_folder(checkpoints.all()[0])
     assert [damage(folder) for folder in checkpoints.all()] == [""]
+
+
+# The final weights
+
+
+def test_final_weights_have_a_checksum_and_other_files_beside_them_need_none(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_result(sparse().state_dict(), path)
+    assert names(tmp_path) == ["checksums.json", "model.safetensors", "sparse.safetensors"]
+    for name in names(tmp_path):
+        check_weights(tmp_path / name)
+
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=rf"^{path} is damaged; allowed are .* take other"):
+        check_weights(path)
+
+    path.with_name("checksums.json").unlink()
+    check_weights(path)
+
+
+@pytest.mark.parametrize("place", ["save_file", "checksum", "write_text"])
+def test_a_kill_while_final_weights_are_written_leaves_good_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def kill(*arguments: object, **settings: object) -> None:
+        if place == "write_text":
+            Path(str(arguments[0])).write_bytes(b"half")
+        raise Killed
+
+    path = tmp_path / "model.safetensors"
+    save_result(sparse(0).state_dict(), path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path if place == "write_text" else checkpoint, place, kill)
+        with pytest.raises(Killed):
+            save_result(sparse(1).state_dict(), path)
+
+    check_weights(path)
+    model = toys.mlp()
+    itop_prune.load(model, path)
+    assert same(model, sparse(0 if place == "save_file" else 1))
+
+    save_result(sparse(2).state_dict(), path)
+    check_weights(path)
 
 
 def test_the_last_before_a_step_is_found(checkpoints: Checkpoints) -> None:

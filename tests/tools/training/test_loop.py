@@ -1,6 +1,8 @@
 """The training loop: exact sparsity, equal runs for equal seeds, stopped runs that end as whole."""
 
+import itertools
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from helpers.processes import (
     stopped_at,
 )
 from itop_prune_tools.config.recipe import read_recipe
+from itop_prune_tools.run_folder.metrics import Metrics
 from itop_prune_tools.training import command as train
 from itop_prune_tools.training.build import build_model
 from itop_prune_tools.training.loop import Training
@@ -43,6 +46,19 @@ TRAINING_METRICS = {
 def run(folder: Path, *arguments: str) -> int:
     short = ("epochs=2", "checkpoint={every: 1}")
     return train.main([QUICKSTART, *short, *arguments, "--out", str(folder)])
+
+
+def test_durations_do_not_follow_a_clock_that_is_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(2e9, -1000.0)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    with stopped_at(50):
+        assert run(tmp_path) == 130
+    assert run(tmp_path, "--resume") == 0
+    first, second, _ = Metrics(tmp_path).read()
+    assert 0 < first["seconds"] < second["seconds"] < 60
+    assert min(first["images_per_second"], second["images_per_second"]) > 0
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
