@@ -33,6 +33,7 @@ class ITOP(prune.BasePruningMethod):
 
     PRUNING_TYPE = "unstructured"
     _gradient_hook: DenseGradientHook | None = None
+    _moved_by: object | None = None  # the MaskScheduler that stepped last, by a token of it
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self._layer = layer
@@ -170,7 +171,11 @@ class ITOP(prune.BasePruningMethod):
         return stayed
 
     def zero_off_mask(self) -> None:
-        """Set the parameter to 0 wherever the mask is False, as in an average after an update."""
+        """Set the parameter to 0 wherever the mask is False.
+
+        Call it for the masks of an EMA copy after every update of the average. The average takes in
+        old values of pruned weights, and what some optimizers (Muon) write off the mask.
+        """
         zero_off_mask(self.parameter, self.mask)
 
     def collect_dense_gradient(self, scaler: GradScaler | None = None) -> None:
@@ -242,5 +247,5 @@ def exclude_masks_from_ddp(model: nn.Module) -> None:
 
     if names:
         setattr(model, key, sorted(names))
-    elif hasattr(model, key):
-        delattr(model, key)
+    else:  # an attribute that a wrapper (PEFT's) merely forwards stays
+        vars(model).pop(key, None)

@@ -96,21 +96,7 @@ class Exploration:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` copied.
-
-        Raises:
-            ValueError: The state is of other masks.
-        """
-        saved = {name: tuple(tensor.shape) for name, tensor in state["explored"].items()}
-        own = {name: tuple(tensor.shape) for name, tensor in self.explored.items()}
-        differing = sorted(
-            name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)
-        )
-        if differing:
-            raise ValueError(
-                f"the state was saved for other masks; different are: {', '.join(differing)}"
-            )
-
+        """Continue from what `state_dict` copied."""
         for name, explored in self.explored.items():
             explored.copy_(state["explored"][name])
         self._entered = dict(state.get("entered", {}))

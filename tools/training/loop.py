@@ -80,6 +80,7 @@ class Training:
         self.images_per_step = self.micro_batches * data.batch_size * self.ranks
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         """Sum of the losses of this epoch's images, on this rank."""
+        self.averaged_masks = itop_prune.find_masks(run.ema.module) if run.ema else {}
 
         self.settings = CheckpointSettings(**(recipe.checkpoint or {}))
         self.checkpoints = Checkpoints(folder / "checkpoints", self.settings.keep)
@@ -206,10 +207,9 @@ class Training:
 
         if run.ema:
             run.ema.update(run.unwrapped_model, step=self.progress.step)
-            if moved:
-                # The average remembers pruned weights, and they may grow again.
-                for itop in itop_prune.find_masks(run.ema.module).values():
-                    itop.zero_off_mask()
+            # The average remembers pruned weights, and some optimizers move weights off the mask.
+            for itop in self.averaged_masks.values():
+                itop.zero_off_mask()
 
         self.bad_losses.end_step(self.progress.step, self.checkpoints)
 
