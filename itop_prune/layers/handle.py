@@ -37,6 +37,7 @@ class ITOP(prune.BasePruningMethod):
     storage = "mask"
     """How the layer holds the weight, as `apply` names it."""
     _gradient_hook: DenseGradientHook | None = None
+    _moved_by: object | None = None  # the MaskScheduler that stepped last, by a token of it
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self._layer = layer
@@ -287,5 +288,5 @@ def exclude_masks_from_ddp(model: nn.Module) -> None:
 
     if names:
         setattr(model, key, sorted(names))
-    elif hasattr(model, key):
-        delattr(model, key)
+    else:  # an attribute that a wrapper (PEFT's) merely forwards stays
+        vars(model).pop(key, None)
