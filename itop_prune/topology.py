@@ -7,7 +7,7 @@ rest of this file selects the best of many scores without sorting them.
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,17 @@ class NaNScores(ValueError):
         self.role = role
 
 
+class ActiveScores(NamedTuple):
+    """Scores of the active positions alone."""
+
+    positions: Tensor
+    """In the flattened mask, rising."""
+    scores: Tensor
+
+
 def prune_and_regrow(
     mask: Tensor,
-    prune_scores: Tensor,
+    prune_scores: Tensor | ActiveScores,
     grow_scores: Tensor | Callable[[Tensor], Tensor] | None,
     n_prune: int,
     n_grow: int,
@@ -41,7 +49,8 @@ def prune_and_regrow(
 
     Args:
         mask: Bool, True = active. It is read, never written.
-        prune_scores: Of the mask's shape. The active positions with the smallest scores are pruned.
+        prune_scores: Of the mask's shape, or of the active positions alone. Those with the smallest
+            scores are pruned.
         grow_scores: Of the mask's shape, or a function that makes them from the mask after pruning.
             The inactive positions with the largest scores grow. None: all have the same chance.
         n_prune: How many to prune, 0 to the number of active positions.
@@ -76,7 +85,10 @@ def prune_and_regrow(
 
 
 def prune(
-    mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None
+    mask: Tensor,
+    scores: Tensor | ActiveScores,
+    count: int,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Remove the `count` active positions with the smallest scores; see `prune_and_regrow`.
 
@@ -89,7 +101,13 @@ def prune(
             f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}"
         )
     try:
-        return mask ^ select(-as_float(scores), mask, count, generator)
+        if isinstance(scores, Tensor):
+            return mask ^ select(-as_float(scores), mask, count, generator)
+
+        everywhere = torch.ones_like(scores.positions, dtype=torch.bool)
+        gone = select(-as_float(scores.scores), everywhere, count, generator)
+        kept = mask.flatten().index_fill(0, scores.positions[gone].long(), False)
+        return kept.view(mask.shape)
     except NaNScores:
         raise NaNScores("prune") from None
 

@@ -133,6 +133,10 @@ class ITOP(prune.BasePruningMethod):
         """How many weights the dense tensor has."""
         return math.prod(self.shape)
 
+    def active_values(self) -> tuple[Tensor, Tensor] | None:
+        """Look up positions of active weights, rising, and their values, where they are stored."""
+        return None
+
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape that distributions count with: (out, in, ...)."""

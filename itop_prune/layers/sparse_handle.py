@@ -48,6 +48,17 @@ class SparseITOP(ITOP):
     def _layout(self) -> Layout:
         return getattr(self._layer, layout_name(self._tensor_name))
 
+    def active_values(self) -> tuple[Tensor, Tensor] | None:
+        """Look up positions of active weights, rising, and their values.
+
+        None for standardized layers: what they use is not what is stored.
+        """
+        if is_standardized(type(self._layer)):
+            return None
+        positions, order = self.positions.sort()
+        used = order[positions.numel() - self.active :]
+        return self.positions[used], self.parameter.detach()[0, used]
+
     def count(self) -> Tensor:
         """Count the slots that hold a weight, as a tensor on their device."""
         return (self.positions >= 0).count_nonzero()
