@@ -375,11 +375,12 @@ class MaskScheduler:
 
         self._exploration.begin_update()
         for name, itop in masks.items():
+            mask = itop.mask
             n_prune, n_grow = changes.get(name, (0, 0))
             if n_prune or n_grow:
-                self._write(name, layers[name].new_mask(self._rules, n_prune, n_grow))
+                new = layers[name].new_mask(self._rules, mask, n_prune, n_grow)
+                self._write(name, mask, new)
             else:
-                mask = itop.mask
                 self._exploration.record(name, mask, mask)
         self._gradients.end_update()
         self.updates += 1
@@ -436,15 +437,15 @@ class MaskScheduler:
             self._warnings.add(key, message)
         return inputs
 
-    def _write(self, name: str, mask: Tensor) -> None:
+    def _write(self, name: str, before: Tensor, after: Tensor) -> None:
         """Write a new mask; set values and statistics of weights that left or entered to 0.
 
         So a weight that grows starts at 0. A weight pruned and grown again at once keeps both.
         """
         itop = self._masks[name]
-        self._exploration.record(name, itop.mask, mask)
+        self._exploration.record(name, before, after)
         found = statistics(self._optimizer, itop.parameter)
-        stayed = itop.write_mask(mask)
+        stayed = itop.write_mask(before, after)
         zero_statistics(self._optimizer, itop.parameter, found, stayed)
 
         if itop.storage == "sparse":

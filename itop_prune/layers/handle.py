@@ -191,7 +191,7 @@ class ITOP(prune.BasePruningMethod):
         detach(self._layer, self._tensor_name)
 
     @torch.no_grad()
-    def write_mask(self, mask: Tensor) -> Tensor:
+    def write_mask(self, before: Tensor, after: Tensor) -> Tensor:
         """Write a new mask; set the parameter to 0 unless a weight is active before and after.
 
         Filters that the layer standardizes are centred over the weights that stay, too. So a weight
@@ -200,11 +200,11 @@ class ITOP(prune.BasePruningMethod):
         Returns:
             Bool, of the parameter's shape: active before and after.
         """
-        stayed = self.mask & mask
+        stayed = before & after
         if is_standardized(type(self._layer)):
             self.parameter.copy_(effective(self.parameter, like(stayed, self.parameter), True))
         zero_off_mask(self.parameter, stayed)
-        self.mask.copy_(mask)
+        self.mask.copy_(after)
         return stayed
 
     def zero_off_mask(self) -> None:

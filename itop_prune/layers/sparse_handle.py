@@ -56,8 +56,8 @@ class SparseITOP(ITOP):
         if is_standardized(type(self._layer)):
             return None
         positions, order = self.positions.sort()
-        used = order[positions.numel() - self.active :]
-        return self.positions[used], self.parameter.detach()[0, used]
+        free = len(positions) - self.active
+        return positions[free:], self.parameter.detach()[0].index_select(0, order[free:])
 
     def count(self) -> Tensor:
         """Count the slots that hold a weight, as a tensor on their device."""
@@ -78,7 +78,7 @@ class SparseITOP(ITOP):
         detach_sparse(self._layer, self._tensor_name)
 
     @torch.no_grad()
-    def write_mask(self, mask: Tensor) -> Tensor:
+    def write_mask(self, before: Tensor, after: Tensor) -> Tensor:
         """Give the slots of weights that leave to those that enter, whose values become 0.
 
         Where there are too few slots the parameter gets longer. It stays the same object.
@@ -86,13 +86,13 @@ class SparseITOP(ITOP):
         Returns:
             Bool, of the parameter's shape: which slots keep their weight.
         """
-        parameter, positions, before = self.parameter, self.positions, self.mask
+        parameter, positions = self.parameter, self.positions
         if is_standardized(type(self._layer)):
             weight = sparse_storage.dense(parameter, positions, self._layout)
-            centred = effective(weight, before & mask, True)
+            centred = effective(weight, before & after, True)
             parameter.copy_(sparse_storage.gather(centred, positions))
 
-        positions, stayed = sparse_storage.reassign(positions, before, mask)
+        positions, stayed = sparse_storage.reassign(positions, before, after)
         sparse_storage.resize_layer(self._layer, self._tensor_name, len(positions))
         self.positions.copy_(positions)
         parameter.masked_fill_(~stayed, 0)

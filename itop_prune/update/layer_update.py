@@ -27,15 +27,15 @@ class LayerUpdate(NamedTuple):
     stream: tuple[object, ...]
     """Seeds the generators: the run's seed and the number of the update."""
 
-    def new_mask(self, rules: Rules, n_prune: int, n_grow: int) -> Tensor:
-        """Compute the layer's mask after the update, by `topology.prune_and_regrow`.
+    def new_mask(self, rules: Rules, mask: Tensor, n_prune: int, n_grow: int) -> Tensor:
+        """Compute the layer's mask after the update from that before, by `prune_and_regrow`.
 
         With an N:M pattern each group regrows what it lost, and `n_grow` is not used.
 
         Raises:
             ValueError: Scores are NaN; the message names criterion and layer.
         """
-        mask, pattern = self.itop.mask, self.itop.pattern
+        pattern = self.itop.pattern
         ties = self.generator("ties")
 
         def scored(kept: Tensor) -> Tensor:
