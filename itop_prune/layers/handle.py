@@ -269,7 +269,8 @@ def remove(model: nn.Module) -> None:
     """Bake all masks in: plain parameters again, 0 where a mask was False.
 
     Classes, names and order are as before `apply`. The parameters stay the same objects, so an
-    optimizer goes on with them, but nothing keeps them sparse any more.
+    optimizer goes on with them, but nothing keeps them sparse any more. Weights in sparse storage
+    become new parameters; build the optimizer anew.
     """
     for itop in find_masks(model).values():
         prune.remove(itop._layer, itop._tensor_name)
