@@ -1,8 +1,10 @@
 """Build the run of a recipe, in this order: model, masks, average, optimizer, mask scheduler."""
 
 import atexit
+import contextlib
 import itertools
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -19,11 +21,12 @@ from torch import Tensor, nn
 import itop_prune
 from itop_prune.methods import saliency
 
+from ..config.arguments import refusal
 from ..config.recipe import Recipe
 from ..data.datasets import Data, open_data
 from ..data.seeding import seed_everything
 from ..models import registration as models  # noqa: F401  (registers the papers' models with timm)
-from ..run_folder.folder import RunError
+from ..run_folder.folder import RunError, in_a_line
 from .cost import Cost
 from .ranks import end_gloo
 from .run import Run
@@ -37,6 +40,20 @@ The authors of GraSP take ten images of each class of CIFAR-100, those of SNIP o
 """
 
 
+@contextlib.contextmanager
+def arguments_of(recipe: Recipe, section: str) -> Iterator[None]:
+    """Report whatever timm, torch or Accelerate raises at the arguments of a section.
+
+    Raises:
+        RunError: It names the section, and follows from the library's error.
+    """
+    try:
+        yield
+    except Exception as error:
+        arguments = getattr(recipe, section) or {}
+        raise RunError(f"{section}: {refusal(error, arguments)}") from error
+
+
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Make the recipe's Accelerator.
 
@@ -48,10 +65,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     settings = {"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})}
     # Trackers need the run folder, which exists only when training begins.
     settings.pop("log_with", None)
-    try:
+    with arguments_of(recipe, "accelerator"):
         accelerator = Accelerator(**settings)
-    except ValueError as error:
-        raise RunError(f"accelerator: {error}") from None
 
     # Accelerate looks for this package twice a step: spare it the search on the disk.
     if find_spec("lomo_optim") is None:
@@ -90,9 +105,11 @@ def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per
     model = unwrapped_model = build_model(recipe, data, accelerator.device)
     masks = place_masks(recipe, accelerator, model, data) if recipe.masks else {}
     cost = count_cost(model, data, accelerator.device)
-    ema = timm.utils.ModelEmaV3(model, **recipe.ema) if recipe.ema else None
+    with arguments_of(recipe, "ema"):
+        ema = timm.utils.ModelEmaV3(model, **recipe.ema) if recipe.ema else None
 
-    plain_optimizer = timm.optim.create_optimizer_v2(model, **recipe.optimizer)
+    with arguments_of(recipe, "optimizer"):
+        plain_optimizer = timm.optim.create_optimizer_v2(model, **recipe.optimizer)
     model, optimizer = accelerator.prepare(model, plain_optimizer)
 
     epochs = recipe.epochs * recipe.multiplier
@@ -128,7 +145,7 @@ def build_model(recipe: Recipe, data: Data | None, device: torch.device) -> nn.M
         if recipe.init:
             timm.models.load_checkpoint(model, recipe.init, weights_only=True)
     except Exception as error:  # from the model, a hub, or a checkpoint of another model
-        raise RunError(f"the model can't be built: {error}") from None
+        raise RunError(f"the model can't be built: {in_a_line(error)}") from None
 
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model.to(device, memory_format=layout)
@@ -259,9 +276,10 @@ def build_lr_schedule(
         ]
 
     epochs = recipe.epochs * recipe.multiplier
-    schedule, _ = timm.scheduler.create_scheduler_v2(
-        optimizer, num_epochs=epochs, updates_per_epoch=steps_per_epoch, **settings
-    )
+    with arguments_of(recipe, "lr_schedule"):
+        schedule, _ = timm.scheduler.create_scheduler_v2(
+            optimizer, num_epochs=epochs, updates_per_epoch=steps_per_epoch, **settings
+        )
     return schedule
 
 
