@@ -196,10 +196,11 @@ def _contradictions(values: Section) -> list[str]:
         )
 
     schedule = values.get("lr_schedule") or {}
-    needed = {"multistep": "decay_milestones", "step": "decay_epochs"}.get(str(schedule.get("sched")))
+    sched = str(schedule.get("sched"))
+    needed = {"multistep": "decay_milestones", "step": "decay_epochs"}.get(sched)
     if needed and schedule.get(needed) is None:
         mistakes.append(
-            f"lr_schedule: sched {schedule['sched']} has no {needed}, and timm's default is of "
+            f"lr_schedule: sched {sched} has no {needed}, and timm's default is of "
             "another run, which no multiplier stretches; say after how many epochs the learning "
             "rate falls"
         )

@@ -18,6 +18,7 @@ import timm.utils
 import torch
 from accelerate import Accelerator
 from accelerate.utils import PrecisionType
+from PIL import Image
 
 from itop_prune.initial_masks import apply, count_active
 from itop_prune.layers.handle import ITOP
@@ -119,7 +120,7 @@ def _trial_problems(sections: Mapping[str, Section], augment: Call) -> list[str]
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     attempt("optimizer", functools.partial(_make_optimizer, list(layer.parameters())))
     attempt("lr_schedule", functools.partial(_try_schedule, optimizer))
-    attempt("augment", augment)
+    attempt("augment", _try_transforms if augment is timm.data.create_transform else augment)
     attempt("accelerator", _check_precision)
     attempt("mixup", timm.data.Mixup)
     attempt("loss", timm.loss.LabelSmoothingCrossEntropy)
@@ -173,6 +174,20 @@ def _try_schedule(optimizer: torch.optim.Optimizer, **arguments: Any) -> None:
     if schedule is not None:
         schedule.step(1)
         schedule.step_update(1)
+
+
+def _try_transforms(**arguments: Any) -> None:
+    """Transform a blank image, for training and for evaluation."""
+    for training in (True, False):
+        transform = timm.data.create_transform(224, is_training=training, **arguments)
+        image = transform(Image.new("RGB", (32, 32)))
+        if not isinstance(image, torch.Tensor) or image.shape != (3, 224, 224):
+            raise ValueError(
+                "these options give no images of the height and width data.image_size; leave out "
+                "naflex and patchify"
+            )
+        if not image.is_floating_point():
+            raise ValueError("normalize is False, and the model takes fractions; leave it out")
 
 
 def _make_average(model: torch.nn.Module, device: str | None = None, **arguments: Any) -> None:

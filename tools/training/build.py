@@ -267,16 +267,16 @@ def build_lr_schedule(
     if settings.get("sched") == "step" and settings.get("decay_epochs"):
         settings["decay_epochs"] *= recipe.multiplier
 
-    # timm applies a milestone of 10 at index 9, counted from 0. Recipes say "after 10 epochs",
-    # as papers do, so one epoch is added.
-    if settings.get("sched") == "multistep" and "decay_milestones" in settings:
-        index = 1.0 if settings.get("step_on_epochs", True) else 1.0 / steps_per_epoch
-        settings["decay_milestones"] = [
-            milestone * recipe.multiplier + index for milestone in settings["decay_milestones"]
-        ]
-
     epochs = recipe.epochs * recipe.multiplier
     with arguments_of(recipe, "lr_schedule"):
+        # timm applies a milestone of 10 at index 9, counted from 0. Recipes say "after 10 epochs",
+        # as papers do, so one epoch is added.
+        if settings.get("sched") == "multistep" and "decay_milestones" in settings:
+            index = 1.0 if settings.get("step_on_epochs", True) else 1.0 / steps_per_epoch
+            settings["decay_milestones"] = [
+                milestone * recipe.multiplier + index for milestone in settings["decay_milestones"]
+            ]
+
         schedule, _ = timm.scheduler.create_scheduler_v2(
             optimizer, num_epochs=epochs, updates_per_epoch=steps_per_epoch, **settings
         )
