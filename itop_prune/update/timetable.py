@@ -1,6 +1,7 @@
 """When masks move: the steps of the updates, and the share of active weights exchanged."""
 
 import math
+import sys
 from dataclasses import dataclass
 
 from itop_prune.methods.schedules import Schedule, factor
@@ -31,10 +32,10 @@ class Timetable:
 
     def __post_init__(self) -> None:
         for name, steps in {"total_steps": self.total_steps, "every": self.every}.items():
-            if not is_count(steps):
+            if not is_count(steps) or steps > sys.maxsize:
                 raise ValueError(
-                    f"{name} is {steps!r}; allowed are whole numbers from 1: it counts optimizer "
-                    "steps"
+                    f"{name} is {steps!r}; allowed are whole numbers from 1 to 2^63 - 1: it counts "
+                    "optimizer steps"
                 )
         if not is_number(self.stop) or not 0.0 < self.stop <= 1.0:
             raise ValueError(f"stop is {self.stop!r}; allowed is a number in (0, 1]")

@@ -1,11 +1,14 @@
 """Check keyword arguments from a file against the signature of the call they are for."""
 
+import enum
 import inspect
 import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from itop_prune.messages import nearest
 
@@ -15,10 +18,13 @@ PLAIN = {
     float: "a number",
     str: "text",
     type(None): "null",
+    list: "a list",
     dict: "a mapping of keys to values",
-    dict[str, Any]: "a mapping of keys to values",
 }
 """Types that YAML can write, and how a message names them."""
+
+LARGEST = 2**63 - 1
+"""The largest whole number that torch takes."""
 
 
 def argument_problems(
@@ -83,7 +89,8 @@ def _type_of_default(parameter: inspect.Parameter | None) -> Any:
 def type_problem(value: object, hint: Any) -> str:
     """Explain why a value is not of a type; "" if it is, or if YAML can't write the type."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    kinds = typing.get_args(hint) if is_union else (hint,)
+    hints = typing.get_args(hint) if is_union else (hint,)
+    kinds = [_yaml_type(part) for part in hints]
 
     if isinstance(value, str) and str not in kinds and _reads_as_number(value):
         number = float(value)
@@ -102,18 +109,73 @@ def type_problem(value: object, hint: Any) -> str:
             if problem:
                 return problem
 
-    plain = [kind for kind in kinds if kind in PLAIN]
-    if len(plain) < len(kinds) or any(_is_of(value, kind) for kind in plain):
-        return ""
-    return f"is {value!r}; allowed is {' or '.join(PLAIN[kind] for kind in plain)}"
+    # timm leaves null out of the hint of a list, or of a number or a list (color_jitter).
+    null_is_unclear = value is None and (list in kinds or None in kinds)
+    if Any not in kinds and not null_is_unclear and not any(_is_of(value, kind) for kind in kinds):
+        allowed = [PLAIN[kind] for kind in dict.fromkeys(kinds) if kind]
+        return f"is {shown(value)}; allowed is {' or '.join(allowed)}"
+
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"is {shown(value)}; allowed are whole numbers of up to 18 digits"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"is {value}; allowed are finite numbers"
+    return ""
+
+
+def _yaml_type(hint: Any) -> Any:
+    """Find the type of `PLAIN` that a hint stands for.
+
+    Returns:
+        None if YAML can write no such value, as for a function or a plugin, and Any if it is not
+        known.
+    """
+    kind = typing.get_origin(hint) or hint
+    if kind in PLAIN:
+        return kind
+    if kind is torch.device:
+        return str
+    if kind is tuple:
+        return list
+    if kind is Any or not inspect.isclass(kind) or issubclass(kind, enum.Enum):
+        return Any
+    if issubclass(kind, Mapping):
+        return dict
+    return Any if issubclass(list, kind) else None  # Sequence, for example, also means text
 
 
 def _is_of(value: object, kind: Any) -> bool:
-    if kind in (dict, dict[str, Any]):
+    if kind is None:
+        return False
+    if kind is dict:
         return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    return isinstance(value, {float: (int, float), list: (list, tuple)}.get(kind, kind))
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Show a value in a message; of a long one the beginning.
+
+    >>> shown("a" * 100, most=8)
+    "'aaaaaaa..."
+    """
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def refusal(error: Exception, arguments: Mapping[str, Any]) -> str:
+    """Describe what a library raised at the arguments of a call.
+
+    A ValueError tells what is wrong. Anything else may be far from the cause: the arguments follow.
+
+    >>> refusal(TypeError("'int' object is not iterable"), {"betas": 1})
+    "'int' object is not iterable; look at the arguments {'betas': 1}"
+    """
+    message = str(error) or type(error).__name__
+    if isinstance(error, ValueError):
+        return message
+    first_line = message.splitlines()[0].rstrip(".")
+    return f"{first_line}; look at the arguments {shown(dict(arguments), most=400)}"
 
 
 def _reads_as_number(text: str) -> bool:

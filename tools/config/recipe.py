@@ -12,7 +12,7 @@ import yaml
 
 from itop_prune.messages import nearest
 
-from .arguments import type_problem
+from .arguments import shown, type_problem
 from .sections import Section, section_problems
 from .yaml_text import NotYaml, load_yaml
 
@@ -139,8 +139,8 @@ def _override(values: Section, override: str) -> list[str]:
 
     try:
         value = load_yaml(text)
-    except NotYaml:
-        return [f"override {override!r}: {text!r} is not YAML"]
+    except NotYaml as error:
+        return [f"override {shown(override)}: {error}"]
 
     if not key:
         values[section] = value
@@ -154,6 +154,7 @@ def _override(values: Section, override: str) -> list[str]:
 
 
 SMALLEST = {
+    "accelerator.gradient_accumulation_steps": 1,
     "epochs": 1,
     "multiplier": 1,
     "stop_after_bad_losses": 1,
@@ -179,7 +180,7 @@ def _out_of_range(values: Section) -> list[str]:
             mistakes.append(f"{name}: is {number}; allowed is from {smallest}")
 
     clip = values.get("clip_grad_norm")
-    if clip is not None and not clip > 0:  # also NaN
+    if clip is not None and clip <= 0:
         mistakes.append(
             f"clip_grad_norm: is {clip}; allowed is a number above 0, or null for no clipping"
         )
@@ -193,6 +194,17 @@ def _contradictions(values: Section) -> list[str]:
         mistakes.append(
             f"data.batch_size: is {batch_size}; mixup mixes images in pairs: take an even number"
         )
+
+    schedule = values.get("lr_schedule") or {}
+    sched = str(schedule.get("sched"))
+    needed = {"multistep": "decay_milestones", "step": "decay_epochs"}.get(sched)
+    if needed and schedule.get(needed) is None:
+        mistakes.append(
+            f"lr_schedule: sched {sched} has no {needed}, and timm's default is of "
+            "another run, which no multiplier stretches; say after how many epochs the learning "
+            "rate falls"
+        )
+
     if values.get("mixup") and values.get("loss"):
         mistakes.append("loss: mixup makes soft labels; give label_smoothing in mixup instead")
     if values.get("regrow") and not values.get("masks"):

@@ -18,15 +18,17 @@ import timm.utils
 import torch
 from accelerate import Accelerator
 from accelerate.utils import PrecisionType
+from PIL import Image
 
 from itop_prune.initial_masks import apply, count_active
+from itop_prune.layers.handle import ITOP
 from itop_prune.messages import nearest
 from itop_prune.methods.saliency import SALIENCY
-from itop_prune.patterns import parse
+from itop_prune.patterns import Pattern, parse
 from itop_prune.scheduler import MaskScheduler
 
 from ..data.datasets import augmentation_of, open_data
-from .arguments import argument_problems
+from .arguments import argument_problems, refusal
 
 Section = dict[str, Any]
 Call = Callable[..., Any]
@@ -102,32 +104,42 @@ def _trial_problems(sections: Mapping[str, Section], augment: Call) -> list[str]
         try:
             return call(**{**needed, **sections[name]})
         except Exception as error:  # a factory may raise anything at a wrong argument
-            found = [str(error)]
+            found = [refusal(error, sections[name])]
 
         for key, value in sections[name].items() if needed else ():
             try:
                 call(**{**needed, key: value})
             except Exception as error:
-                found.append(str(error))
+                found.append(refusal(error, {key: value}))
         problems.extend(f"{name}: {problem}" for problem in dict.fromkeys(found))
         return None
 
     model = attempt("model", _make_model) if "model_name" in sections.get("model", {}) else None
 
-    pattern, sparsity, multiple = _pattern_of(sections.get("masks", {}))
-    layer = torch.nn.Linear(32 * multiple, 64)
+    layer = torch.nn.Linear(64, 64)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     attempt("optimizer", functools.partial(_make_optimizer, list(layer.parameters())))
-    attempt("lr_schedule", functools.partial(_make_schedule, optimizer))
-    attempt("augment", augment)
+    attempt("lr_schedule", functools.partial(_try_schedule, optimizer))
+    attempt("augment", _try_transforms if augment is timm.data.create_transform else augment)
     attempt("accelerator", _check_precision)
     attempt("mixup", timm.data.Mixup)
     attempt("loss", timm.loss.LabelSmoothingCrossEntropy)
-    # Without the model, name patterns have nothing to match.
-    try_masks = functools.partial(_try_masks, model or layer, model is not None)
-    attempt("masks", try_masks, sparsity=sparsity)
+    attempt("ema", functools.partial(_make_average, layer))
 
-    masks = apply(layer, sparsity, pattern=pattern)
+    # Without the model, name patterns have nothing to match.
+    pattern = _pattern_of(sections.get("masks", {}))
+    n, m = pattern or (32, 64)
+    any_layer = torch.nn.Linear(m, 64, device="meta")
+    try_masks = functools.partial(_try_masks, model or any_layer, model is not None)
+    counts = attempt("masks", try_masks, sparsity=1.0 - n / m)
+
+    # A pattern that divides no layer of the model may be too long for a layer with values.
+    if model is None or counts is None:
+        pattern, n, m = None, 32, 64
+    sparse = torch.nn.Linear(m, 64)
+    mask = (torch.arange(m) < n).expand(64, m)
+    masks = {"weight": ITOP.apply(sparse, "weight", mask, pattern)}
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=1.0)
     scheduler = functools.partial(MaskScheduler, masks, optimizer, total_steps=10**9)
     attempt("regrow", scheduler, every=1)
     return problems
@@ -150,21 +162,39 @@ def _make_optimizer(
     timm.optim.create_optimizer_v2(parameters, opt, **arguments)
 
 
-def _make_schedule(optimizer: torch.optim.Optimizer, **arguments: Any) -> None:
+def _try_schedule(optimizer: torch.optim.Optimizer, **arguments: Any) -> None:
+    """Make the schedule and use it, since timm reads some arguments only then."""
     sched = arguments.get("sched")
     if sched == "plateau":
         raise ValueError("sched plateau depends on the past and could not be resumed; take another")
 
-    needed = {"multistep": "decay_milestones", "step": "decay_epochs"}.get(str(sched))
-    if needed and arguments.get(needed) is None:
-        raise ValueError(
-            f"sched {sched} has no {needed}, and timm's default is of another run, which no "
-            "multiplier stretches; say after how many epochs the learning rate falls"
-        )
-
     schedule, _ = timm.scheduler.create_scheduler_v2(optimizer, **arguments, updates_per_epoch=1)
     if schedule is None and sched != "none":
         raise ValueError(f"timm knows no sched {sched!r}")
+    if schedule is not None:
+        schedule.step(1)
+        schedule.step_update(1)
+
+
+def _try_transforms(**arguments: Any) -> None:
+    """Transform a blank image, for training and for evaluation."""
+    for training in (True, False):
+        transform = timm.data.create_transform(224, is_training=training, **arguments)
+        image = transform(Image.new("RGB", (32, 32)))
+        if not isinstance(image, torch.Tensor) or image.shape != (3, 224, 224):
+            raise ValueError(
+                "these options give no images of the height and width data.image_size; leave out "
+                "naflex and patchify"
+            )
+        if not image.is_floating_point():
+            raise ValueError("normalize is False, and the model takes fractions; leave it out")
+
+
+def _make_average(model: torch.nn.Module, device: str | None = None, **arguments: Any) -> None:
+    """Make an average; the name of its device is checked, but it may be on another machine."""
+    if device is not None:
+        torch.device(device)
+    timm.utils.ModelEmaV3(model, **arguments)
 
 
 def _check_precision(mixed_precision: object = None, **arguments: Any) -> None:
@@ -181,25 +211,15 @@ def _check_precision(mixed_precision: object = None, **arguments: Any) -> None:
     )
 
 
-def _pattern_of(masks: Section) -> tuple[str | None, float, int]:
-    """Read the N:M pattern of the masks.
-
-    Returns:
-        The pattern, its sparsity, and M. Without a pattern, or if `apply` itself refuses it:
-        None, and a sparsity and M that serve.
-    """
-    pattern = masks.get("pattern")
+def _pattern_of(masks: Section) -> Pattern | None:
+    """Read N and M of the masks' pattern; None also if `apply` itself refuses it."""
     try:
-        numbers = parse(pattern)
+        return parse(masks.get("pattern"))
     except ValueError:
-        numbers = None
-    if numbers is None:
-        return None, 0.5, 2
-    n, m = numbers
-    return pattern, 1.0 - n / m, m
+        return None
 
 
-def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> None:
+def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> dict[str, int]:
     """Count active weights as `apply` would, on a model that may have no values."""
     method, pattern = arguments.get("method"), arguments.get("pattern")
     if method in tuple(SALIENCY) and pattern is not None:
@@ -224,4 +244,4 @@ def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> None:
         arguments.pop("exclude", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself warns of left-out layers
-        count_active(model, **arguments)
+        return count_active(model, **arguments)

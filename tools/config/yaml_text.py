@@ -4,6 +4,9 @@ from typing import Any
 
 import yaml
 
+DEEPEST = 20
+"""How many lists and mappings may lie in each other."""
+
 
 class NotYaml(ValueError):
     """Text that is not strict YAML; the message names the line if it is known."""
@@ -17,8 +20,7 @@ def load_yaml(text: str | bytes) -> Any:
     """
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, AttributeError) as error:
-        # PyYAML lets the last two through, for example at 2020-13-45.
+    except Exception as error:  # PyYAML raises anything, for example at 2020-13-45 and !!bool x
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
@@ -28,12 +30,21 @@ def load_yaml(text: str | bytes) -> Any:
 class _Loader(yaml.SafeLoader):
     """The safe loader, made strict."""
 
+    _depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Refuse an alias: a list may contain itself through one."""
+        """Refuse an alias, since a list may contain itself through one, and deep nesting."""
+        mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
             raise yaml.composer.ComposerError(None, None, "an alias (*name); write it out", mark)
-        return super().compose_node(parent, index)
+        if self._depth == DEEPEST:
+            problem = f"lists and mappings more than {DEEPEST} deep"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_whole(self, node: yaml.ScalarNode) -> int | str:
         """Read 2:4 as text; YAML 1.1 reads it to base 60, as 124."""

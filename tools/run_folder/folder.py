@@ -39,8 +39,8 @@ class RunError(Exception):
 
 
 def in_a_line(error: Exception) -> str:
-    """Write an error's message without its line breaks."""
-    return " ".join(str(error).split())
+    """Write an error's message without its line breaks, or its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def run_folder(recipe: Path, overrides: Sequence[str], seed: int) -> Path:

@@ -1,9 +1,11 @@
 """Build the run of a recipe, in this order: model, masks, average, optimizer, mask scheduler."""
 
 import atexit
+import contextlib
 import itertools
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +24,12 @@ import itop_prune
 from itop_prune.files.state_dicts import check_archive
 from itop_prune.methods import saliency
 
+from ..config.arguments import refusal
 from ..config.recipe import Recipe
 from ..data.datasets import Data, open_data
 from ..data.seeding import seed_everything
 from ..models import registration as models  # noqa: F401  (registers the papers' models with timm)
-from ..run_folder.folder import RunError
+from ..run_folder.folder import RunError, in_a_line
 from .checkpoint import check_weights
 from .cost import Cost
 from .ranks import end_gloo
@@ -41,6 +44,20 @@ The authors of GraSP take ten images of each class of CIFAR-100, those of SNIP o
 """
 
 
+@contextlib.contextmanager
+def arguments_of(recipe: Recipe, section: str) -> Iterator[None]:
+    """Report whatever timm, torch or Accelerate raises at the arguments of a section.
+
+    Raises:
+        RunError: It names the section, and follows from the library's error.
+    """
+    try:
+        yield
+    except Exception as error:
+        arguments = getattr(recipe, section) or {}
+        raise RunError(f"{section}: {refusal(error, arguments)}") from error
+
+
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Make the recipe's Accelerator.
 
@@ -52,10 +69,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     settings = {"cpu": not torch.accelerator.is_available(), **(recipe.accelerator or {})}
     # Trackers need the run folder, which exists only when training begins.
     settings.pop("log_with", None)
-    try:
+    with arguments_of(recipe, "accelerator"):
         accelerator = Accelerator(**settings)
-    except ValueError as error:
-        raise RunError(f"accelerator: {error}") from None
 
     # Accelerate looks for this package twice a step: spare it the search on the disk.
     if find_spec("lomo_optim") is None:
@@ -94,9 +109,11 @@ def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per
     model = unwrapped_model = build_model(recipe, data, accelerator.device)
     masks = place_masks(recipe, accelerator, model, data) if recipe.masks else {}
     cost = count_cost(model, data, accelerator.device)
-    ema = timm.utils.ModelEmaV3(model, **recipe.ema) if recipe.ema else None
+    with arguments_of(recipe, "ema"):
+        ema = timm.utils.ModelEmaV3(model, **recipe.ema) if recipe.ema else None
 
-    plain_optimizer = timm.optim.create_optimizer_v2(model, **recipe.optimizer)
+    with arguments_of(recipe, "optimizer"):
+        plain_optimizer = timm.optim.create_optimizer_v2(model, **recipe.optimizer)
     model, optimizer = accelerator.prepare(model, plain_optimizer)
 
     epochs = recipe.epochs * recipe.multiplier
@@ -135,7 +152,7 @@ def build_model(recipe: Recipe, data: Data | None, device: torch.device) -> nn.M
         if recipe.init:
             timm.models.load_checkpoint(model, recipe.init, weights_only=True)
     except Exception as error:  # from the model, a hub, or a checkpoint of another model
-        raise RunError(f"the model can't be built: {error}") from None
+        raise RunError(f"the model can't be built: {in_a_line(error)}") from None
 
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model.to(device, memory_format=layout)
@@ -260,18 +277,19 @@ def build_lr_schedule(
     if settings.get("sched") == "step" and settings.get("decay_epochs"):
         settings["decay_epochs"] *= recipe.multiplier
 
-    # timm applies a milestone of 10 at index 9, counted from 0. Recipes say "after 10 epochs",
-    # as papers do, so one epoch is added.
-    if settings.get("sched") == "multistep" and "decay_milestones" in settings:
-        index = 1.0 if settings.get("step_on_epochs", True) else 1.0 / steps_per_epoch
-        settings["decay_milestones"] = [
-            milestone * recipe.multiplier + index for milestone in settings["decay_milestones"]
-        ]
-
     epochs = recipe.epochs * recipe.multiplier
-    schedule, _ = timm.scheduler.create_scheduler_v2(
-        optimizer, num_epochs=epochs, updates_per_epoch=steps_per_epoch, **settings
-    )
+    with arguments_of(recipe, "lr_schedule"):
+        # timm applies a milestone of 10 at index 9, counted from 0. Recipes say "after 10 epochs",
+        # as papers do, so one epoch is added.
+        if settings.get("sched") == "multistep" and "decay_milestones" in settings:
+            index = 1.0 if settings.get("step_on_epochs", True) else 1.0 / steps_per_epoch
+            settings["decay_milestones"] = [
+                milestone * recipe.multiplier + index for milestone in settings["decay_milestones"]
+            ]
+
+        schedule, _ = timm.scheduler.create_scheduler_v2(
+            optimizer, num_epochs=epochs, updates_per_epoch=steps_per_epoch, **settings
+        )
     return schedule
 
 

@@ -128,8 +128,10 @@ def train_recipe(recipe: Recipe, folder: Path, resume: bool) -> int:
 
 def report_error(error: Exception) -> None:
     """Print an error to stderr; one that all ranks raise equally only on the first."""
+    # A value of the recipe may hold control characters, which a terminal would obey.
+    message = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(error))
     rank = os.environ.get("RANK", "0")
     if rank == "0":
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
     elif not isinstance(error, (RecipeError, RanksDiffer)):
-        print(f"rank {rank}: error: {error}", file=sys.stderr)
+        print(f"rank {rank}: error: {message}", file=sys.stderr)

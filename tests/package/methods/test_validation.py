@@ -54,7 +54,7 @@ def refused(message: str, **given: Any) -> None:
 def test_steps_are_counted_from_1(name: str) -> None:
     schedule(**{"total_steps": 1, "every": 1, name: 1})
     for value in (0, 1.0, math.nan, True, "1"):
-        allowed = "allowed are whole numbers from 1: it counts optimizer steps"
+        allowed = "allowed are whole numbers from 1 to 2^63 - 1: it counts optimizer steps"
         refused(f"{name} is {value!r}; {allowed}", **{name: value})
 
 

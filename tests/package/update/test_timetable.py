@@ -60,15 +60,15 @@ def test_the_last_update_is_at_the_stop_whatever_the_float() -> None:
         assert table(every=1, stop=hundredths / 100).updates()[-1] == hundredths
 
 
-WHOLE = "allowed are whole numbers from 1: it counts optimizer steps"
+WHOLE = r"allowed are whole numbers from 1 to 2\^63 - 1: it counts optimizer steps"
 SHARE = "allowed is a number in .0, 1."
 
 
 @pytest.mark.parametrize(
     ("name", "values", "allowed"),
     [
-        ("total_steps", [0, -1, 1.5, "3", True, None], WHOLE),
-        ("every", [0, -1, 2.5, "3", True, None], WHOLE),
+        ("total_steps", [0, -1, 1.5, "3", True, None, 2**63, 10**400], WHOLE),
+        ("every", [0, -1, 2.5, "3", True, None, 10**400], WHOLE),
         ("stop", [0.0, -0.5, 1.01, math.nan, "0.5", True], SHARE),
         ("rate", [0.0, -0.5, 1.01, math.nan, "0.5", True], f"{SHARE}, or 0 with final_sparsity"),
         ("min_rate", [-0.1, 0.6, math.nan, "0.1"], "allowed is a number in .0, rate., and rate is"),

@@ -1,9 +1,12 @@
 """Keyword arguments against a signature: unknown, missing, of a wrong type, or text by accident."""
 
+import math
 import typing
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from itop_prune_tools.config.arguments import argument_problems, type_problem
@@ -142,6 +145,10 @@ def test_annotations_that_can_not_be_resolved_are_passed_over() -> None:
         ([1, 2], tuple[int, ...]),
         ((1, 2), tuple[int, int]),
         ("head", typing.Sequence[str]),
+        ({"head": 1.0}, Mapping[str, float] | None),
+        ("cpu", torch.device | None),
+        (None, float | tuple[float, ...]),
+        (2**63 - 1, int),
         (3, Any),
         ("pad", Literal["crop", "pad"]),
     ],
@@ -172,6 +179,12 @@ def test_a_value_of_the_type_passes(value: object, hint: Any) -> None:
         ([3], int, "a whole number"),
         ([], float, "a number"),
         (["sgd"], str, "text"),
+        (3, list[int], "a list"),
+        ("x", tuple[float, float] | None, "a list or null"),
+        (3, str | Callable[[float], float], "text"),
+        ({"a": 1}, torch.nn.Module | None, "null"),
+        ([1], Mapping[str, float], "a mapping of keys to values"),
+        (3, torch.device | None, "text or null"),
     ],
     ids=repr,
 )
@@ -194,6 +207,17 @@ def test_text_that_reads_as_a_number_is_written_as_what_is_wanted() -> None:
 
 def test_text_that_reads_as_a_number_is_found_inside_a_list() -> None:
     assert type_problem([1, [2, "3e1"]], Any) == "'3e1' is text to YAML; write 30.0"
+
+
+@pytest.mark.parametrize(
+    "number", [math.nan, -math.inf, 2**63, -(10**400)], ids=["nan", "inf", "int", "digits"]
+)
+@pytest.mark.parametrize("hint", [float, int | float, Any, list[float]], ids=str)
+def test_a_number_that_torch_does_not_take_is_found(number: float, hint: Any) -> None:
+    value = [number] if hint == list[float] else number
+    problem = type_problem(value, hint)
+    assert problem.startswith(f"is {number!r}"[:80])
+    assert len(problem) < 200
 
 
 def test_digits_are_text_where_text_is_wanted() -> None:
