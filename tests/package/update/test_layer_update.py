@@ -21,7 +21,7 @@ def layer_update(stream: tuple[object, ...] = (0, 0), pattern: Any = None) -> La
         layer.weight.copy_(torch.arange(1.0, 9.0).view(1, 8))
     itop = ITOP.apply(layer, "weight", torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0]]), pattern)
     gradients = DenseGradients({"fc": itop}, {"weight"}, 1, 1)
-    return LayerUpdate("fc", itop, itop.mask.clone(), gradients, stream)
+    return LayerUpdate("fc", itop, {"fc": itop.mask.clone()}, gradients, stream)
 
 
 def rules(prune: Any = "magnitude", grow: Any = "random") -> Rules:
