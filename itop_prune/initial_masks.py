@@ -7,7 +7,6 @@ after the second and leaves the model alone.
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from itop_prune.layers.maskable import (
     unwrap,
 )
 from itop_prune.layers.masked_layer import effective, is_standardized
-from itop_prune.layers.sparse_handle import STORAGES
+from itop_prune.layers.sparse_handle import STORAGES, Storage
 from itop_prune.messages import nearest
 from itop_prune.methods.distributions import DISTRIBUTIONS, Distribution, active_counts
 from itop_prune.methods.lookup import lookup
@@ -48,7 +47,7 @@ def apply(
     include: Patterns = ("*",),
     exclude: Patterns = (),
     strict: bool = False,
-    storage: Literal["mask", "sparse"] = "mask",
+    storage: Storage = "mask",
     seed: int = 0,
 ) -> dict[str, ITOP]:
     """Make a model sparse: mask every weight matrix of a convolution or linear map.

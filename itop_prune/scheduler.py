@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from itop_prune import distributed
+from itop_prune import bits, distributed
 from itop_prune.distributed import UpdateInputs, world_size
-from itop_prune.layers.handle import ITOP, active_weights, find_masks
+from itop_prune.layers.handle import ITOP, active_weights
 from itop_prune.methods import schedules
 from itop_prune.methods.criteria import Criterion
 from itop_prune.methods.distributions import Distribution
@@ -30,6 +31,7 @@ from itop_prune.update.optimizer_state import (
     check_holds_parameters,
     check_statistics,
     has_any_gradient,
+    may_write_nan,
     pad_to,
     statistics,
     zero_statistics,
@@ -115,6 +117,8 @@ class MaskScheduler:
         seed: Of random criteria and ties.
         check_ranks: Whether ranks compare a checksum of masks and weights at every update, and stop
             a run that has diverged. Masks are compared once, here, in any case.
+        scaler: The gradient scaler of the loop. Each backward's dense gradient is divided by the
+            scale of that backward. An optimizer wrapped by Accelerate brings its own.
 
     Raises:
         ValueError: A value is out of range, a name is unknown, the optimizer does not hold a masked
@@ -158,6 +162,7 @@ class MaskScheduler:
         survival: bool = False,
         seed: int = 0,
         check_ranks: bool = False,
+        scaler: GradScaler | None = None,
     ) -> None:
         self._timetable = Timetable(
             total_steps,
@@ -183,12 +188,17 @@ class MaskScheduler:
 
         self._step, self._due = 0, False
         self.updates = self.skipped = 0
-        self._gradients = DenseGradients(self._masks, self._rules.needs, gradient_steps, every)
+        if scaler is None:
+            scaler = getattr(optimizer, "scaler", None)  # of Accelerate's wrapper
+        self._gradients = DenseGradients(
+            self._masks, self._rules.needs, gradient_steps, every, scaler
+        )
         self._exploration = Exploration(self._masks, survival)
         self._without_gradient = set(self._movable())  # layers without one since the last update
         self._warnings = PendingWarnings()
-        self._moved: dict[str, Tensor] = {}
-        """In sparse storage: slots with another owner than at the last call of `clean_average`."""
+        # Of sparse storage, as bits with their shape: slots with another owner than at the last
+        # call of `clean_average`.
+        self._moved: dict[str, tuple[Tensor, torch.Size]] = {}
         self._prepare_next_step()
 
     def _check_fit(self) -> None:
@@ -263,21 +273,25 @@ class MaskScheduler:
         return self._exploration.survival_rate()
 
     @torch.no_grad()
-    def clean_average(self, *averages: nn.Module) -> None:
-        """Set weights of averages (timm's `ModelEmaV3.module`) to 0 that have left the masks.
+    def clean_average(self, *averages: Mapping[str, ITOP]) -> None:
+        """Set weights of averages to 0 that are not active in the model any more.
 
-        Call it after the averages' update, in a step in which masks moved or in every step; give
-        it all averages at once. Where an update may add weights to a layer in sparse storage
-        (redistribution, the scope "global"), call it before the averages' update too. It makes
-        their parameters as long as the model's.
+        An average (timm's `ModelEmaV3`) remembers them, and they may grow again. Call this after
+        every update of the averages, or at least in every step in which masks moved; give it all
+        averages at once. Where layers in sparse storage may gain weights (redistribution, the scope
+        "global", a density that rises), call it also before the averages' update, if `step`
+        returned True: it makes their parameters as long as the model's.
 
-        An average of buffers (`ModelEmaV2`, `AveragedModel(use_buffers=True)`) can't be right,
-        since masks and positions are no numbers to average.
+        Averages of buffers (`ModelEmaV2`, `AveragedModel(use_buffers=True)`) can't be right, since
+        masks and positions are not to be averaged.
+
+        Args:
+            averages: What `itop_prune.find_masks` finds in each.
         """
-        for average in averages:
-            for name, itop in find_masks(average).items():
-                if name in self._masks:
-                    itop.follow(self._masks[name], self._moved.get(name))
+        for masks in averages:
+            for name in masks.keys() & self._masks.keys():
+                moved = bits.unpack(*self._moved[name]) if name in self._moved else None
+                masks[name].follow(self._masks[name], moved)
         self._moved.clear()
 
     def step(self) -> bool:
@@ -298,6 +312,10 @@ class MaskScheduler:
             ValueError: A criterion or redistribution did not give numbers, or the masked parameters
                 are no longer those that the optimizer holds.
         """
+        if may_write_nan(self._optimizer):
+            for itop in self._masks.values():
+                itop.zero_off_mask()
+
         step = self._step + 1
         due = self._due or step in self.update_steps()
         needs_gradients = due or self.listens or self._without_gradient or step == 1
@@ -420,8 +438,10 @@ class MaskScheduler:
         zero_statistics(self._optimizer, itop.parameter, found, stayed)
 
         if itop.storage == "sparse":
-            before = self._moved.get(name, ~stayed)
-            self._moved[name] = ~stayed | pad_to(before, stayed.shape)
+            moved, earlier = ~stayed, self._moved.get(name)
+            if earlier is not None:
+                moved |= pad_to(bits.unpack(*earlier), stayed.shape)
+            self._moved[name] = bits.pack(moved), moved.shape
         self._gradients.forget(name)
 
     def _check_slots(self, changes: Mapping[str, tuple[int, int]], active: Counts) -> None:

@@ -76,13 +76,7 @@ Entry = Tensor | ActiveWeights
 
 def with_active_weights(state: Mapping[str, Any]) -> dict[str, Any]:
     """Put `ActiveWeights` in place of weights in sparse storage, under the names of a mask."""
-    names = {entry.removesuffix("_positions") for entry in state if entry.endswith("_positions")}
-    owners: dict[str, str] = {}
-    for name in names:
-        entries = values_name(name), positions_name(name), shape_name(name)
-        if all(entry in state for entry in entries):
-            owners |= dict.fromkeys(entries, name)
-
+    owners = _sparse_entries(state)
     found: dict[str, Any] = {}
     for entry, tensor in state.items():
         if entry not in owners:
@@ -92,6 +86,17 @@ def with_active_weights(state: Mapping[str, Any]) -> dict[str, Any]:
             weight = _read_slots(name, tensor, state[positions_name(name)], state[shape_name(name)])
             found[parameter_name(name)] = found[mask_name(name)] = weight
     return found
+
+
+def _sparse_entries(state: Mapping[str, object]) -> dict[str, str]:
+    """Find the entries of weights in sparse storage, and the names of their weights."""
+    names = {entry.removesuffix("_positions") for entry in state if entry.endswith("_positions")}
+    owners: dict[str, str] = {}
+    for name in names:
+        entries = values_name(name), positions_name(name), shape_name(name)
+        if all(entry in state for entry in entries):
+            owners |= dict.fromkeys(entries, name)
+    return owners
 
 
 def _read_slots(name: str, values: Tensor, positions: Tensor, shape: Tensor) -> ActiveWeights:
@@ -110,9 +115,10 @@ def _read_slots(name: str, values: Tensor, positions: Tensor, shape: Tensor) -> 
 
 
 def masked(state: Mapping[str, object]) -> set[str]:
-    """Find the names of the masked weights in a state dict."""
+    """Find the names of the masked weights in a state dict, of either storage."""
     names = {entry.removesuffix("_mask") for entry in state if entry.endswith("_mask")}
-    return {name for name in names if parameter_name(name) in state}
+    names = {name for name in names if parameter_name(name) in state}
+    return names | set(_sparse_entries(state).values())
 
 
 def entries_by_weight(state: Mapping[str, object]) -> dict[str, list[str]]:

@@ -2,12 +2,13 @@
 
 import json
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from itop_prune.layers.masked_layer import (
     sparse_names,
 )
 from itop_prune.layers.names import mask_name, parameter_name, positions_name, values_name
-from itop_prune.layers.sparse_handle import STORAGES
+from itop_prune.layers.sparse_handle import STORAGES, Storage
 from itop_prune.layers.sparse_storage import gather
 from itop_prune.messages import nearest
 from itop_prune.methods.lookup import lookup
@@ -85,7 +86,7 @@ def load(
     source: Mapping[str, Tensor] | str | Path,
     *,
     strict: bool = True,
-    storage: Literal["mask", "sparse"] = "mask",
+    storage: Storage = "mask",
 ) -> dict[str, ITOP]:
     """Make a model sparse with the weights and masks of a saved sparse model.
 
@@ -363,6 +364,8 @@ def _read(path: Path) -> Mapping[str, Entry]:
         )
     if path.suffix == ".safetensors":
         return small_files.read(path)
+
+    check_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -377,6 +380,27 @@ def _read(path: Path) -> Mapping[str, Entry]:
             f"{path} is damaged or no file of torch.save: {error!r}; copy or save it again"
         ) from None
     return _find_state_dict(state, str(path))
+
+
+def check_archive(path: Path) -> None:
+    """Compare the checksums within a file of `torch.save`, which `torch.load` does not do.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":  # no zip archive: `torch.load` reads other formats too
+            return
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.serialization.set_crc32_options(False) writes 0 for all of them.
+            for entry in (entry for entry in archive.infolist() if entry.CRC):
+                with archive.open(entry) as file:
+                    while file.read(1 << 20):  # the end compares
+                        pass
+    except Exception as error:  # of any kind, as what is damaged happens to read
+        raise ValueError(f"{path} is damaged: {error}; copy or save it again") from None
 
 
 def _find_state_dict(source: Any, called: str) -> Mapping[str, Tensor]:

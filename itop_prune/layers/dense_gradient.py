@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from itop_prune.layers.masked_layer import pass_dense_gradient
@@ -20,8 +21,8 @@ class DenseGradientHook:
     FSDP2 only to None). Gradients of `torch.autograd.grad` are not counted.
     """
 
-    def __init__(self, layer: nn.Module, name: str) -> None:
-        self._layer, self._name = layer, name
+    def __init__(self, layer: nn.Module, name: str, scaler: GradScaler | None) -> None:
+        self._layer, self._name, self._scaler = layer, name, scaler
         self._sum: Tensor | None = None
         self._arriving: Tensor | None = None
         self._last_grad: tuple[Tensor, int] | None = (
@@ -82,8 +83,15 @@ class DenseGradientHook:
         arrived, self._arriving = self._arriving, None
         if arrived is not None:
             before = self._sum
-            dense = arrived.to(torch.float32, copy=before is None)
+            dense = self._unscaled(arrived, copy=before is None)
             self._sum = dense if before is None else before + dense
+
+    def _unscaled(self, gradient: Tensor, *, copy: bool = False) -> Tensor:
+        """Convert a gradient to float32, divided by the scale of the present backward."""
+        if self._scaler is None:
+            return gradient.to(torch.float32, copy=copy)
+        one = torch.ones((), device=gradient.device)
+        return gradient.float() / self._scaler.scale(one)  # the scale, without a synchronization
 
     def _remember(self, gradient: Tensor | None) -> None:
         self._last_grad = None if gradient is None else (gradient, gradient._version)
@@ -118,12 +126,12 @@ class ShardedDenseGradientHook(DenseGradientHook):
             return
 
         if self._sum is None or self._last_grad is None or self._last_grad[0] is not gradient:
-            self._sum = gradient.to(torch.float32, copy=True)
+            self._sum = self._unscaled(gradient, copy=True)
         else:
             # Active positions have added up in `.grad`. The others were set to 0 after the last
             # pass.
-            mask = like(self._mask, gradient)
-            self._sum = torch.where(mask, gradient, self._sum + gradient).float()
+            mask, total = like(self._mask, gradient), self._unscaled(gradient)
+            self._sum = torch.where(mask, total, self._sum + total)
         zero_off_mask(gradient, self._mask)
         self._remember(gradient)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.utils import prune
 
 from itop_prune.layers.dense_gradient import DenseGradientHook, ShardedDenseGradientHook
@@ -215,16 +216,22 @@ class ITOP(prune.BasePruningMethod):
 
         Args:
             other: The mask of the model that is averaged.
-            changed: Bool, of the parameter's shape: what has moved since the last call, in sparse
-                storage. None: nothing.
+            changed: Bool, of the other parameter's shape: what has moved since the last call. Only
+                sparse storage needs it; None: nothing.
         """
-        zero_off_mask(self.parameter, other.mask)
+        zero_off_mask(self.parameter, other.mask.to(self.parameter.device))
 
-    def collect_dense_gradient(self) -> None:
-        """Collect the dense gradient in the backward passes to come; `.grad` stays sparse."""
+    def collect_dense_gradient(self, scaler: GradScaler | None = None) -> None:
+        """Collect the dense gradient in the backward passes to come; `.grad` stays sparse.
+
+        With a scaler the gradient of each pass is divided by its scale.
+        """
         if self._gradient_hook is None:
-            kind = ShardedDenseGradientHook if is_sharded(self.parameter) else DenseGradientHook
-            self._gradient_hook = kind(self._layer, self._tensor_name)
+            kind = self._kind_of_hook()
+            self._gradient_hook = kind(self._layer, self._tensor_name, scaler)
+
+    def _kind_of_hook(self) -> type[DenseGradientHook]:
+        return ShardedDenseGradientHook if is_sharded(self.parameter) else DenseGradientHook
 
     def take_dense_gradient(self) -> Tensor | None:
         """Stop collecting and return the dense gradient, float32, or None if there is none."""

@@ -79,8 +79,6 @@ def _give_class(layer: nn.Module, names: tuple[str, ...], sparse: tuple[str, ...
     layer.__class__ = _subclass(base, names, sparse) if names else base
     if isinstance(layer, nn.RNNBase):
         layer.__dict__.pop("_flat_weights", None)
-        if not names:
-            layer._init_flat_weights()
 
 
 @torch.no_grad()
@@ -91,10 +89,10 @@ def detach(layer: Any, name: str) -> None:
         parameter.copy_(getattr(layer, name))
     zero_off_mask(parameter, mask)
 
-    _take_class(layer, name)
     _rename(layer._parameters, parameter_name(name), name)
     del layer._buffers[mask_name(name)]
     layer.__dict__.pop(dense_backward_name(name), None)
+    _take_class(layer, name)
 
 
 def detach_sparse(layer: Any, name: str) -> None:
@@ -102,12 +100,12 @@ def detach_sparse(layer: Any, name: str) -> None:
     values = layer._parameters[values_name(name)]
     weight = nn.Parameter(getattr(layer, name).detach(), values.requires_grad)
 
-    _take_class(layer, name)
     _rename(layer._parameters, values_name(name), name)
     layer._parameters[name] = weight
     del layer._buffers[positions_name(name)]
     for attribute in (layout_name(name), probe_name(name)):
         layer.__dict__.pop(attribute, None)
+    _take_class(layer, name)
 
 
 def _take_class(layer: Any, name: str) -> None:
@@ -115,6 +113,8 @@ def _take_class(layer: Any, name: str) -> None:
     names = tuple(other for other in layer.masked_names if other != name)
     _give_class(layer, names, tuple(other for other in layer.sparse_names if other != name))
     layer.__dict__.pop(pattern_name(name), None)
+    if isinstance(layer, nn.RNNBase) and not names:
+        layer._init_flat_weights()
 
 
 def _rename(parameters: dict[str, Any], old: str, new: str) -> None:
@@ -226,7 +226,12 @@ def effective(weight: Tensor, mask: Tensor, centred: bool) -> Tensor:
 
 
 def _product(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Multiply a tensor by a mask, viewed as uint8 in eager mode: half the time of bool."""
+    """Multiply a tensor by a mask, viewed as uint8 in eager mode: half the time of bool.
+
+    In float16 Adam's eps is 0, so it writes 0 / 0 off the mask. A product would keep that NaN.
+    """
+    if tensor.dtype is torch.float16:  # by identity: in a trace the type is a proxy
+        return torch.where(mask, tensor, 0.0)
     graph = (
         torch.compiler.is_compiling() or torch.jit.is_tracing()
     )  # a trace can't express the view

@@ -1,5 +1,7 @@
 """The handle of a mask in sparse storage: the layer holds active values and their positions."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle, unserializable_hook
@@ -94,10 +96,8 @@ class SparseITOP(ITOP):
         if changed is not None:
             self.parameter.masked_fill_(changed.to(self.parameter.device), 0)
 
-    def collect_dense_gradient(self) -> None:
-        """Collect the dense gradient in the backward passes to come, beside the slots' own."""
-        if self._gradient_hook is None:
-            self._gradient_hook = SparseGradientHook(self._layer, self._tensor_name)
+    def _kind_of_hook(self) -> type[DenseGradientHook]:
+        return SparseGradientHook
 
 
 class SparseGradientHook(DenseGradientHook):
@@ -147,4 +147,5 @@ class SparseGradientHook(DenseGradientHook):
         self._values_came_first = False
 
 
-STORAGES = {"mask": ITOP, "sparse": SparseITOP}
+Storage = Literal["mask", "sparse"]
+STORAGES: dict[str, type[ITOP]] = {"mask": ITOP, "sparse": SparseITOP}

@@ -72,10 +72,9 @@ def backward(
     layout = Layout(tuple(shape), channels_last)
     if not stride:
         if needs_x:
-            for_x = gradient.matmul(dense(values, positions, layout))
+            for_x = gradient.mm(dense(values, positions, layout))
         if needs_weight:
-            rows = gradient.reshape(-1, gradient.shape[-1])
-            for_weight = rows.t().mm(x.reshape(-1, x.shape[-1]))
+            for_weight = gradient.t().mm(x)
         return for_x, for_weight
 
     # Without the input's gradient the weight's numbers are not read, only its shape.
@@ -135,9 +134,7 @@ class _Product(torch.autograd.Function):
 
         for_bias = None
         if needs_bias:
-            channels = -1 if ctx.geometry == LINEAR else 1
-            others = [dim for dim in range(gradient.ndim) if dim != channels % gradient.ndim]
-            for_bias = gradient.sum(others) if others else gradient
+            for_bias = gradient.sum([dim for dim in range(gradient.ndim) if dim != 1])
         return (
             for_x if needs_x else None,
             gather(for_weight, positions) if needs_values else None,
@@ -163,8 +160,11 @@ def product(layer: nn.Module, x: Tensor, geometry: Geometry = LINEAR) -> Tensor:
 
 
 def linear_forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """Stand in for `nn.Linear.forward`."""
-    return product(layer, x)
+    """Stand in for `nn.Linear.forward`; any leading dimensions are rows."""
+    if x.ndim == 2:
+        return product(layer, x)
+    rows = product(layer, x.reshape(-1, x.shape[-1]))
+    return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 def convolution_forward(layer: Any, x: Tensor) -> Tensor:

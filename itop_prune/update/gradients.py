@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from itop_prune import distributed
 from itop_prune.layers.handle import ITOP
@@ -23,15 +24,25 @@ class DenseGradients:
     """
 
     def __init__(
-        self, masks: Mapping[str, ITOP], needs: Collection[str], steps: int, every: int
+        self,
+        masks: Mapping[str, ITOP],
+        needs: Collection[str],
+        steps: int,
+        every: int,
+        scaler: GradScaler | None = None,
     ) -> None:
         if not is_count(steps) or steps > every:
             raise ValueError(
                 f"gradient_steps is {steps!r}; allowed are whole numbers from 1 to every, {every}: "
                 "the steps before an update"
             )
+        if scaler is not None and not isinstance(scaler, GradScaler):
+            raise ValueError(
+                f"scaler is {type(scaler).__name__}; allowed is a torch.amp.GradScaler, or None: "
+                "pass the one that scales the loss"
+            )
         self.needed = "grad" in needs or "momentum" in needs
-        self._masks, self._steps = masks, steps
+        self._masks, self._steps, self._scaler = masks, steps, scaler
         self._needs_average = "momentum" in needs
         self._needs_sum = "grad" in needs and steps > 1
 
@@ -63,7 +74,7 @@ class DenseGradients:
             return
         for name, itop in self._masks.items():
             if name in names:
-                itop.collect_dense_gradient()
+                itop.collect_dense_gradient(self._scaler)
             else:
                 itop.take_dense_gradient()
 

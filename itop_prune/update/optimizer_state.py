@@ -109,6 +109,17 @@ def has_any_gradient(optimizer: Optimizer) -> bool:
     return False
 
 
+def may_write_nan(optimizer: Optimizer) -> bool:
+    """Tell whether 0 / (0 + eps) may be 0 / 0, as for weights whose gradient is always 0.
+
+    The usual eps of Adam, 1e-8, is 0 in float16.
+    """
+    return any(
+        group.get("eps") == 0 or any(p.dtype == torch.float16 for p in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
 def check_statistics(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
     """Refuse an optimizer whose statistics of single weights can't be set to 0.
 

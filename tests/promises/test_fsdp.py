@@ -98,12 +98,14 @@ def train(
     sync_last: bool = False,
     cleared: bool = False,
     policy: str = "plain",
+    scaled: bool = False,
     **placing: Any,
 ) -> dict[str, Any]:
     """Train on a rank's half of the data, or with `part` None on all of it without ranks.
 
     With `sync_last` gradients are exchanged after the last micro-batch alone; with `cleared` those
-    of the others are cleared. All tensors of the history are whole.
+    of the others are cleared. With `scaled` the ranks have a scale that doubles at each step. All
+    tensors of the history are whole.
     """
     make, shape = BUILDS[build]
     network = make()
@@ -111,8 +113,11 @@ def train(
     if part is not None:
         shard(network, policy)
     optimizer = getattr(torch.optim, optimizer_of)(network.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler(
+        "cpu", init_scale=1024.0, growth_interval=1, enabled=scaled and part is not None
+    )
     regrow = itop_prune.MaskScheduler(
-        masks, optimizer, total_steps=40, every=EVERY, grow=grow, check_ranks=True
+        masks, optimizer, total_steps=40, every=EVERY, grow=grow, check_ranks=True, scaler=scaler
     )
     history = []
     for step in range(STEPS):
@@ -122,9 +127,11 @@ def train(
                 network.zero_grad()
             if part is not None and sync_last:
                 network.set_requires_gradient_sync(micro == micro_batches - 1)
-            (F.cross_entropy(network(x), y) / micro_batches).backward()
+            scaler.scale(F.cross_entropy(network(x), y) / micro_batches).backward()
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(network.parameters(), 0.5)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         moved = regrow.step()
         optimizer.zero_grad()
         history.append(
@@ -314,6 +321,12 @@ TRAININGS: dict[str, dict[str, Any]] = {
         "sync_last": True,
     },
     "gradient growth, on the CPU": {"build": "mlp", "grow": "gradient", "policy": "offload"},
+    "momentum growth, scaled": {
+        "build": "mlp",
+        "grow": "momentum",
+        "micro_batches": 2,
+        "scaled": True,
+    },
     "gradient growth, standardized": {"build": "standardized", "grow": "gradient"},
     "gradient growth, a rank without rows": {"build": "narrow", "grow": "gradient"},
     "gradient growth, 2:4": {

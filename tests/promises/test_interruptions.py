@@ -33,8 +33,10 @@ from helpers.processes import (
 from itop_prune_tools.checks import kill_and_resume
 from itop_prune_tools.run_folder.metrics import Metrics
 from itop_prune_tools.training import command as train
+from itop_prune_tools.training import export
 from itop_prune_tools.training.checkpoint import Checkpoints, damage
 from itop_prune_tools.training.stop import StopRequest
+from safetensors.torch import load_file
 
 
 def run(folder: Path, *arguments: str) -> int:
@@ -369,6 +371,52 @@ def test_checksums_that_are_not_ours_are_damage(copied: Path) -> None:
     for text in ("{}", '{"state.pt": "0"}', '{"../../x": "0"}', "[1]", '"text"', "null"):
         path.write_text(text)
         assert damage(path.parent).startswith(str(path))
+
+
+def test_a_flipped_bit_of_weights_is_found_wherever_they_are_read(
+    copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ("--to", "dense", "--shape", "1,8,8")
+    best = copied / "checkpoints" / "best"
+    files = {
+        copied: copied / "model.safetensors",
+        copied / "model.safetensors": copied / "model.safetensors",
+        best: best / "ema.safetensors",  # of a recipe with an average it is the one to read
+        best / "model.safetensors": best / "model.safetensors",
+    }
+    for given in files:
+        assert run(tmp_path / "run", f"--evaluate={given}") == 0
+
+    for file in {*files.values()}:
+        flip(file)
+
+    capsys.readouterr()
+    for number, (given, file) in enumerate(files.items()):
+        assert run(tmp_path / "run", f"--evaluate={given}") == 1
+        assert f"{file} is damaged; allowed are files that match" in capsys.readouterr().err
+        assert export.main([str(given), str(tmp_path / f"{number}.pth"), *out]) == 1
+        assert f"{file} is damaged; allowed are files that match" in capsys.readouterr().err
+        assert not (tmp_path / f"{number}.pth").exists()
+
+    # A run that goes on from its last checkpoint writes its final weights anew.
+    assert run(copied, "epochs=3", "--resume") == 0
+    assert run(tmp_path / "run", f"--evaluate={copied}") == 0
+
+
+@pytest.mark.parametrize("key", ["init", "model.checkpoint_path"])
+def test_a_flipped_bit_of_the_weights_that_a_run_begins_with_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    dense = ("epochs=1", "masks=null", "regrow=null")
+    assert run(tmp_path / "dense", *dense) == 0
+    weights, copy = tmp_path / "dense" / "model.safetensors", tmp_path / "weights.pt"
+    torch.save(load_file(weights), copy)
+    for path, found in ((weights, "is damaged; allowed are"), (copy, "is damaged: Bad CRC-32")):
+        assert run(tmp_path / "run", *dense, f"{key}={path}", "--dry-run") == 0
+        flip(path)
+        assert run(tmp_path / "run", *dense, f"{key}={path}", "--dry-run") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: the model can't be built: {path} {found}")
 
 
 class Hostile:

@@ -99,6 +99,7 @@ def trained(
     placed = {"sparsity": 0.8, **(placed or {})}
     masks = itop_prune.apply(model, storage=storage, **placed)
     average = ModelEmaV3(model, decay=0.9)
+    averaged = itop_prune.find_masks(average.module)
     built = OPTIMIZERS[optimizer](model.parameters())
     rules = {"total_steps": steps, "every": EVERY, "stop": 0.95, **rules}
     regrow = itop_prune.MaskScheduler(masks, built, **rules)
@@ -110,9 +111,9 @@ def trained(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         built.step()
         if regrow.step():
-            regrow.clean_average(average.module)  # first: sparse parameters may be longer now
+            regrow.clean_average(averaged)  # first: sparse parameters may be longer now
         average.update(model, step=step)
-        regrow.clean_average(average.module)
+        regrow.clean_average(averaged)
         built.zero_grad()
     return model, regrow, average.module
 

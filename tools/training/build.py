@@ -4,6 +4,7 @@ import atexit
 import itertools
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import itop_prune
+from itop_prune.files.state_dicts import check_archive
 from itop_prune.methods import saliency
 
 from ..config.recipe import Recipe
@@ -24,6 +26,7 @@ from ..data.datasets import Data, open_data
 from ..data.seeding import seed_everything
 from ..models import registration as models  # noqa: F401  (registers the papers' models with timm)
 from ..run_folder.folder import RunError
+from .checkpoint import check_weights
 from .cost import Cost
 from .ranks import end_gloo
 from .run import Run
@@ -124,6 +127,9 @@ def build_model(recipe: Recipe, data: Data | None, device: torch.device) -> nn.M
     """
     seed_everything(recipe.seed, "weights")
     try:
+        for file in filter(None, (recipe.init, recipe.model.get("checkpoint_path"))):
+            check_weights(Path(file))
+            check_archive(Path(file))
         model = timm.create_model(**recipe.model)
         if recipe.init:
             timm.models.load_checkpoint(model, recipe.init, weights_only=True)

@@ -4,12 +4,15 @@
 - `ema.safetensors`: the same of the average, if the recipe has one.
 - `state.pt`: everything else, read with `weights_only=True`.
 - `checksums.json`: the SHA-256 of each file.
+
+A run folder has the final `model.safetensors`, with checksums of the same form.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from itop_prune.files import small_files
+from itop_prune.files.state_dicts import check_archive
 
 from .sharded import load_model_state
 
@@ -53,8 +57,7 @@ class Checkpoints:
             for name, tensors in models.items():
                 save_model(tensors, unfinished / f"{name}.safetensors")
             torch.save(state, unfinished / "state.pt")
-            sums = {path.name: checksum(path) for path in sorted(unfinished.iterdir())}
-            (unfinished / CHECKSUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+            write_checksums(sorted(unfinished.iterdir()))
 
             # The best comes first: a run killed between the two resumes from before both.
             if best:
@@ -116,6 +119,7 @@ def load_checkpoint(folder: Path, models: dict[str, nn.Module]) -> dict[str, Any
     """
     try:
         path = folder / "state.pt"
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name, model in models.items():
             path = folder / f"{name}.safetensors"
@@ -127,22 +131,57 @@ def load_checkpoint(folder: Path, models: dict[str, nn.Module]) -> dict[str, Any
     return state
 
 
-def damage(folder: Path) -> str:
-    """Describe what differs from the checksums of a checkpoint; "" if nothing does."""
-    try:
-        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        files = {name: folder / name for name in sums if Path(name).name == name}
-        if not files.keys() >= {"model.safetensors", "state.pt"}:
-            return f"{folder / CHECKSUMS} names no model and state"
+def damage(folder: Path, only: str | None = None) -> str:
+    """Describe what differs from the checksums of a folder; "" if nothing does.
 
-        for name, path in files.items():
-            if checksum(path) != sums[name]:
-                return f"{path} is damaged"
+    Args:
+        folder: A checkpoint.
+        only: Name of a single file to check, if the checksums have it. The folder may then be any.
+    """
+    path = folder / CHECKSUMS
+    try:
+        sums = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(sums, dict) or not all(isinstance(text, str) for text in sums.values()):
+            return f"{path} is damaged: it holds no checksums by file name"
+
+        files = {name: folder / name for name in sums if Path(name).name == name}
+        if only:
+            files = {name: file for name, file in files.items() if name == only}
+        elif not files.keys() >= {"model.safetensors", "state.pt"}:
+            return f"{path} names no model and state"
+
+        for name, file in files.items():
+            if checksum(file) != sums[name]:
+                return f"{file} is damaged"
         return ""
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
-    except (OSError, ValueError, TypeError) as error:
-        return f"{folder / CHECKSUMS} can't be read: {error}"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{path} can't be read: {error}"
+
+
+def check_weights(path: Path) -> None:
+    """Refuse a file that differs from the checksums beside it, if there are any.
+
+    Raises:
+        CheckpointError: This one does, or the checksums are damaged.
+    """
+    sums = path.with_name(CHECKSUMS)
+    problem = damage(path.parent, only=path.name) if sums.exists() else ""
+    if problem:
+        raise CheckpointError(
+            f"{problem}; allowed are files that match {sums}: take other weights, or remove it if "
+            "you changed them yourself"
+        )
+
+
+def write_checksums(files: Sequence[Path]) -> None:
+    """Write the checksums of files in one folder beside them, whole or not at all."""
+    sums = {file.name: checksum(file) for file in files}
+    path = files[0].with_name(CHECKSUMS)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    unfinished.replace(path)
 
 
 def checksum(path: Path) -> str:
@@ -184,7 +223,10 @@ def save_result(state: StateDict, path: Path) -> None:
         small_files.write(state, path.with_name("sparse.safetensors"))
 
     try:
+        # Weights without checksums are not checked: if a kill comes between, they count as good.
+        path.with_name(CHECKSUMS).unlink(missing_ok=True)
         save_model(state, path)
+        write_checksums([path])
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} could not be written: {error}; once it can be, go on with --resume"

@@ -12,6 +12,7 @@ A run writes into runs/<recipe>[-key=value...]/seed<k>/:
   layers.jsonl         the masks of every layer after every update
   checkpoints/         the last few checkpoints and the best one
   model.safetensors    the final weights; sparse.safetensors is the same as a small file
+  checksums.json       the SHA-256 of model.safetensors
   report.html          pictures of all of it
 
 Ctrl-C leaves a checkpoint; the same command with --resume goes on from it. The sections of a

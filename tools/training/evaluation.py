@@ -17,6 +17,7 @@ from ..data.datasets import Data
 from ..data.source import Source
 from ..run_folder.folder import RunError
 from .build import build_model
+from .checkpoint import CheckpointError, check_weights
 from .stop import StopRequest
 
 
@@ -100,11 +101,12 @@ def load_weights(recipe: Recipe, model: nn.Module, path: Path) -> None:
         path = path / "ema.safetensors"
 
     try:
+        check_weights(path / "model.safetensors" if path.is_dir() else path)
         if recipe.masks:
             itop_prune.load(model, path)
         else:
             model.load_state_dict(read_state(path))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (CheckpointError, OSError, ValueError, RuntimeError) as error:
         raise RunError(f"{path} can't be read: {error}") from None
 
 

@@ -209,11 +209,12 @@ class Training:
             run.lr_schedule.step_update(self.progress.step)
 
         if run.ema:
+            averaged = itop_prune.find_masks(run.ema.module)
+            if moved and run.regrow:
+                run.regrow.clean_average(averaged)  # sparse parameters may be longer now
             run.ema.update(run.unwrapped_model, step=self.progress.step)
-            if moved:
-                # The average remembers pruned weights, and they may grow again.
-                for itop in itop_prune.find_masks(run.ema.module).values():
-                    itop.zero_off_mask()
+            if moved and run.regrow:
+                run.regrow.clean_average(averaged)
 
         self.bad_losses.end_step(self.progress.step, self.checkpoints)
 

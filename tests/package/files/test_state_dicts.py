@@ -416,6 +416,46 @@ def test_a_file_that_is_no_state_dict_is_refused(content: object, tmp_path: Path
         itop_prune.load(mlp(), tmp_path / "model.pt")
 
 
+def flip_a_byte_of(tensor: Tensor, path: Path) -> None:
+    """Flip one byte in the numbers of a tensor in a file."""
+    content, numbers = bytearray(path.read_bytes()), tensor.numpy().tobytes()
+    assert content.count(numbers) == 1
+    content[content.index(numbers) + len(numbers) // 2] ^= 0x80
+    path.write_bytes(content)
+
+
+def test_a_file_of_torch_with_a_flipped_byte_is_refused(tmp_path: Path) -> None:
+    path, source, model = tmp_path / "model.pt", mlp(), mlp(seed=5)
+    itop_prune.apply(source, 0.5)
+    torch.save(source.state_dict(), path)
+    flip_a_byte_of(source.state_dict()["0.weight_orig"], path)
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"model\.pt is damaged: Bad CRC-32 for .*; copy or save it again"
+    ):
+        itop_prune.load(model, path)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    torch.load(path, weights_only=True)  # torch does not notice
+
+
+def test_files_of_torch_without_checksums_can_be_loaded(tmp_path: Path) -> None:
+    source = mlp()
+    itop_prune.apply(source, 0.5)
+    torch.save(source.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(source.state_dict(), tmp_path / "unchecked.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+    for path in tmp_path.iterdir():
+        model = mlp(seed=5)
+        itop_prune.load(model, path)
+        assert torch.equal(model[0].weight, source[0].weight)
+
+
 class Malicious:
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -61,11 +61,12 @@ SPREAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("storage", ["mask", "sparse"])
 @pytest.mark.parametrize("name", SPREAD)
-def test_a_family_trains_as_its_dense_twin(name: str) -> None:
+def test_a_family_trains_as_its_dense_twin(name: str, storage: str) -> None:
     if name not in architectures.names():
         pytest.skip(f"timm {timm.__version__} does not have {name}")
-    found = exactness.train_beside_twin(name, **SPREAD[name])
+    found = exactness.train_beside_twin(name, storage, **SPREAD[name])
     assert found.wrong == []
     assert found.refused == ""
     assert found.masked > 5

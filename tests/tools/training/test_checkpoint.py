@@ -14,8 +14,10 @@ from itop_prune_tools.training import checkpoint
 from itop_prune_tools.training.checkpoint import (
     CheckpointError,
     Checkpoints,
+    check_weights,
     damage,
     load_checkpoint,
+    save_result,
 )
 from safetensors import SafetensorError
 from torch import nn
@@ -278,6 +280,39 @@ def folder_of_torch(value: object, folder: Path) -> Path:
     return folder / "evil.pt"
 
 
+def test_a_flipped_byte_in_a_tensor_of_the_state_is_found_without_the_checksums_too(
+    checkpoints: Checkpoints,
+) -> None:
+    tensor = torch.arange(50)
+    folder = checkpoints.save(5, {"model": sparse().state_dict()}, {"tensor": tensor})
+    content = (folder / "state.pt").read_bytes()
+    (folder / "state.pt").write_bytes(content.replace(b"\x07" + bytes(7), b"\x87" + bytes(7)))
+    with pytest.raises(CheckpointError, match=r"state\.pt can't be read: .* Bad CRC-32"):
+        load_checkpoint(folder, {})
+
+
+NOT_CHECKSUMS = {
+    "[" * 3000: "can't be read: ",
+    "{": "can't be read: ",
+    '["model.safetensors", "state.pt"]': "is damaged: it holds no checksums by file name",
+    '{"model.safetensors": 1, "state.pt": 2}': "is damaged: it holds no checksums by file name",
+    '{"model.safetensors": ["0"], "state.pt": "0"}': "is damaged: it holds no checksums by file",
+    "3": "is damaged: it holds no checksums by file name",
+}
+
+
+@pytest.mark.parametrize("text", NOT_CHECKSUMS, ids=lambda text: text[:10])
+def test_checksums_of_another_form_are_one_error(checkpoints: Checkpoints, text: str) -> None:
+    folder = checkpoints.save(5, {"model": sparse().state_dict()}, STATE)
+    path = folder / "checksums.json"
+    path.write_text(text)
+    assert damage(folder).startswith(f"{path} {NOT_CHECKSUMS[text]}")
+    with pytest.raises(CheckpointError) as caught:
+        check_weights(folder / "model.safetensors")
+    assert str(caught.value).startswith(f"{path} {NOT_CHECKSUMS[text]}")
+    assert "take other weights, or remove it" in str(caught.value)
+
+
 @pytest.mark.parametrize("part", ["state.pt", "model.safetensors"])
 @pytest.mark.parametrize("how", ["missing", "empty", "truncated"])
 def test_a_damaged_part_is_an_error_that_names_it_and_the_way_out(
@@ -331,6 +366,52 @@ def test_a_folder_that_is_removed_never_keeps_its_name_in_part(
     )  # killed before anything is gone
     checkpoint.remove_folder(checkpoints.all()[0])
     assert [damage(folder) for folder in checkpoints.all()] == [""]
+
+
+# The final weights
+
+
+def test_final_weights_have_a_checksum_and_other_files_beside_them_need_none(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "model.safetensors"
+    save_result(sparse().state_dict(), path)
+    assert names(tmp_path) == ["checksums.json", "model.safetensors", "sparse.safetensors"]
+    for name in names(tmp_path):
+        check_weights(tmp_path / name)
+
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=rf"^{path} is damaged; allowed are .* take other"):
+        check_weights(path)
+
+    path.with_name("checksums.json").unlink()
+    check_weights(path)
+
+
+@pytest.mark.parametrize("place", ["save_file", "checksum", "write_text"])
+def test_a_kill_while_final_weights_are_written_leaves_good_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def kill(*arguments: object, **settings: object) -> None:
+        if place == "write_text":
+            Path(str(arguments[0])).write_bytes(b"half")
+        raise Killed
+
+    path = tmp_path / "model.safetensors"
+    save_result(sparse(0).state_dict(), path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path if place == "write_text" else checkpoint, place, kill)
+        with pytest.raises(Killed):
+            save_result(sparse(1).state_dict(), path)
+
+    check_weights(path)
+    model = toys.mlp()
+    itop_prune.load(model, path)
+    assert same(model, sparse(0 if place == "save_file" else 1))
+
+    save_result(sparse(2).state_dict(), path)
+    check_weights(path)
 
 
 def test_the_last_before_a_step_is_found(checkpoints: Checkpoints) -> None:
