@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import itop_prune
-
 from itop_prune.layers.sparse_storage import Layout
 from itop_prune.layers.sparse_storage import dense as dense_weight
 

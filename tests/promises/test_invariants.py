@@ -1,6 +1,8 @@
 """The promises that hold whatever the model, the optimizer and the criteria are: one section each.
 
-They hold for both storages; a tensor of the parameter's shape is looked at in the dense shape. That all ranks hold the same numbers (8) is in test_ranks.py, torch.compile (10) in test_compile.py.
+They hold for both storages. Where positions matter, tensors of the parameter's shape are compared
+in the dense shape. That all ranks hold the same numbers (8) is in test_ranks.py, torch.compile (10)
+in test_compile.py.
 """
 
 import copy
@@ -229,14 +231,8 @@ def dirty() -> dict[str, Tensor]:
     return state
 
 
-def of_torch() -> dict[str, Tensor]:
-    """The same with masks as numbers, as torch's own pruning writes them."""
-    return {name: t.float() if name.endswith("_mask") else t for name, t in dirty().items()}
-
-
 LOADS: dict[str, Callable[[nn.Module], object]] = {
     "sparse": lambda model: model.load_state_dict(dirty()),
-    "of torch's own pruning": lambda model: model.load_state_dict(of_torch()),
     "dense": lambda model: model.load_state_dict(mlp(seed=1).state_dict()),
     "itop_prune.load": lambda model: itop_prune.load(model, dirty()),
     "assigned": lambda model: model.load_state_dict(dirty(), assign=True),
@@ -252,6 +248,16 @@ def test_weights_off_the_mask_are_zero_after_apply_and_a_load(how: str) -> None:
     pairs = zip(before, model.parameters(), strict=True)
     assert any(not torch.equal(old, new) for old, new in pairs)
     assert_zero_off_mask(model)
+
+
+@masks_alone
+def test_a_state_of_torchs_own_pruning_is_loaded_in_place_with_zeros_off_the_mask() -> None:
+    model = sparse().model
+    before, state = places(model), dirty()
+    state |= {name: t.float() for name, t in state.items() if name.endswith("_mask")}
+    model.load_state_dict(state)
+    assert_zero_off_mask(model)
+    assert places(model) == before
 
 
 def test_weights_off_the_mask_are_zero_after_a_sparse_load_into_a_dense_model() -> None:
@@ -644,7 +650,8 @@ def test_a_run_resumed_through_load_into_a_dense_model_is_the_same(grow: str) ->
     optimizer = momentum(model)
     regrow = itop_prune.MaskScheduler(masks, optimizer, grow=grow, **TWELVE)
     resumed = Run(model, masks, optimizer, regrow, (20,))
-    resumed.restore(whole.saved())
+    optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
+    regrow.load_state_dict(whole.regrow.state_dict())
     assert resumed.train(range(5, 12)) == whole.train(range(5, 12))
     assert_same(resumed.numbers(), whole.numbers())
 
