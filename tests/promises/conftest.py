@@ -1,7 +1,6 @@
 """The storage of masked weights, for which the promises hold alike.
 
-A module asks for both with `pytestmark = pytest.mark.usefixtures("storage")`. The marks of
-`helpers.storages` choose for one test.
+Tests ask for it with the marks of `helpers.storages`, and use what `helpers.sparse_run` offers.
 """
 
 import pytest

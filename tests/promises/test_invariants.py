@@ -29,7 +29,7 @@ from helpers.sparse_run import (
     other_start,
     sparse,
 )
-from helpers.storages import masks_alone, sparse_alone
+from helpers.storages import both_storages, masks_alone, sparse_alone
 from helpers.toys import batch, convnet, mlp, train
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +37,7 @@ from torch.nn.utils import prune
 
 import itop_prune
 
-pytestmark = pytest.mark.usefixtures("storage")
+pytestmark = both_storages
 
 both_ways_of_growth = pytest.mark.parametrize("grow", ["random", "gradient"])
 both_optimizers = pytest.mark.parametrize("optimizer", [adam, momentum])
