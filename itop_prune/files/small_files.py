@@ -45,7 +45,10 @@ BEFORE_CHECKSUM = f'"{FORMAT}":"{VERSION} '.encode()
 
 @dataclass(frozen=True)
 class ActiveWeights:
-    """A masked weight: its active values, and where they are among all, row by row."""
+    """A masked weight: its active values, and where they are among all, row by row.
+
+    Of sparse storage these are all slots in their order, and -1 is the position of a free one.
+    """
 
     values: Tensor
     positions: Tensor
@@ -68,8 +71,9 @@ class ActiveWeights:
     @torch.no_grad()
     def write_into(self, weight: Tensor, mask: Tensor) -> None:
         """Write weight and mask into contiguous tensors of the shape, on any device."""
-        places = self.positions.to(weight.device, torch.int64)
-        weight.view(-1).zero_().index_copy_(0, places, self.values.to(weight))
+        used = self.positions >= 0
+        places = self.positions[used].to(weight.device, torch.int64)
+        weight.view(-1).zero_().index_copy_(0, places, self.values[used].to(weight))
         mask.view(-1).zero_().index_fill_(0, places, True)
 
 
@@ -102,7 +106,7 @@ def _sparse_entries(state: Mapping[str, object]) -> dict[str, str]:
 
 
 def _read_slots(name: str, values: Tensor, positions: Tensor, shape: Tensor) -> ActiveWeights:
-    """Read a weight in sparse storage, in the order of its positions.
+    """Read a weight in sparse storage.
 
     Raises:
         ValueError: Values, positions and shape do not fit together.
@@ -111,9 +115,7 @@ def _read_slots(name: str, values: Tensor, positions: Tensor, shape: Tensor) -> 
     reason = problem(values, positions, dense_shape)
     if reason:
         raise ValueError(f"{name}: {reason}")
-    order = positions.argsort()
-    order = order[positions[order] >= 0]
-    return ActiveWeights(values.detach().squeeze(0)[order], positions[order], dense_shape)
+    return ActiveWeights(values.detach().squeeze(0), positions, dense_shape)
 
 
 def masked(state: Mapping[str, object]) -> set[str]:
@@ -144,6 +146,9 @@ def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -
     Active weights, masks, and every other parameter and buffer come back bit for bit. The file
     appears under its name when it is whole; if writing fails, the file of before stays. Needs
     safetensors and numpy.
+
+    Sparse storage comes back with its slots sorted and none free. An optimizer's state of before
+    does not fit them: go on with training from a state dict.
 
     Args:
         model: Masked by `itop_prune.apply`, on any device; wrapped (DDP, torch.compile,

@@ -119,6 +119,11 @@ class ITOP(prune.BasePruningMethod):
         return self.mask
 
     @property
+    def used(self) -> Tensor:
+        """Bool, of the parameter's shape: which of its numbers are active weights."""
+        return self.mask
+
+    @property
     def weight(self) -> Tensor:
         """The effective weight, detached; 0 wherever the mask is False."""
         return getattr(self._layer, self._tensor_name).detach()
@@ -164,7 +169,7 @@ class ITOP(prune.BasePruningMethod):
 
     def count(self) -> Tensor:
         """Count the active weights, as a tensor on their device: the host need not wait."""
-        return self.mask.count_nonzero()
+        return self.used.count_nonzero()
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Restrict `default_mask` to the present mask; part of torch's contract."""
@@ -208,8 +213,8 @@ class ITOP(prune.BasePruningMethod):
         return stayed
 
     def zero_off_mask(self) -> None:
-        """Set the parameter to 0 wherever the mask is False."""
-        zero_off_mask(self.parameter, self.mask)
+        """Set the parameter to 0 wherever it holds no active weight."""
+        zero_off_mask(self.parameter, self.used)
 
     def follow(self, other: "ITOP", changed: Tensor | None) -> None:
         """Set weights of an average to 0 that are not those of another model's mask any more.

@@ -40,6 +40,11 @@ class SparseITOP(ITOP):
         return self.positions
 
     @property
+    def used(self) -> Tensor:
+        """Bool, of the parameter's shape: which slots hold a weight."""
+        return (self.positions >= 0).unsqueeze(0)
+
+    @property
     def mask(self) -> Tensor:
         """Make the mask: bool, True = active, of the dense shape."""
         return sparse_storage.mask_of(self.positions, self.shape)
@@ -58,10 +63,6 @@ class SparseITOP(ITOP):
         positions, order = self.positions.sort()
         free = len(positions) - self.active
         return positions[free:], self.parameter.detach()[0].index_select(0, order[free:])
-
-    def count(self) -> Tensor:
-        """Count the slots that hold a weight, as a tensor on their device."""
-        return (self.positions >= 0).count_nonzero()
 
     @classmethod
     def place(cls, module: nn.Module, name: str) -> ITOP:
@@ -97,11 +98,6 @@ class SparseITOP(ITOP):
         self.positions.copy_(positions)
         parameter.masked_fill_(~stayed, 0)
         return stayed.unsqueeze(0)
-
-    def zero_off_mask(self) -> None:
-        """Set free slots to 0."""
-        with torch.no_grad():
-            self.parameter.masked_fill_(self.positions < 0, 0)
 
     @torch.no_grad()
     def follow(self, other: ITOP, changed: Tensor | None) -> None:

@@ -87,7 +87,7 @@ def check_holds_parameters(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> N
                 f"{name} is in sparse storage, and FSDP2 has sharded its values, one of which says "
                 'nothing without the positions of all; take storage="mask", or DDP'
             )
-        if parameter.shape not in (buffer.shape, (1, *buffer.shape)):  # the second is of slots
+        if parameter.shape != itop.used.shape:
             raise ValueError(
                 f"{name} has the shape {tuple(parameter.shape)}, its mask {tuple(buffer.shape)}: "
                 "FSDP1 and ZeRO-3 flatten parameters, which masks can't follow; FSDP2 "
