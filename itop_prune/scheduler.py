@@ -3,6 +3,7 @@
 `step` decides when, `_update` makes an update: inspect, plan the changes, write the new masks.
 """
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from itop_prune import bits, distributed
 from itop_prune.distributed import UpdateInputs, world_size
 from itop_prune.layers.handle import ITOP, active_weights
+from itop_prune.messages import listed
 from itop_prune.methods import schedules
 from itop_prune.methods.criteria import Criterion
 from itop_prune.methods.distributions import Distribution
@@ -37,24 +39,13 @@ from itop_prune.update.optimizer_state import (
     zero_statistics,
 )
 from itop_prune.update.rules import Rules
+from itop_prune.update.saved_state import check_state
 from itop_prune.update.timetable import Timetable
 
 ORDER = (
     "The order is loss.backward(), optimizer.step(), step() of the MaskScheduler, and only then "
     "optimizer.zero_grad()"
 )
-
-SAVED = (
-    "step",
-    "updates",
-    "skipped",
-    "due",
-    "without_gradient",
-    "first_counts",
-    "dense",
-    "explored",
-)
-"""The keys that a state dict must have to be loaded."""
 
 
 class MaskScheduler:
@@ -78,14 +69,15 @@ class MaskScheduler:
     as many as it lost, by its highest `grow` scores.
 
     Args:
-        masks: What `itop_prune.apply` returned, or a part of it. Only these masks move.
+        masks: What `itop_prune.apply` returned, or a part of it. Only these masks move. A new
+            scheduler may take over from an old one, but the two can't take turns.
         optimizer: It must hold the masked parameters; wrapped by Accelerate or not. The scheduler
             sets its statistics to 0 for weights that leave or enter a mask, and changes nothing
             else of it.
         total_steps: Optimizer steps of the whole training, at least 1.
         every: Steps between updates, at least 1. The paper takes 1500 for random growth and 4000
             for growth by gradient on CIFAR-10. Choose it large enough to train new weights, and
-            small enough for many updates.
+            small enough for many updates. If it leaves room for none, a warning says so.
         stop: The last update, as a share of `total_steps`, in (0, 1].
         rate: Share of the active weights exchanged at an update, at the beginning; in (0, 1], or 0
             with `final_sparsity`.
@@ -188,6 +180,7 @@ class MaskScheduler:
 
         self._step, self._due = 0, False
         self.updates = self.skipped = 0
+        self._token: object | None = None  # stands for this scheduler in the masks that it moves
         if scaler is None:
             scaler = getattr(optimizer, "scaler", None)  # of Accelerate's wrapper
         self._gradients = DenseGradients(
@@ -216,13 +209,15 @@ class MaskScheduler:
 
         weights = {name: itop.size for name, itop in self._masks.items()}
         check_floor(self._rules, weights, self._density.smallest)
-        if self._density.moves and not self.update_steps():
+        if not self.update_steps():
             table = self._timetable
-            raise ValueError(
-                f"every is {table.every} and the last update could be at step "
-                f"{table.stop * table.total_steps:g}: none is made, and final_sparsity never "
-                "reached; lower every"
-            )
+            last = table.stop * table.total_steps
+            found = f"every is {table.every} and the last update could be at step {last:g}: none is"
+            if self._density.moves:
+                raise ValueError(f"{found} made, and final_sparsity never reached; lower every")
+            if distributed.is_first():
+                advice = "lower every, or leave the MaskScheduler out to train with static masks"
+                warnings.warn(f"{found} made, the masks never move; {advice}", stacklevel=3)
 
         check_holds_parameters(self._optimizer, self._masks)
         check_statistics(self._optimizer, self._masks)
@@ -307,11 +302,12 @@ class MaskScheduler:
 
         Raises:
             RuntimeError: No masked parameter has a gradient at the first step or at a due update.
-                They were cleared before, and the step is not counted. Or a criterion failed, or
-                ranks have diverged.
+                They were cleared before, and the step is not counted. Or another MaskScheduler
+                moves the same masks, a criterion failed, or ranks have diverged.
             ValueError: A criterion or redistribution did not give numbers, or the masked parameters
                 are no longer those that the optimizer holds.
         """
+        self._take_over()
         if may_write_nan(self._optimizer):
             for itop in self._masks.values():
                 itop.zero_off_mask()
@@ -337,6 +333,20 @@ class MaskScheduler:
         self._prepare_next_step()
         self._warnings.issue()
         return moved
+
+    def _take_over(self) -> None:
+        """Take the masks over from any scheduler before; refuse if one has taken them since."""
+        if self._token is None:
+            self._token = object()
+            for itop in self._masks.values():
+                itop._moved_by = self._token
+
+        lost = [name for name, itop in self._masks.items() if itop._moved_by is not self._token]
+        if lost:
+            raise RuntimeError(
+                f"another MaskScheduler has stepped with {listed(lost)} since this one did; a mask "
+                "has one at a time: step only one of them, or give each its own masks"
+            )
 
     @torch.no_grad()
     def _update(self, masks: Mapping[str, ITOP]) -> bool:
@@ -365,11 +375,12 @@ class MaskScheduler:
 
         self._exploration.begin_update()
         for name, itop in masks.items():
+            mask = itop.mask
             n_prune, n_grow = changes.get(name, (0, 0))
             if n_prune or n_grow:
-                self._write(name, layers[name].new_mask(self._rules, n_prune, n_grow))
+                new = layers[name].new_mask(self._rules, mask, n_prune, n_grow)
+                self._write(name, mask, new)
             else:
-                mask = itop.mask
                 self._exploration.record(name, mask, mask)
         self._gradients.end_update()
         self.updates += 1
@@ -426,15 +437,15 @@ class MaskScheduler:
             self._warnings.add(key, message)
         return inputs
 
-    def _write(self, name: str, mask: Tensor) -> None:
+    def _write(self, name: str, before: Tensor, after: Tensor) -> None:
         """Write a new mask; set values and statistics of weights that left or entered to 0.
 
         So a weight that grows starts at 0. A weight pruned and grown again at once keeps both.
         """
         itop = self._masks[name]
-        self._exploration.record(name, itop.mask, mask)
+        self._exploration.record(name, before, after)
         found = statistics(self._optimizer, itop.parameter)
-        stayed = itop.write_mask(mask)
+        stayed = itop.write_mask(before, after)
         zero_statistics(self._optimizer, itop.parameter, found, stayed)
 
         if itop.storage == "sparse":
@@ -494,23 +505,19 @@ class MaskScheduler:
             ValueError: It is no state of a MaskScheduler, or was saved for other masks; nothing is
                 changed then.
         """
-        missing = [key for key in SAVED if key not in state]
-        if missing:
-            raise ValueError(
-                f"the state lacks {', '.join(missing)}; give what a MaskScheduler's state_dict() "
-                "returned"
-            )
-
+        check_state(state, self._exploration.explored.shapes)
         self._exploration.load_state_dict(state)
         self._step, self._due = state["step"], state["due"]
         self.updates, self.skipped = state["updates"], state["skipped"]
         self._without_gradient = set(state["without_gradient"])
         self._density.first = dict(state["first_counts"])
         self._gradients.load_state_dict(state["dense"])
+        self._token = None  # it may take over again
         self._prepare_next_step()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._token = None  # masks that are copied belong to no scheduler
         self._prepare_next_step()  # hooks are not copied
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ rest of this file selects the best of many scores without sorting them.
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,17 @@ class NaNScores(ValueError):
         self.role = role
 
 
+class ActiveScores(NamedTuple):
+    """Scores of the active positions alone."""
+
+    positions: Tensor
+    """In the flattened mask, rising."""
+    scores: Tensor
+
+
 def prune_and_regrow(
     mask: Tensor,
-    prune_scores: Tensor,
+    prune_scores: Tensor | ActiveScores,
     grow_scores: Tensor | Callable[[Tensor], Tensor] | None,
     n_prune: int,
     n_grow: int,
@@ -41,7 +49,8 @@ def prune_and_regrow(
 
     Args:
         mask: Bool, True = active. It is read, never written.
-        prune_scores: Of the mask's shape. The active positions with the smallest scores are pruned.
+        prune_scores: Of the mask's shape, or of the active positions alone. Those with the smallest
+            scores are pruned.
         grow_scores: Of the mask's shape, or a function that makes them from the mask after pruning.
             The inactive positions with the largest scores grow. None: all have the same chance.
         n_prune: How many to prune, 0 to the number of active positions.
@@ -76,7 +85,10 @@ def prune_and_regrow(
 
 
 def prune(
-    mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None
+    mask: Tensor,
+    scores: Tensor | ActiveScores,
+    count: int,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Remove the `count` active positions with the smallest scores; see `prune_and_regrow`.
 
@@ -89,7 +101,13 @@ def prune(
             f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}"
         )
     try:
-        return mask ^ select(-as_float(scores), mask, count, generator)
+        if isinstance(scores, Tensor):
+            return mask ^ select(-as_float(scores), mask, count, generator)
+
+        everywhere = torch.ones_like(scores.positions, dtype=torch.bool)
+        gone = select(-as_float(scores.scores), everywhere, count, generator)
+        kept = mask.flatten().index_fill(0, scores.positions[gone].long(), False)
+        return kept.view(mask.shape)
     except NaNScores:
         raise NaNScores("prune") from None
 
@@ -125,12 +143,11 @@ def draw(mask: Tensor, count: int, generator: torch.Generator | None = None) -> 
         flat[free[torch.randperm(inactive, generator=generator, device=mask.device)[:count]]] = True
         return flat.view(mask.shape)
 
-    left = count
+    left, wanted = count, len(flat) - inactive + count
     while left:
         drawn = torch.randint(len(flat), (left,), generator=generator, device=mask.device)
-        new = drawn[~flat[drawn]].unique()
-        flat[new] = True
-        left -= len(new)
+        flat.index_fill_(0, drawn, True)
+        left = wanted - count_true(flat)
     return flat.view(mask.shape)
 
 
@@ -200,15 +217,15 @@ def _split_search(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, 
                 certain = (scores > largest[above]).bitwise_and_(allowed)
 
             excluded = (scores <= largest[-1]).bitwise_or_(certain)
-            candidates = _true_positions(excluded.bitwise_not_().bitwise_and_(allowed))
+            candidates = true_positions(excluded.bitwise_not_().bitwise_and_(allowed))
             rest = count - count_true(certain)
             if 0 < rest <= len(candidates):
                 return certain, candidates, rest
 
-    return torch.zeros_like(allowed), _true_positions(allowed), count
+    return torch.zeros_like(allowed), true_positions(allowed), count
 
 
-def _true_positions(mask: Tensor) -> Tensor:
+def true_positions(mask: Tensor) -> Tensor:
     """Find the True positions of a 1-d bool tensor, most of which are False.
 
     Eight positions are seen as one whole number first, so most of them are passed over at once.

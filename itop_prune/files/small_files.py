@@ -12,7 +12,6 @@ equal files.
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +30,11 @@ from itop_prune.layers.names import (
     values_name,
 )
 from itop_prune.layers.sparse_storage import problem
+from itop_prune.messages import listed
+from itop_prune.methods.validation import is_plain
 from itop_prune.sharding import whole
+
+from .writing import replacing
 
 FORMAT, VERSION = "itop_prune", "3"
 DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
@@ -55,15 +58,14 @@ class ActiveWeights:
         """Make the weight, 0 wherever the mask is False, and the mask.
 
         Raises:
-            ValueError: So large a weight does not fit into memory.
+            ValueError: So large a weight does not fit into memory, or has an unusual dtype.
         """
         try:
             weight = self.values.new_empty(self.shape)
             mask = self.values.new_empty(self.shape, dtype=torch.bool)
+            self.write_into(weight, mask)
         except (RuntimeError, TypeError) as error:  # of a file that was made by hand
             raise ValueError(f"a weight of shape {self.shape} can't be made: {error}") from None
-
-        self.write_into(weight, mask)
         return weight, mask
 
     @torch.no_grad()
@@ -158,9 +160,10 @@ def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -
             keeps its own.
 
     Raises:
-        ValueError: The model has no masks, a name or dtype is not allowed, or a number does not
-            fit into the dtype.
+        ValueError: The model has no masks, a name or dtype is not allowed, a tensor is not dense
+            or has no values, or a number does not fit into the dtype.
         OSError: The file can't be written.
+        ImportError: safetensors or numpy is not installed.
     """
     state = {plain_name(name): tensor for name, tensor in unwrap(model).state_dict().items()}
     write(state, path, dtype)
@@ -170,15 +173,12 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
     """Write the state dict of a sparse model as `save` writes the model.
 
     Raises:
-        ValueError: As of `save`.
-        OSError: As of `save`.
+        ValueError, OSError, ImportError: As of `save`.
     """
-    from safetensors.torch import save  # optional dependencies, needed for this format alone
-
-    from itop_prune.files import positions
-
     path, state = Path(path), with_active_weights(state)
     _check(state, path, dtype)
+    safetensors = _import_safetensors()
+    from itop_prune.files import positions  # it needs numpy
 
     tensors, layouts = {}, {}
     for name, entries in entries_by_weight(state).items():
@@ -197,7 +197,7 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
         layouts[name] = {"shape": list(weight.shape), "positions": encoding}
 
     about = f"{VERSION} {NO_CHECKSUM} {json.dumps(layouts)}"
-    content = bytearray(save(tensors, {FORMAT: about}))
+    content = bytearray(safetensors.torch.save(tensors, {FORMAT: about}))
     start, checksum = _checksum(content)
     content[start : start + len(checksum)] = checksum.encode()
     _replace_file(path, content)
@@ -208,16 +208,15 @@ def read(path: Path) -> Mapping[str, Entry]:
 
     Raises:
         ValueError: It is damaged, no safetensors file, or of another version.
+        ImportError: As of `save`.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load
-
+    safetensors = _import_safetensors()
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get(FORMAT)
             if about is None:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path} is damaged or no safetensors file: {error}; copy or save it again"
         ) from None
@@ -236,7 +235,7 @@ def read(path: Path) -> Mapping[str, Entry]:
             f"{path} is damaged: its checksum is not that of what it holds; copy or save it again"
         )
 
-    state: dict[str, Entry] = {**load(content)}
+    state: dict[str, Entry] = {**safetensors.torch.load(content)}
     try:
         for name, layout in json.loads(layouts).items():
             weight = _active_weights(state, name, layout)
@@ -246,6 +245,18 @@ def read(path: Path) -> Mapping[str, Entry]:
             f"{path} is damaged: {error!r}; copy it again, or write it with itop_prune.save"
         ) from None
     return state
+
+
+def _import_safetensors() -> Any:
+    """Import safetensors and numpy, which only files of this format need."""
+    try:
+        import numpy  # noqa: F401
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            f"{error}; .safetensors files need two more packages: pip install safetensors numpy"
+        ) from None
+    return safetensors
 
 
 def dense_tensors(state: Mapping[str, Entry]) -> Mapping[str, Tensor]:
@@ -272,10 +283,14 @@ def _check(state: Mapping[str, object], path: Path, dtype: object) -> None:
             "there are no masks, and without them the file would not be small; call "
             "itop_prune.apply first, or save a dense model's state_dict() with safetensors"
         )
-    others = [name for name, value in state.items() if not isinstance(value, Entry)]
+    others = [
+        name
+        for name, value in state.items()
+        if not isinstance(value, ActiveWeights) and not is_plain(value)
+    ]
     if others:
         raise ValueError(
-            f"{', '.join(others)} holds no tensor, and this file nothing else; let "
+            f"{listed(others)} holds no dense tensor with values, and this file nothing else; let "
             "get_extra_state return one, or write model.state_dict() with torch.save"
         )
 
@@ -332,16 +347,10 @@ def _checksum(content: bytes | bytearray) -> tuple[int, str]:
 
 def _replace_file(path: Path, content: bytes | bytearray) -> None:
     """Write a file that appears under its name when all of it is on the disk."""
-    unfinished = path.with_name(f"{path.name}.{os.urandom(4).hex()}.unfinished")  # of one rank
     try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(content)
     except OSError as error:
         raise OSError(
-            f"{path} could not be written: {error}; a file of that name is as it was"
+            f"{path} could not be written: {error}; a file of that name is whole"
         ) from None
-    finally:
-        unfinished.unlink(missing_ok=True)

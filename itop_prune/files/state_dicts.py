@@ -4,7 +4,7 @@ import json
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,6 @@ from itop_prune.messages import nearest
 from itop_prune.methods.lookup import lookup
 from itop_prune.sharding import is_sharded, whole
 
-Shapes = Collection[tuple[int, ...]]
 AVERAGED = "n_averaged"
 """The entry that AveragedModel adds beside those of its module."""
 
@@ -109,6 +108,7 @@ def load(
         FileNotFoundError: There is no such file.
         ValueError: The source is no state dict, is damaged, has no masks, or does not fit. The
             model is then as it was.
+        ImportError: A .safetensors file needs safetensors and numpy, and one is not installed.
     """
     handle = lookup(storage, STORAGES, "storage")
     if isinstance(source, Mapping):
@@ -161,15 +161,32 @@ class _StateDict:
 
     @cached_property
     def masked(self) -> set[str]:
-        return {name for name, entries in self.entries.items() if name not in entries}
+        return {name for name, entries in self.entries.items() if entries != [name]}
 
     @cached_property
-    def shapes(self) -> dict[str, set[tuple[int, ...]]]:
+    def shapes(self) -> dict[str, set[str]]:
         """The shapes by plain name: weight and mask of a sound source have the same one."""
         return {
-            name: {getattr(self.tensors[entry], "shape", ()) for entry in entries}
+            name: {_shape(self.tensors[entry]) for entry in entries}
             for name, entries in self.entries.items()
         }
+
+
+def _shape(entry: Any) -> str:
+    """Describe the shape of an entry; of other than real, dense tensors also what they are."""
+    values = entry.values if isinstance(entry, ActiveWeights) else entry
+    if not isinstance(values, Tensor):
+        return "()"
+    if values.is_nested:
+        return "nested"
+
+    kinds = {
+        "complex": values.is_complex(),
+        "quantized": values.is_quantized,
+        "meta": values.is_meta,
+        f"{values.layout}".removeprefix("torch."): values.layout != torch.strided,
+    }
+    return " ".join([*(kind for kind, is_so in kinds.items() if is_so), str(tuple(entry.shape))])
 
 
 def _targets(model: nn.Module) -> dict[str, Target]:
@@ -213,6 +230,11 @@ def _fitting_names(
             "the source has no masks; load a dense one with model.load_state_dict, then call "
             "itop_prune.apply"
         )
+    twice = sorted(source.masked & source.tensors.keys())
+    if twice:
+        raise ValueError(
+            f"the source has both a dense and a masked {twice[0]}; save model.state_dict()"
+        )
     unknown = sorted((source.masked & model.entries.keys()) - targets.keys())
     if unknown:
         raise ValueError(
@@ -239,10 +261,9 @@ def _fitting_names(
 
 
 def _difference(name: str, model: _StateDict, source: _StateDict) -> str:
-    def in_words(shapes: Shapes) -> str:
-        return " and ".join(sorted(str(tuple(shape)) for shape in shapes)) or "none"
-
-    here, there = in_words(model.shapes.get(name, ())), in_words(source.shapes.get(name, ()))
+    here, there = (
+        " and ".join(sorted(state.shapes.get(name, ()))) or "none" for state in (model, source)
+    )
     return f"  {name}: the model has {here}, the source {there}"
 
 
@@ -355,8 +376,10 @@ def read_state(path: str | Path) -> Mapping[str, Tensor]:
 
 
 def _read(path: Path) -> Mapping[str, Entry]:
-    if path.is_dir():
-        return _read_folder(path)
+    return _read_folder(path) if path.is_dir() else _read_file(path)
+
+
+def _read_file(path: Path) -> Mapping[str, Entry]:
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; allowed are a .safetensors or torch file, or a folder of "
@@ -414,21 +437,44 @@ def _find_state_dict(source: Any, called: str) -> Mapping[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
 
-    if not isinstance(state, Mapping) or not all(_is_entry(*item) for item in state.items()):
+    problem = _problem(state)
+    if problem:
         raise ValueError(
-            f"{called} holds no state dict, a dict of tensors by name; save model.state_dict()"
+            f"{called} holds no state dict, a dict of tensors by name: {problem}; save "
+            "model.state_dict()"
         )
     return state
 
 
-def _is_entry(name: object, value: object) -> bool:
-    return isinstance(value, Tensor) or str(name).endswith("_extra_state")
+def _problem(state: Any) -> str:
+    """Describe what can't be in a state dict that loads, or return ""."""
+    if not isinstance(state, Mapping):
+        return f"it is of type {type(state).__name__}"
+
+    for name, value in state.items():
+        if not isinstance(name, str):
+            return f"the name {name!r} is no text"
+        if not isinstance(value, Tensor) and not name.endswith("_extra_state"):
+            return f"{name} is of type {type(value).__name__}"
+
+    versions = getattr(state, "_metadata", {})
+    if not isinstance(versions, Mapping) or not all(map(_is_version, versions.items())):
+        return "its _metadata are not the versions of layers by name"
+    return ""
+
+
+def _is_version(item: tuple[object, object]) -> bool:
+    """Tell whether an item of `_metadata` is a layer's name and what torch keeps of its version."""
+    name, kept = item
+    if not isinstance(name, str) or not isinstance(kept, Mapping):
+        return False
+    return isinstance(kept.get("version"), int | None)
 
 
 def _read_folder(folder: Path) -> Mapping[str, Entry]:
     for file in ("model.safetensors", "pytorch_model.bin"):
         if (folder / file).exists():
-            return _read(folder / file)
+            return _read_file(folder / file)
 
         index = folder / f"{file}.index.json"
         if index.exists():
@@ -443,7 +489,7 @@ def _read_folder(folder: Path) -> Mapping[str, Entry]:
 
             state: dict[str, Entry] = {}
             for shard in sorted(shards):
-                state |= _read(shard)
+                state |= _read_file(shard)
             return state
     raise FileNotFoundError(
         f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a folder of "

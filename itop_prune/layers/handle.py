@@ -37,6 +37,7 @@ class ITOP(prune.BasePruningMethod):
     storage = "mask"
     """How the layer holds the weight, as `apply` names it."""
     _gradient_hook: DenseGradientHook | None = None
+    _moved_by: object | None = None  # the MaskScheduler that stepped last, by a token of it
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self._layer = layer
@@ -137,6 +138,10 @@ class ITOP(prune.BasePruningMethod):
         """How many weights the dense tensor has."""
         return math.prod(self.shape)
 
+    def active_values(self) -> tuple[Tensor, Tensor] | None:
+        """Look up positions of active weights, rising, and their values, where they are stored."""
+        return None
+
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape that distributions count with: (out, in, ...)."""
@@ -191,7 +196,7 @@ class ITOP(prune.BasePruningMethod):
         detach(self._layer, self._tensor_name)
 
     @torch.no_grad()
-    def write_mask(self, mask: Tensor) -> Tensor:
+    def write_mask(self, before: Tensor, after: Tensor) -> Tensor:
         """Write a new mask; set the parameter to 0 unless a weight is active before and after.
 
         Filters that the layer standardizes are centred over the weights that stay, too. So a weight
@@ -200,11 +205,11 @@ class ITOP(prune.BasePruningMethod):
         Returns:
             Bool, of the parameter's shape: active before and after.
         """
-        stayed = self.mask & mask
+        stayed = before & after
         if is_standardized(type(self._layer)):
             self.parameter.copy_(effective(self.parameter, like(stayed, self.parameter), True))
         zero_off_mask(self.parameter, stayed)
-        self.mask.copy_(mask)
+        self.mask.copy_(after)
         return stayed
 
     def zero_off_mask(self) -> None:
@@ -292,5 +297,5 @@ def exclude_masks_from_ddp(model: nn.Module) -> None:
 
     if names:
         setattr(model, key, sorted(names))
-    elif hasattr(model, key):
-        delattr(model, key)
+    else:  # an attribute that a wrapper (PEFT's) merely forwards stays
+        vars(model).pop(key, None)

@@ -203,6 +203,11 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
                 "each rank holds a part of it: call itop_prune.apply before fully_shard or "
                 "accelerator.prepare"
             )
+        if not parameter.is_floating_point() or parameter.layout != torch.strided:
+            return (
+                f"it is of {parameter.dtype} and {parameter.layout}, and masks need dense, real, "
+                "floating-point numbers: convert it"
+            )
         if not parameter.numel():
             return f"it is empty, of shape {tuple(parameter.shape)}"
         if torch.is_inference_mode_enabled() or parameter.is_inference():

@@ -53,6 +53,17 @@ class SparseITOP(ITOP):
     def _layout(self) -> Layout:
         return getattr(self._layer, layout_name(self._tensor_name))
 
+    def active_values(self) -> tuple[Tensor, Tensor] | None:
+        """Look up positions of active weights, rising, and their values.
+
+        None for standardized layers: what they use is not what is stored.
+        """
+        if is_standardized(type(self._layer)):
+            return None
+        positions, order = self.positions.sort()
+        free = len(positions) - self.active
+        return positions[free:], self.parameter.detach()[0].index_select(0, order[free:])
+
     @classmethod
     def place(cls, module: nn.Module, name: str) -> ITOP:
         """Give one parameter a mask without active weights, which the caller must write."""
@@ -68,7 +79,7 @@ class SparseITOP(ITOP):
         detach_sparse(self._layer, self._tensor_name)
 
     @torch.no_grad()
-    def write_mask(self, mask: Tensor) -> Tensor:
+    def write_mask(self, before: Tensor, after: Tensor) -> Tensor:
         """Give the slots of weights that leave to those that enter, whose values become 0.
 
         Where there are too few slots the parameter gets longer. It stays the same object.
@@ -76,13 +87,13 @@ class SparseITOP(ITOP):
         Returns:
             Bool, of the parameter's shape: which slots keep their weight.
         """
-        parameter, before = self.parameter, self.positions
+        parameter, positions = self.parameter, self.positions
         if is_standardized(type(self._layer)):
-            weight = sparse_storage.dense(parameter, before, self._layout)
-            centred = effective(weight, self.mask & mask, True)
-            parameter.copy_(sparse_storage.gather(centred, before))
+            weight = sparse_storage.dense(parameter, positions, self._layout)
+            centred = effective(weight, before & after, True)
+            parameter.copy_(sparse_storage.gather(centred, positions))
 
-        positions, stayed = sparse_storage.reassign(before, mask)
+        positions, stayed = sparse_storage.reassign(positions, before, after)
         sparse_storage.resize_layer(self._layer, self._tensor_name, len(positions))
         self.positions.copy_(positions)
         parameter.masked_fill_(~stayed, 0)

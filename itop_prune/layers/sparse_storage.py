@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from itop_prune.layers.names import positions_name, values_name
+from itop_prune.topology import count_true, true_positions
 
 
 class Layout(NamedTuple):
@@ -58,9 +59,9 @@ def dense(values: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     tensor([[7., 0.],
             [0., 5.]])
     """
-    # One number more than the weight has: -1 is the last, where free slots write their 0.
+    # One number more than the weight has: free slots write their 0 there.
     flat = values.new_zeros(layout.size + 1)
-    flat = torch.index_put(flat, (positions,), values.squeeze(0))
+    flat = torch.scatter(flat, 0, _places(positions, layout.size), values.squeeze(0))
     weight = flat[: layout.size].view(layout.shape)
     return weight.contiguous(memory_format=layout.memory_format)
 
@@ -84,34 +85,42 @@ def mask_of(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     """
     size = math.prod(shape)
     flat = torch.zeros(size + 1, dtype=torch.bool, device=positions.device)
-    flat[positions] = True
-    return flat[:size].view(shape)
+    return flat.index_fill_(0, _places(positions, size), True)[:size].view(shape)
 
 
-def reassign(positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _places(positions: Tensor, size: int) -> Tensor:
+    """Convert positions to indices, in which that of free slots is one past the weight."""
+    return torch.where(positions < 0, size, positions.long())
+
+
+def reassign(positions: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Give the slots of weights that leave a mask to those that enter it, in rising order.
 
     Slots that are left over are free. If there are too few, a quarter more than needed is made,
     so that the next updates find room.
 
+    Args:
+        positions: (slots,).
+        before: The mask that they stand for.
+        after: The new mask.
+
     Returns:
         The new positions; bool, of their length: which slots keep their weight.
 
-    >>> mask = torch.tensor([False, True, True, True, False, False])
-    >>> reassign(torch.tensor([5, 0, 3]), mask)
+    >>> positions = torch.tensor([5, 0, 3])
+    >>> after = torch.tensor([False, True, True, True, False, False])
+    >>> reassign(positions, mask_of(positions, (6,)), after)
     (tensor([1, 2, 3]), tensor([False, False,  True]))
     """
-    entering = mask.flatten().clone()
-    stayed = (positions >= 0) & torch.take(entering, positions.long())
-    entering[positions[stayed]] = False
-    entered = entering.nonzero().squeeze(1)
+    stayed = (positions >= 0) & after.flatten().index_select(0, positions.clamp(min=0))
+    entered = true_positions((after & ~before).flatten())
 
-    needed = int(stayed.count_nonzero()) + len(entered)
+    needed = count_true(stayed) + len(entered)
     if needed > len(positions):
-        more = min(needed + needed // 4, mask.numel()) - len(positions)
+        more = min(needed + needed // 4, after.numel()) - len(positions)
         positions, stayed = F.pad(positions, (0, more), value=-1), F.pad(stayed, (0, more))
 
-    free = (~stayed).nonzero().squeeze(1)[: len(entered)]
+    free = true_positions(~stayed)[: len(entered)]
     moved = torch.where(stayed, positions, -1)
     moved[free] = entered.to(moved.dtype)
     return moved, stayed

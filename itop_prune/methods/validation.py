@@ -4,6 +4,7 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import TypeGuard
 
+import torch
 from torch import Tensor
 
 from itop_prune.messages import describe
@@ -17,6 +18,13 @@ def is_count(value: object) -> bool:
 def is_number(value: object) -> TypeGuard[float]:
     """Tell whether a value is a real number, NumPy's too, and no bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_plain(value: object) -> TypeGuard[Tensor]:
+    """Tell whether a value is a dense tensor with values."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_meta or value.is_quantized or value.is_nested)
 
 
 def checked_seed(seed: object) -> int:

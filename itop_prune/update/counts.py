@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 from itop_prune import topology
 from itop_prune.methods.distributions import apportion, scaled
 from itop_prune.methods.lookup import CheckedFunction
@@ -200,7 +202,9 @@ def _lowest_of_all(
     for name, layer in layers.items():
         mask = layer.itop.mask
         most[name] = max(0, active[name] - minimum(rules, layer.itop.size))
-        scores[name] = -topology.as_float(layer.prune_scores(rules.prune, mask)[mask])
+        found = layer.prune_scores(rules.prune, mask)
+        active_scores = found[mask] if isinstance(found, Tensor) else found.scores
+        scores[name] = -topology.as_float(active_scores)
 
     total = min(total, sum(most.values()))
     try:

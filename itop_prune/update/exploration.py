@@ -16,10 +16,10 @@ class Explored(Mapping[str, Tensor]):
 
     def __init__(self, masks: Mapping[str, ITOP]) -> None:
         self.bits = {name: bits.pack(itop.mask) for name, itop in masks.items()}
-        self._shapes = {name: itop.shape for name, itop in masks.items()}
+        self.shapes = {name: itop.shape for name, itop in masks.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return bits.unpack(self.bits[name], self._shapes[name])
+        return bits.unpack(self.bits[name], self.shapes[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.bits)
@@ -33,7 +33,7 @@ class Explored(Mapping[str, Tensor]):
 
     def rate(self) -> float:
         """Compute R_s."""
-        total = sum(math.prod(shape) for shape in self._shapes.values())
+        total = sum(math.prod(shape) for shape in self.shapes.values())
         return sum(bits.count(packed) for packed in self.bits.values()) / total
 
 
@@ -104,6 +104,7 @@ class Exploration:
     def state_dict(self) -> dict[str, Any]:
         """Copy the records."""
         state: dict[str, Any] = {
+            "shapes": dict(self.explored.shapes),
             "explored": {name: packed.clone() for name, packed in self.explored.bits.items()},
             "entered": self.entered(),
         }
@@ -115,21 +116,7 @@ class Exploration:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` copied.
-
-        Raises:
-            ValueError: The state is of other masks.
-        """
-        saved = {name: tuple(tensor.shape) for name, tensor in state["explored"].items()}
-        own = {name: tuple(packed.shape) for name, packed in self.explored.bits.items()}
-        differing = sorted(
-            name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)
-        )
-        if differing:
-            raise ValueError(
-                f"the state was saved for other masks; different are: {', '.join(differing)}"
-            )
-
+        """Continue from what `state_dict` copied."""
         for name, packed in self.explored.bits.items():
             packed.copy_(state["explored"][name])
         self._entered = dict(state.get("entered", {}))

@@ -12,6 +12,7 @@ from itop_prune.methods import criteria
 from itop_prune.methods.lookup import CheckedFunction
 from itop_prune.methods.validation import check_scores
 from itop_prune.sharding import whole
+from itop_prune.topology import ActiveScores
 from itop_prune.update.gradients import DenseGradients
 from itop_prune.update.rules import Rules
 
@@ -26,15 +27,15 @@ class LayerUpdate(NamedTuple):
     stream: tuple[object, ...]
     """Seeds the generators: the run's seed and the number of the update."""
 
-    def new_mask(self, rules: Rules, n_prune: int, n_grow: int) -> Tensor:
-        """Compute the layer's mask after the update, by `topology.prune_and_regrow`.
+    def new_mask(self, rules: Rules, mask: Tensor, n_prune: int, n_grow: int) -> Tensor:
+        """Compute the layer's mask after the update from that before, by `prune_and_regrow`.
 
         With an N:M pattern each group regrows what it lost, and `n_grow` is not used.
 
         Raises:
             ValueError: Scores are NaN; the message names criterion and layer.
         """
-        mask, pattern = self.itop.mask, self.itop.pattern
+        pattern = self.itop.pattern
         ties = self.generator("ties")
 
         def scored(kept: Tensor) -> Tensor:
@@ -57,8 +58,16 @@ class LayerUpdate(NamedTuple):
                 f"{criterion.name} gave NaN for {self.name}; scores must be numbers"
             ) from None
 
-    def prune_scores(self, criterion: CheckedFunction, mask: Tensor) -> Tensor:
-        """Score every position for pruning; `mask` is the present one."""
+    def prune_scores(self, criterion: CheckedFunction, mask: Tensor) -> Tensor | ActiveScores:
+        """Score positions for pruning; `mask` is the present one.
+
+        Sparse storage has the values of active weights at hand, and magnitude needs no more.
+        """
+        if criterion.function is criteria.magnitude:
+            active = self.itop.active_values()
+            if active is not None:
+                positions, values = active
+                return ActiveScores(positions, criteria.magnitude(values.float()))
         return self.scores(criterion, mask, "prune")
 
     def scores(self, criterion: CheckedFunction, mask: Tensor, *stream: object) -> Tensor:

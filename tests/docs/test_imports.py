@@ -92,6 +92,30 @@ def test_the_package_imports_without_what_the_runner_needs() -> None:
     assert in_fresh_interpreter(f"{blocked}; import itop_prune; print('done')") == "done\n"
 
 
+@pytest.mark.parametrize("absent", ["safetensors", "numpy"])
+def test_small_files_say_what_to_install(absent: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    program = f"""
+import torch
+sys.modules[{absent!r}] = None  # an import of None fails
+import itop_prune
+layer = torch.nn.Linear(8, 4)
+itop_prune.apply(layer, 0.5)
+for call in (itop_prune.save, itop_prune.load):
+    try:
+        call(layer, {str(path)!r})
+    except ImportError as error:
+        print(error)
+"""
+    lines = in_fresh_interpreter(program).splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert absent in line.partition(";")[0]
+        assert line.endswith("pip install safetensors numpy")
+    assert path.read_bytes() == b""
+
+
 # --- which way imports point ---------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import itop_prune
 from itop_prune import ITOP, MaskScheduler, topology
-from itop_prune.scheduler import SAVED
+from itop_prune.update.saved_state import SAVED
 
 NAMES = ["0.weight", "2.weight", "4.weight"]  # of `mlp`
 growths = pytest.mark.parametrize("grow", ["random", "gradient"])
@@ -61,6 +62,18 @@ def test_step_tells_when_masks_moved_and_updates_are_counted() -> None:
     assert [step for step, answer in enumerate(answers, start=1) if answer] == [3, 6]
     assert list(run.regrow.update_steps()) == [3, 6]
     assert (run.regrow.updates, run.regrow.skipped) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "last"), [({"every": 1500}, "12"), ({"every": 6, "stop": 0.25}, "3")]
+)
+def test_masks_that_will_never_move_are_announced(options: dict[str, Any], last: str) -> None:
+    found = f"every is {options['every']} and the last update could be at step {last}: none is made"
+    with pytest.warns(UserWarning, match=f"^{found}, the masks never move; lower every") as warned:
+        run = run_of(**options)
+    assert [Path(warning.filename).name for warning in warned] == ["sparse_run.py"]
+    run.train(range(12))
+    assert run.regrow.updates == 0
 
 
 def test_past_the_last_update_steps_are_counted_and_gradients_may_be_gone() -> None:
@@ -592,11 +605,72 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(lacking: str) 
     if lacking in state:
         del state[lacking]
     else:
-        del state["explored"]["2.weight"]
+        del state["shapes"]["2.weight"]
         message = r"saved for other masks; different are: 2\.weight"
     with pytest.raises(ValueError, match=message):
         other.regrow.load_state_dict(state)
     assert_same(other.numbers(), before)
+
+
+# --- several schedulers --------------------------------------------------------------------------
+
+
+def second(run: Run, names: list[str] = NAMES, **rules: Any) -> Run:
+    """The same model, and another scheduler for its masks."""
+    masks = {name: run.masks[name] for name in names}
+    regrow = MaskScheduler(masks, run.optimizer, total_steps=12, every=2, **rules)
+    return Run(run.model, run.masks, run.optimizer, regrow, run.shape)
+
+
+@growths
+@pytest.mark.parametrize("shared", [NAMES, NAMES[1:2]], ids=["all", "one"])
+def test_two_schedulers_that_take_turns_with_a_mask_are_refused(
+    grow: str, shared: list[str]
+) -> None:
+    run = run_of(grow=grow)
+    other = second(run, shared, grow=grow)
+    run.train(range(1))
+    other.train(range(1, 2))
+    message = rf"another MaskScheduler has stepped with {', '.join(shared)} since .*step only one"
+    with pytest.raises(RuntimeError, match=message):
+        run.train(range(2, 3))
+    other.train(range(2, 4))
+    assert other.regrow.updates == 1
+
+
+@growths
+def test_a_new_scheduler_takes_over_and_the_old_one_again_with_its_state(grow: str) -> None:
+    run = run_of(grow=grow)
+    run.train(range(3))
+    other = second(run, grow=grow)
+    other.regrow.load_state_dict(run.regrow.state_dict())
+    other.train(range(3, 6))
+    assert other.regrow.updates == 3
+    run.regrow.load_state_dict(other.regrow.state_dict())
+    run.train(range(6, 12))
+    assert run.regrow.updates == 6
+
+
+@growths
+def test_a_run_goes_on_beside_its_copy(grow: str) -> None:
+    run = run_of(grow=grow)
+    run.train(range(3))
+    other = copy.deepcopy(run)
+    for step in range(3, 6):
+        run.train(range(step, step + 1))
+        other.train(range(step, step + 1))
+    assert_same(run.numbers(), other.numbers())
+
+
+@growths
+def test_two_schedulers_move_two_parts_of_a_model(grow: str) -> None:
+    run = run_of()
+    one, two = second(run, NAMES[:1], grow=grow), second(run, NAMES[1:], grow=grow)
+    for step in range(4):
+        run.backward(step)
+        run.optimizer.step()
+        assert one.regrow.step() == two.regrow.step() == (step % 2 == 1)
+        run.optimizer.zero_grad()
 
 
 def test_a_mask_loaded_before_the_first_update_counts_as_explored() -> None:

@@ -23,6 +23,7 @@ from helpers.processes import (
     without_last_checkpoint,
 )
 from itop_prune_tools.run_folder.folder import RunError
+from itop_prune_tools.run_folder.lock import locked
 from itop_prune_tools.run_folder.metrics import Metrics
 from itop_prune_tools.training import command as train
 from itop_prune_tools.training.stop import StopRequest
@@ -201,6 +202,16 @@ torch.nn.CrossEntropyLoss = Bad
     assert whole_checkpoints(tmp_path / "run") == [last]
 
 
+@gloo
+@pytest.mark.slow
+def test_a_folder_in_use_ends_both_ranks_with_one_line(copy: Path) -> None:
+    with locked(copy):
+        process = on_ranks("epochs=3", "--out", str(copy), "--resume")
+        output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert one_error(output).startswith(f"error: {copy} is in use by another run, and only one ")
+
+
 # --- bad losses ----------------------------------------------------------------------------------
 
 
@@ -286,7 +297,7 @@ def test_metrics_that_can_not_be_cut_are_one_line_and_stay(
     message = f"error: {path} could not be written: {FULL}; once it can be, go on with --resume"
     assert one_error(capsys.readouterr().err) == message
     assert metrics(copy) == metrics(whole)
-    assert not list(copy.glob("*.unfinished"))
+    assert not list(copy.glob("unfinished-*"))
     assert run(copy, "--resume") == 0
     assert_same_end(whole, copy)
 
@@ -329,7 +340,7 @@ def test_a_full_disk_at_the_last_weights_is_one_line_and_the_run_can_be_ended(
         assert run(folder) == 1
     message = f"error: {folder / name} could not be written: "
     assert one_error(capsys.readouterr().err).startswith(message)
-    assert not list(folder.glob("*.unfinished"))
+    assert not list(folder.glob("unfinished-*"))
     assert not (folder / "model.safetensors").exists()  # with which a run counts as done
     assert run(folder, "--resume") == 0
     assert_same_end(whole, folder)

@@ -31,6 +31,7 @@ from helpers.processes import (
     whole_checkpoints,
 )
 from itop_prune_tools.checks import kill_and_resume
+from itop_prune_tools.run_folder.lock import locked
 from itop_prune_tools.run_folder.metrics import Metrics
 from itop_prune_tools.training import command as train
 from itop_prune_tools.training import export
@@ -306,6 +307,49 @@ def test_no_kills_and_no_ranks_are_an_error(capsys: pytest.CaptureFixture[str], 
         with pytest.raises(SystemExit, match="2"):
             kill_and_resume.main([what, number])
         assert f"{what} is {number}; allowed is from 1" in capsys.readouterr().err
+
+
+# --- two processes on one folder -----------------------------------------------------------------
+
+
+def in_use(folder: Path) -> str:
+    return (
+        f"error: {folder} is in use by another run, and only one may write into it; wait until "
+        "that one ends, or write elsewhere with --out FOLDER\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_second_process_on_a_run_is_one_clear_error_and_the_first_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("fcntl")
+    folder = tmp_path / "run"
+    process = start(["tools/train.py", QUICKSTART, *SETTINGS, "epochs=400", "--out", str(folder)])
+    wait_for(folder / "metrics.jsonl", process, lines=1)
+
+    stopping_at(monkeypatch, 1)  # the second run, should it begin
+    assert run(folder, "epochs=400", "--resume") == 1
+    assert capsys.readouterr().err == in_use(folder)
+    assert run(folder, "epochs=400") == 1
+    assert f"error: {folder} exists; continue that run with --resume" in capsys.readouterr().err
+
+    process.terminate()
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert run(folder, "epochs=400", "--resume") == 130
+    epochs = [line["epoch"] for line in metrics(folder)]
+    assert epochs == list(range(1, 1 + len(epochs)))
+
+
+def test_a_run_in_use_can_be_evaluated_but_not_resumed(
+    whole: Path, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(copied):
+        assert run(copied, "epochs=3", "--resume") == 1
+        assert capsys.readouterr().err == in_use(copied)
+        assert run(copied, "epochs=3", f"--evaluate={copied}") == 0
+    assert_same_end(whole, copied)
 
 
 # --- damage --------------------------------------------------------------------------------------

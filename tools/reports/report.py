@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from itop_prune.files.writing import replacing
+
 from ..run_folder import history
 from ..run_folder.folder import RunError, in_a_line
 
@@ -74,7 +76,7 @@ def write(folder: Path) -> Path:
         if isinstance(picture.content, bytes):
             (place / f"{picture.name}.png").write_bytes(picture.content)
 
-    path, unfinished = folder / "report.html", folder / "report.html.unfinished"
-    unfinished.write_text(page(found, pictures), encoding="utf-8")
-    unfinished.replace(path)
+    path = folder / "report.html"
+    with replacing(path) as unfinished:
+        unfinished.write_text(page(found, pictures), encoding="utf-8")
     return path

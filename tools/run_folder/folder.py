@@ -1,13 +1,29 @@
 """The folder of a run: its name, and its recipe; a run never writes over another."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..config.recipe import Recipe
+from itop_prune.files.writing import replacing
 
+from ..config.recipe import Recipe
+from .lock import LOCK, locked
+
+WRITTEN = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    "layers.jsonl",
+    "model.safetensors",
+    "sparse.safetensors",
+    "checksums.json",
+)
+"""Files that a run writes; commands that hold no lock may write others."""
+CHECKPOINTS = "step-" + 9 * "[0-9]"
+"""The pattern of the names of checkpoints."""
 FREE = {
     "data": ("eval_batch_size", "root", "workers", "download"),
     "accelerator": ("cpu", "log_with"),
@@ -85,36 +101,70 @@ def check_folder(folder: Path) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that holds anything.
+    """Refuse a folder that holds anything but what a failed start leaves.
 
     Raises:
         RunError: This one does.
     """
     check_folder(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and set(folder.iterdir()) - {folder / LOCK, *_unfinished(folder)}:
         raise RunError(
             f"{folder} exists; continue that run with --resume, or write elsewhere with "
             "--out FOLDER"
         )
 
 
-def start(folder: Path, recipe: Recipe) -> None:
-    """Make the folder and write the recipe into it.
+@contextlib.contextmanager
+def opened(folder: Path, recipe: Recipe, resume: bool) -> Iterator[None]:
+    """Start a run in a folder or go on with one, and keep other runs out of it, as a context.
 
     Raises:
-        RunError: The folder holds a run already, or can't be written.
+        RunError: The folder holds a run already, or none to resume; another process writes
+            into it; or it can't be written.
     """
-    try:
-        check_free(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Beside the folder, so that a failed start leaves it empty, ready for another.
-        unfinished = folder.with_name(f"{folder.name}.unfinished")
-        unfinished.write_text(recipe.as_yaml(), encoding="utf-8")
-        unfinished.replace(folder / "recipe.yaml")
-    except OSError as error:
-        raise RunError(
-            f"{folder} can't be written: {error}; write elsewhere with --out FOLDER"
-        ) from None
+
+    def check() -> None:
+        if resume:
+            check_same_recipe(folder, recipe)
+        else:
+            check_free(folder)
+
+    with contextlib.ExitStack() as lock:
+        try:
+            check()  # first without the lock, whose file would change a foreign folder
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(locked(folder))
+            check()
+
+            _remove_unfinished(folder)
+            if not resume:
+                with replacing(folder / "recipe.yaml") as unfinished:
+                    unfinished.write_text(recipe.as_yaml(), encoding="utf-8")
+        except BlockingIOError:
+            raise RunError(
+                f"{folder} is in use by another run, and only one may write into it; wait until "
+                "that one ends, or write elsewhere with --out FOLDER"
+            ) from None
+        except OSError as error:
+            raise RunError(
+                f"{folder} can't be written: {error}; write elsewhere with --out FOLDER"
+            ) from None
+        yield
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """List what a run has begun to write, or did not finish before it was killed."""
+    found = [path for name in WRITTEN for path in folder.glob(f"unfinished-*-{name}")]
+    return [*found, *folder.glob("checkpoints/unfinished-*")]
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what killed runs left; only the holder of the lock may."""
+    for path in _unfinished(folder):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:

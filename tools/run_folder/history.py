@@ -11,7 +11,7 @@ import yaml
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from .folder import RunError, in_a_line
+from .folder import CHECKPOINTS, RunError, in_a_line
 from .json_lines import JsonLines
 from .metrics import Metrics
 
@@ -129,7 +129,8 @@ class History:
         if not self.masks or not self.masks.names:
             return None
         name = self.masks.names[0]
-        checkpoints = sorted(self.folder.glob("checkpoints/step-*/model.safetensors"), reverse=True)
+        pattern = f"checkpoints/{CHECKPOINTS}/model.safetensors"
+        checkpoints = sorted(self.folder.glob(pattern), reverse=True)
         for path in [self.folder / "model.safetensors", *checkpoints]:
             if not path.exists():
                 continue

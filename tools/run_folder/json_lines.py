@@ -1,12 +1,13 @@
 """Files of one JSON object per line: append whole lines, read the undamaged ones, cut on resume."""
 
-import contextlib
 import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from itop_prune.files.writing import replacing
 
 from .folder import RunError
 
@@ -79,13 +80,10 @@ class JsonLines:
             )
 
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        unfinished = self.path.with_suffix(".unfinished")
         try:
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(self.path)
+            with replacing(self.path) as unfinished:
+                unfinished.write_text(text, encoding="utf-8")
         except OSError as error:
-            with contextlib.suppress(OSError):
-                unfinished.unlink()
             raise self._not_written(error) from None
         return lines
 

@@ -3,6 +3,7 @@
 import atexit
 import itertools
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -237,7 +238,10 @@ def build_mask_scheduler(
 
     settings = {"seed": recipe.seed, "check_ranks": True, **recipe.regrow}
     try:
-        return itop_prune.MaskScheduler(masks, optimizer, total_steps=total_steps, **settings)
+        with warnings.catch_warnings():
+            # `explain_no_update` says it in the words of the recipe.
+            warnings.filterwarnings("ignore", message=".*the masks never move")
+            return itop_prune.MaskScheduler(masks, optimizer, total_steps=total_steps, **settings)
     except ValueError as error:
         raise RunError(f"regrow: {error}") from None
 

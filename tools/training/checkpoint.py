@@ -10,7 +10,6 @@ A run folder has the final `model.safetensors`, with checksums of the same form.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,9 @@ from torch import Tensor, nn
 
 from itop_prune.files import small_files
 from itop_prune.files.state_dicts import check_archive
+from itop_prune.files.writing import flush, replacing, unfinished_name
 
+from ..run_folder.folder import CHECKPOINTS
 from .sharded import load_model_state
 
 StateDict = dict[str, Tensor]
@@ -50,18 +51,16 @@ class Checkpoints:
                 stay whole.
         """
         target = self.folder / f"step-{step:09d}"
-        unfinished, copy = self.folder / ".unfinished", self.folder / ".unfinished-best"
+        unfinished, copy = unfinished_name(target), unfinished_name(self.folder / "best")
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             for name, tensors in models.items():
                 save_model(tensors, unfinished / f"{name}.safetensors")
             torch.save(state, unfinished / "state.pt")
-            write_checksums(sorted(unfinished.iterdir()))
+            write_checksums(sorted(unfinished.iterdir()), unfinished / CHECKSUMS)
 
             # The best comes first: a run killed between the two resumes from before both.
             if best:
-                shutil.rmtree(copy, ignore_errors=True)
                 shutil.copytree(unfinished, copy)
                 replace_folder(copy, self.folder / "best")
             replace_folder(unfinished, target)
@@ -78,7 +77,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """List the folders, oldest first, without the best."""
-        return sorted(self.folder.glob("step-*"))
+        return sorted(self.folder.glob(CHECKPOINTS))
 
     def last(self) -> Path | None:
         """Find the newest checkpoint."""
@@ -175,13 +174,10 @@ def check_weights(path: Path) -> None:
         )
 
 
-def write_checksums(files: Sequence[Path]) -> None:
-    """Write the checksums of files in one folder beside them, whole or not at all."""
+def write_checksums(files: Sequence[Path], path: Path) -> None:
+    """Write the checksums of files in one folder."""
     sums = {file.name: checksum(file) for file in files}
-    path = files[0].with_name(CHECKSUMS)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    unfinished.replace(path)
+    path.write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
 
 def checksum(path: Path) -> str:
@@ -194,7 +190,7 @@ def checksum(path: Path) -> str:
 
 
 def save_model(state: StateDict, path: Path) -> None:
-    """Write a state dict as safetensors, whole or not at all."""
+    """Write a state dict as safetensors."""
     # safetensors refuses shared memory, which a module under two names has.
     tensors: StateDict = {}
     seen: set[int] = set()
@@ -203,13 +199,7 @@ def save_model(state: StateDict, path: Path) -> None:
         tensors[name] = tensor.clone() if shared else tensor.contiguous()
         seen.add(tensor.data_ptr())
 
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        save_file(tensors, unfinished)
-        unfinished.replace(path)
-    except (OSError, SafetensorError):
-        unfinished.unlink(missing_ok=True)
-        raise
+    save_file(tensors, path)
 
 
 def save_result(state: StateDict, path: Path) -> None:
@@ -225,8 +215,10 @@ def save_result(state: StateDict, path: Path) -> None:
     try:
         # Weights without checksums are not checked: if a kill comes between, they count as good.
         path.with_name(CHECKSUMS).unlink(missing_ok=True)
-        save_model(state, path)
-        write_checksums([path])
+        with replacing(path) as unfinished:
+            save_model(state, unfinished)
+        with replacing(path.with_name(CHECKSUMS)) as unfinished:
+            write_checksums([path], unfinished)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} could not be written: {error}; once it can be, go on with --resume"
@@ -236,12 +228,11 @@ def save_result(state: StateDict, path: Path) -> None:
 def replace_folder(source: Path, target: Path) -> None:
     """Flush a finished folder to the disk and rename it into place."""
     for path in (*source.iterdir(), source):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        flush(path)
 
     removed = set_aside(target)
-    source.rename(target)
+    source.replace(target)
+    flush(target.parent)
     shutil.rmtree(removed, ignore_errors=True)
 
 
@@ -252,8 +243,7 @@ def remove_folder(folder: Path) -> None:
 
 def set_aside(folder: Path) -> Path:
     """Rename a folder, if it exists, to a name that nothing reads; return that name."""
-    removed = folder.with_name(f".removed-{folder.name}")
-    shutil.rmtree(removed, ignore_errors=True)
+    removed = unfinished_name(folder)
     if folder.exists():
-        folder.rename(removed)
+        folder.replace(removed)
     return removed

@@ -23,6 +23,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -31,13 +32,13 @@ from itop_prune.distributed import RanksDiffer
 
 from ..config.recipe import Recipe, RecipeError, read_recipe
 from ..data.source import DataError
-from ..run_folder.folder import RunError, run_folder
+from ..run_folder.folder import RunError, opened, run_folder
 from .build import build, make_accelerator, open_for, steps_per_epoch
 from .checkpoint import CheckpointError
 from .dry_run import dry_run
 from .evaluation import evaluate_only, read_recipe_for_weights
 from .loop import train
-from .ranks import OtherRankFailed
+from .ranks import OtherRankFailed, on_main
 from .seeds import train_seeds
 
 ERRORS = (
@@ -120,7 +121,9 @@ def train_recipe(recipe: Recipe, folder: Path, resume: bool) -> int:
     accelerator = make_accelerator(recipe)
     data = open_for(recipe, accelerator)
     run = build(recipe, accelerator, data, steps_per_epoch(data, accelerator))
-    return train(run, recipe, accelerator, data, folder, resume)
+    with ExitStack() as held:
+        on_main(accelerator, held.enter_context, opened(folder, recipe, resume))
+        return train(run, recipe, accelerator, data, folder, resume)
 
 
 def report_error(error: Exception) -> None:

@@ -23,7 +23,6 @@ recipe has an average (ema), the average is exported.
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import itop_prune
+from itop_prune.files.writing import replacing
 from itop_prune.inference.measurement import Report, relative_error
 
 from ..config.recipe import Recipe, RecipeError
@@ -142,17 +142,12 @@ def export(args: argparse.Namespace) -> str:
 
     image = args.shape or image_shape(run, recipe)
     inputs = torch.randn(3, *image, generator=torch.Generator().manual_seed(0))
-    unfinished = args.out.with_name(f"unfinished-{os.getpid()}-{args.out.name}")
-    with torch.no_grad():
+    with torch.no_grad(), replacing(args.out) as unfinished:
         expected = outputs_of(model, inputs)
-        try:
-            written, note = write(args, recipe, model, unfinished, inputs[:2])
-            checked = "not checked, for there is no onnxruntime"
-            if written:
-                checked = check_outputs(written(inputs), expected, args)
-            unfinished.replace(args.out)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        written, note = write(args, recipe, model, unfinished, inputs[:2])
+        checked = "not checked, for there is no onnxruntime"
+        if written:
+            checked = check_outputs(written(inputs), expected, args)
 
     return f"{args.out}: {args.out.stat().st_size:,} bytes, {note}{checked}"
 

@@ -19,7 +19,6 @@ from ..data.datasets import Data
 from ..data.seeding import seed_everything
 from ..data.source import Batch
 from ..reports.report import attempt
-from ..run_folder.folder import check_same_recipe, start
 from ..run_folder.metrics import Metrics
 from .bad_losses import BadLosses
 from .checkpoint import Checkpoints, save_result
@@ -81,6 +80,7 @@ class Training:
         self.images_per_step = self.micro_batches * data.batch_size * self.ranks
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         """Sum of the losses of this epoch's images, on this rank."""
+        self.averaged_masks = itop_prune.find_masks(run.ema.module) if run.ema else {}
 
         self.settings = CheckpointSettings(**(recipe.checkpoint or {}))
         self.checkpoints = Checkpoints(folder / "checkpoints", self.settings.keep)
@@ -91,15 +91,12 @@ class Training:
         self.layer_log = LayerLog(folder, run, data.shape, self.ranks, enabled=self.is_main)
 
     def begin(self, resume: bool) -> None:
-        """Start the run folder, or restore the run from it."""
+        """Restore a run that goes on, and show where it begins."""
         messages: list[str] = []
         if resume:
-            on_main(self.accelerator, check_same_recipe, self.folder, self.recipe)
             messages = restore(
                 self.run, self.accelerator, self.checkpoints, self.loss_sum, self.images_per_step
             )
-        else:
-            on_main(self.accelerator, start, self.folder, self.recipe)
         self.check_ranks()
 
         self.display = Display(
@@ -209,14 +206,23 @@ class Training:
             run.lr_schedule.step_update(self.progress.step)
 
         if run.ema:
-            averaged = itop_prune.find_masks(run.ema.module)
-            if moved and run.regrow:
-                run.regrow.clean_average(averaged)  # sparse parameters may be longer now
+            if moved:
+                self.clean_average()  # parameters in sparse storage may be longer now
             run.ema.update(run.unwrapped_model, step=self.progress.step)
-            if moved and run.regrow:
-                run.regrow.clean_average(averaged)
+            self.clean_average()
 
         self.bad_losses.end_step(self.progress.step, self.checkpoints)
+
+    def clean_average(self) -> None:
+        """Set weights of the average to 0 that are not active.
+
+        The average remembers pruned weights, and some optimizers move weights off the mask.
+        """
+        if self.run.regrow:
+            self.run.regrow.clean_average(self.averaged_masks)
+            return
+        for itop in self.averaged_masks.values():
+            itop.zero_off_mask()
 
     def show(self, epoch: int, step: int) -> None:
         """Draw the numbers of the epoch so far."""

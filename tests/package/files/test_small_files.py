@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import json
+import math
 import os
 import random
 import zlib
@@ -540,6 +541,11 @@ FORGED: dict[str, Callable[[Tensors, dict], object]] = {
     "a weight inside of another": lambda tensors, masked: masked.update(
         {"0.weight_orig": masked["0.weight"]}
     ),
+    "complex values": set_tensor("0.weight_orig", lambda values: values.to(torch.complex64)),
+    "a complex bias": set_tensor("0.bias", lambda values: values.to(torch.complex64)),
+    "a dense weight beside the masked one": lambda tensors, masked: tensors.update(
+        {"0.weight": torch.zeros(16, 20)}
+    ),
     "no layout": lambda tensors, masked: masked.update({"0.weight": None}),
     "no layouts": lambda tensors, masked: masked.clear(),
     "a list of layouts": lambda tensors, masked: "[]",
@@ -555,6 +561,60 @@ def test_a_file_made_by_hand_is_loaded_whole_or_refused(
 ) -> None:
     forge(path, FORGED[name])
     refused(path, sparse(seed=3) if masked else other())
+
+
+OTHERS = [None, True, -1, 0, 15, 2**63, 10**40, 1.5, math.inf, "", "x", "bits", [], [[]], {}]
+OTHERS += [[16, 20, 1], [16, -20], [True, True], [2**62, 4], [320], {"shape": [16, 20]}]
+
+
+@pytest.mark.parametrize("field", ["shape", "row", "column", "positions"])
+def test_a_field_of_a_layout_takes_no_other_value(field: str, path: Path) -> None:
+    for value in OTHERS:
+
+        def change(tensors: Tensors, masked: dict, value: object = value) -> None:
+            layout = masked["0.weight"]
+            if field in ("row", "column"):
+                layout["shape"][field == "column"] = value
+            else:
+                layout[field] = value
+
+        forge(path, change)
+        refused(path, other())
+
+
+@pytest.mark.parametrize("value", OTHERS)
+def test_layouts_that_are_something_else_are_refused(value: object, path: Path) -> None:
+    forge(path, lambda tensors, masked: masked.update({"0.weight": value}))
+    refused(path, other())
+    forge(path, lambda tensors, masked: json.dumps(value))
+    refused(path, other())
+
+
+CHANGES: list[Callable[[Tensor], Tensor]] = [
+    lambda tensor: tensor.flip(0),
+    lambda tensor: tensor[:0],
+    lambda tensor: tensor[None],
+    lambda tensor: tensor.bool(),
+    lambda tensor: tensor.to(torch.uint16),
+    lambda tensor: tensor.to(torch.float8_e4m3fn),
+    lambda tensor: tensor.to(torch.complex64),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tensor_of_another_kind_is_loaded_or_refused(
+    change: Callable[[Tensor], Tensor], path: Path
+) -> None:
+    in_groups = mlp()
+    itop_prune.apply(in_groups, 0.5, pattern="2:4")
+    for name in ("0.weight_orig", "0.weight_mask", "0.bias"):
+        forge(path, set_tensor(name, change))
+        for target in (other(), sparse(seed=3), in_groups):
+            before = copy.deepcopy(target)
+            try:
+                itop_prune.load(target, path)
+            except ValueError:
+                assert_same(target, before)
 
 
 def test_what_forge_leaves_as_it_is_loads(path: Path) -> None:
@@ -639,11 +699,12 @@ def test_the_name_is_given_once_all_is_on_the_disk(
 
     def watched(handle: int) -> None:
         fsync(handle)
-        (unfinished,) = path.parent.iterdir()
-        seen.append((path.exists(), unfinished.read_bytes()))
+        (written,) = path.parent.iterdir()
+        seen.append((path.exists(), written.read_bytes()))
 
     monkeypatch.setattr(os, "fsync", watched)
-    assert seen == [(False, saved(path))]
+    content = saved(path)
+    assert seen == [(False, content), (True, content)]  # of the file, then of its folder
 
 
 def test_two_that_write_one_name_at_once_leave_a_whole_file(
@@ -671,8 +732,19 @@ def test_a_state_that_is_no_tensor_is_refused_by_name(path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 6), Counting(6, 4))
     itop_prune.apply(model, 0.5)
     with pytest.raises(
-        ValueError, match=r"^1\._extra_state holds no tensor, and this file nothing else"
+        ValueError, match=r"^1\._extra_state holds no dense tensor with values, and this file noth"
     ):
+        itop_prune.save(model, path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("change", [Tensor.to_sparse, lambda tensor: tensor.to("meta")])
+def test_a_tensor_that_is_not_dense_or_has_no_values_is_refused_by_name(
+    change: Callable[[Tensor], Tensor], path: Path
+) -> None:
+    model = sparse()
+    model.register_buffer("table", change(torch.eye(3)))
+    with pytest.raises(ValueError, match=r"^table holds no dense tensor with values"):
         itop_prune.save(model, path)
     assert not path.exists()
 

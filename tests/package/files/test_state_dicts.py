@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -338,9 +339,21 @@ def extra_layer(state: State) -> State:
     return {**state, "6.weight": torch.zeros(2, 2)}
 
 
+def both_dense_and_masked(state: State) -> State:
+    return {**state, "0.weight": torch.zeros(16, 20)}
+
+
 @pytest.mark.parametrize(
     "damage",
-    [bad_shape, bad_parameter_alone, bad_mask_alone, missing_bias, missing_mask, extra_layer],
+    [
+        both_dense_and_masked,
+        bad_shape,
+        bad_parameter_alone,
+        bad_mask_alone,
+        missing_bias,
+        missing_mask,
+        extra_layer,
+    ],
 )
 def test_a_source_that_does_not_fit_leaves_the_model_as_it_was(
     damage: Callable[[State], State],
@@ -351,6 +364,73 @@ def test_a_source_that_does_not_fit_leaves_the_model_as_it_was(
         itop_prune.load(model, damage(trained().state_dict()))
     assert untouched(model, before)
     assert itop_prune.find_masks(model) == {}
+
+
+class Versions(dict):
+    """A state dict with what torch keeps of the versions of layers."""
+
+    def __init__(self, state: State, versions: object) -> None:
+        super().__init__(state)
+        self._metadata = versions
+
+
+OTHER_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sparse": Tensor.to_sparse,
+    "meta": lambda tensor: tensor.to("meta"),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "quantized": lambda tensor: torch.quantize_per_tensor(tensor.float(), 1.0, 0, torch.qint8),
+    "nested": lambda tensor: torch.nested.nested_tensor([tensor.float(), tensor.float()]),
+}
+OTHER_NAMES = [0, None, ("0", "bias"), b"bias", 1.5]
+OTHER_VALUES = [None, 3, "x", [0.0] * 16, {}]
+OTHER_VERSIONS = [None, 3, [], {3: {}}, {"0": None}, {"0": {"version": "one"}}]
+
+
+def refused(source: object) -> str:
+    """Return why a source is not loaded, and see that the models are as they were."""
+    for model in (mlp(seed=5), trained(seed=5)):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError) as error:
+            itop_prune.load(model, source)
+        assert untouched(model, before)
+    return str(error.value)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*prototype stage:UserWarning", "ignore:.*quantize_per_tensor:UserWarning"
+)
+@pytest.mark.parametrize("name", ["0.weight_orig", "0.weight_mask", "0.bias"])
+@pytest.mark.parametrize("kind", OTHER_TENSORS)
+def test_a_tensor_that_is_not_plain_is_refused_with_its_kind(kind: str, name: str) -> None:
+    state = trained().state_dict()
+    message = refused({**state, name: OTHER_TENSORS[kind](state[name])})
+    assert re.search(rf"0\.(weight|bias): the model has \(16.*, the source .*{kind}", message)
+
+
+def test_a_buffer_that_is_sparse_in_the_model_too_loads() -> None:
+    model, source = mlp(seed=5), trained()
+    for module, table in ((model, torch.zeros(3, 3)), (source, torch.eye(3))):
+        module.register_buffer("table", table.to_sparse())
+    itop_prune.load(model, source.state_dict())
+    assert torch.equal(model.table.to_dense(), torch.eye(3))
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_a_name_that_is_no_text_is_refused(name: object) -> None:
+    assert f"the name {name!r} is no text" in refused(
+        {**trained().state_dict(), name: torch.ones(2)}
+    )
+
+
+@pytest.mark.parametrize("value", OTHER_VALUES)
+def test_a_value_that_is_no_tensor_is_refused_by_its_name(value: object) -> None:
+    message = refused({**trained().state_dict(), "0.bias": value})
+    assert f"0.bias is of type {type(value).__name__}" in message
+
+
+@pytest.mark.parametrize("versions", OTHER_VERSIONS)
+def test_versions_that_are_none_are_refused(versions: object) -> None:
+    assert "_metadata are not the versions" in refused(Versions(trained().state_dict(), versions))
 
 
 def test_not_strict_a_new_head_stays_dense_and_the_rest_is_loaded() -> None:
@@ -644,4 +724,10 @@ def test_a_damaged_index_of_shards_is_refused_by_its_name(content: str, tmp_path
     with pytest.raises(
         ValueError, match=r"model\.safetensors\.index\.json is damaged: it has no weight_map"
     ):
+        itop_prune.load(mlp(), tmp_path)
+
+
+def test_an_index_of_shards_that_names_its_folder_ends(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "."}}')
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         itop_prune.load(mlp(), tmp_path)

@@ -146,3 +146,31 @@ def test_ddp_ignores_masks_in_parts_compiled_one_by_one_by_the_names_that_it_see
     assert getattr(model, IGNORED) == ["0._orig_mod.weight_mask"]
     buffers = [name for name, _ in model.named_buffers() if name.endswith("_mask")]
     assert buffers == getattr(model, IGNORED)
+
+
+class Forwarding(nn.Module):
+    """A wrapper that has the attributes of its model, as PEFT's PeftModel."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+@pytest.mark.parametrize("applied_to", ["model", "wrapper"])
+def test_masks_are_removed_from_a_wrapper_that_forwards_attributes(applied_to: str) -> None:
+    model = mlp()
+    wrapper = Forwarding(model)
+    itop_prune.apply(model if applied_to == "model" else wrapper, 0.5)
+    itop_prune.remove(wrapper)
+    assert itop_prune.find_masks(wrapper) == {}
+    assert list(model.state_dict()) == list(mlp().state_dict())
+    itop_prune.apply(wrapper, 0.5)
+    assert vars(wrapper)[IGNORED] == [f"base_model.{index}.weight_mask" for index in (0, 2, 4)]

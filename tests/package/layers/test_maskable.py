@@ -7,7 +7,7 @@ import torch
 from helpers.toys import convnet, mlp
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import itop_prune
@@ -141,6 +141,30 @@ def test_a_weight_that_can_not_be_masked_is_refused_with_what_to_do(
     with pytest.raises(ValueError, match=rf"2\.weight: {message}"):
         itop_prune.apply(model, 0.5)
     assert list(itop_prune.find_masks(model)) == found
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda weight: weight.to(torch.complex64),
+        lambda weight: weight.to(torch.complex128),
+        Tensor.int,
+        Tensor.bool,
+        Tensor.to_sparse,
+    ],
+)
+def test_a_weight_that_is_not_of_dense_real_numbers_is_refused(
+    convert: Callable[[Tensor], Tensor],
+) -> None:
+    model = mlp()
+    weight = convert(model[4].weight.detach())
+    model[4].weight = nn.Parameter(weight, requires_grad=False)
+    message = rf"4\.weight: it is of {weight.dtype} and {weight.layout}, and masks need dense, real"
+    for call in (itop_prune.apply, itop_prune.count_active):
+        with pytest.raises(ValueError, match=message):
+            call(model, 0.5)
+    assert [type(layer) for layer in model] == [type(layer) for layer in mlp()]
+    assert list(itop_prune.apply(model, 0.5, exclude="4")) == ["0.weight", "2.weight"]
 
 
 def test_a_weight_tied_to_an_embedding_is_refused() -> None:

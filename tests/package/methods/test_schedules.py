@@ -61,6 +61,10 @@ def test_alternating_is_dense_and_sparse_for_equal_times_and_ends_sparse(cycles:
     assert schedules.alternating(1.0, cycles) == 0.0
 
 
+rate_alone = pytest.mark.filterwarnings("ignore:.*the masks never move")
+
+
+@rate_alone
 @pytest.mark.parametrize("row", NUMBERS["rate_cosine"], ids=lambda row: f"t={row['t']}")
 def test_the_reference_rate(row: dict) -> None:
     options = {"total_steps": row["T_max"], "every": row["T_max"] + 1}
@@ -69,6 +73,7 @@ def test_the_reference_rate(row: dict) -> None:
     assert regrow.rate == pytest.approx(row["f"], abs=1e-9)
 
 
+@rate_alone
 @pytest.mark.parametrize(
     ("schedule", "stop", "expected"),
     [

@@ -91,17 +91,6 @@ def test_a_copy_of_the_state_goes_on_and_is_independent() -> None:
     assert bits.count(state["explored"]["a"]) == 4
 
 
-def test_a_state_of_other_masks_is_refused_by_name_and_changes_nothing() -> None:
-    found = exploration("ab")
-    for state in (exploration("bc").state_dict(), Exploration({}, False).state_dict()):
-        with pytest.raises(ValueError, match="saved for other masks; different are: a, "):
-            found.load_state_dict(state)
-    larger = {"explored": {"a": torch.zeros(2), "b": torch.zeros(1)}}
-    with pytest.raises(ValueError, match=r"different are: a$"):
-        found.load_state_dict(larger)
-    assert found.rate() == 0.5
-
-
 # --- in training ---------------------------------------------------------------------------------
 
 

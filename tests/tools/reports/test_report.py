@@ -42,7 +42,7 @@ def test_a_report_that_is_drawn_again_is_the_same(made: dict[str, Path], copy: P
     again = report.write(copy).read_bytes()
     before = (made["moving"] / "report.html").read_bytes()
     assert again == before.replace(b"moving, seed 0", b"run")
-    assert not list(copy.glob("*.unfinished"))
+    assert not list(copy.glob("unfinished-*"))
 
 
 def test_a_run_stopped_in_its_first_epoch_says_why_there_is_no_report(

@@ -1,19 +1,22 @@
 """The folder of a run: named by its recipe and seed, and never written over."""
 
 import dataclasses
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from itop_prune_tools.config.recipe import Recipe
+from itop_prune_tools.run_folder import folder
 from itop_prune_tools.run_folder.folder import (
     FREE,
     FREE_SECTIONS,
     RunError,
     check_same_recipe,
+    opened,
     run_folder,
-    start,
 )
+from itop_prune_tools.run_folder.lock import LOCK
 
 RECIPE = Recipe(
     model={"model_name": "lenet300"},
@@ -24,6 +27,11 @@ RECIPE = Recipe(
 OTHER = Recipe(
     model=RECIPE.model, data=RECIPE.data, optimizer={"lr": 0.2}, epochs=3, masks={"sparsity": 0.9}
 )
+
+
+def start(folder: Path, recipe: Recipe) -> None:
+    with opened(folder, recipe, resume=False):
+        pass
 
 
 # Names
@@ -115,6 +123,71 @@ def test_a_folder_that_can_not_be_made_offers_another_place(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"can't be written: .*; write elsewhere with --out FOLDER"):
         start(tmp_path / "file" / "run", RECIPE)
+
+
+@pytest.mark.parametrize("left", [LOCK, "unfinished-0a1b2c3d-recipe.yaml"])
+def test_a_folder_in_which_a_start_was_killed_is_free(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).write_text("")
+    start(tmp_path, RECIPE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "recipe.yaml"]
+
+
+# Two at once
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_keeps_others_out_of_its_folder(tmp_path: Path, resume: bool) -> None:
+    if resume:
+        start(tmp_path / "run", RECIPE)
+    with opened(tmp_path / "run", RECIPE, resume):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(RunError) as caught, opened(tmp_path / "run", RECIPE, resume=True):
+            pass
+        assert sorted(tmp_path.rglob("*")) == before
+    assert str(caught.value) == (
+        f"{tmp_path / 'run'} is in use by another run, and only one may write into it; wait until "
+        "that one ends, or write elsewhere with --out FOLDER"
+    )
+    with opened(tmp_path / "run", RECIPE, resume=True):
+        pass
+
+
+def test_of_two_that_start_at_once_the_slower_one_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One starts and ends between the first look of the other and its lock."""
+    locked = folder.locked
+
+    def start_before(path: Path) -> AbstractContextManager[None]:
+        monkeypatch.setattr(folder, "locked", locked)
+        start(path, RECIPE)
+        return locked(path)
+
+    monkeypatch.setattr(folder, "locked", start_before)
+    with pytest.raises(RunError, match="run exists; continue that run with --resume"):
+        start(tmp_path / "run", OTHER)
+    assert (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8") == RECIPE.as_yaml()
+
+
+def test_only_a_run_that_holds_the_lock_removes_what_was_left_unfinished(tmp_path: Path) -> None:
+    start(tmp_path, RECIPE)
+    ours = [
+        tmp_path / "unfinished-0a1b2c3d-model.safetensors",
+        tmp_path / "checkpoints" / "unfinished-0a1b2c3d-step-000000005" / "state.pt",
+    ]
+    others = [tmp_path / "unfinished-0a1b2c3d-report.html", tmp_path / "unfinished-notes.txt"]
+    with opened(tmp_path, RECIPE, resume=True):
+        for path in (*ours, *others):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+        with pytest.raises(RunError, match="in use"), opened(tmp_path, RECIPE, resume=True):
+            pass
+        assert all(path.exists() for path in (*ours, *others))
+
+    with opened(tmp_path, RECIPE, resume=True):
+        assert list((tmp_path / "checkpoints").iterdir()) == []
+        assert not ours[0].exists()
+        assert all(path.exists() for path in others)
 
 
 # Resuming

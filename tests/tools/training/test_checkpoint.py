@@ -160,6 +160,19 @@ def test_the_best_is_kept_beside_the_last_few_until_a_better_one(checkpoints: Ch
     assert names(checkpoints.folder) == ["best", "step-000000005", "step-000000006"]
 
 
+@pytest.mark.parametrize("name", ["step-000000001-mine", "step-1", "step-00000000a", "step-old"])
+def test_a_folder_of_another_name_is_no_checkpoint_and_stays(
+    checkpoints: Checkpoints, name: str
+) -> None:
+    folders = [checkpoints.save(5, {"model": sparse().state_dict()}, {})]
+    shutil.copytree(folders[0], checkpoints.folder / name)
+    for step in (6, 7):
+        folders.append(checkpoints.save(step, {"model": sparse().state_dict()}, {}))
+    assert checkpoints.all() == folders[1:]
+    assert checkpoints.last_before(4) is None
+    assert damage(checkpoints.folder / name) == ""
+
+
 # A full disk, a killed process
 
 
@@ -245,7 +258,7 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_not_in_the_way(
     assert checkpoints.all() == []
     folder = checkpoints.save(6, {"model": sparse().state_dict()}, {"step": 6})
     assert load_checkpoint(folder, {}) == {"step": 6}
-    assert names(checkpoints.folder) == [folder.name]
+    assert checkpoints.all() == [folder]
 
 
 # What is not believed
@@ -354,6 +367,28 @@ def test_the_best_is_in_place_before_the_checkpoint_that_knows_of_it(
     assert (
         damage(checkpoints.folder / "best") == damage(checkpoints.folder / "step-000000005") == ""
     )
+
+
+def test_a_checkpoint_is_flushed_then_renamed_and_then_the_folder_of_all_is_flushed(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle: int) -> None:
+        fsync(handle)
+        events.append(os.fstat(handle).st_ino)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        events.append(target.name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", watched_fsync)
+        patch.setattr(os, "replace", watched_replace)
+        folder = checkpoints.save(5, {"model": sparse().state_dict()}, {})
+    assert set(events[:-2]) == {path.stat().st_ino for path in (*folder.iterdir(), folder)}
+    assert events[-2:] == [folder.name, checkpoints.folder.stat().st_ino]
 
 
 def test_a_folder_that_is_removed_never_keeps_its_name_in_part(

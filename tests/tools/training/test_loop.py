@@ -1,6 +1,8 @@
 """The training loop: exact sparsity, equal runs for equal seeds, stopped runs that end as whole."""
 
+import itertools
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,10 @@ from helpers.processes import (
     stopped_at,
 )
 from itop_prune_tools.config.recipe import read_recipe
+from itop_prune_tools.run_folder.metrics import Metrics
 from itop_prune_tools.training import command as train
 from itop_prune_tools.training.build import build_model
+from itop_prune_tools.training.loop import Training
 from safetensors.torch import load_file
 
 import itop_prune
@@ -25,6 +29,7 @@ from itop_prune.files.state_dicts import read_state
 
 RIGL = "regrow={every: 7, grow: gradient}"
 DENSE = ("masks=null", "regrow=null")
+MUON = ("optimizer={opt: muon, lr: 0.02}", "lr_schedule=null")  # it moves weights off the mask
 TRAINING_METRICS = {
     "epoch",
     "step",
@@ -41,6 +46,19 @@ TRAINING_METRICS = {
 def run(folder: Path, *arguments: str) -> int:
     short = ("epochs=2", "checkpoint={every: 1}")
     return train.main([QUICKSTART, *short, *arguments, "--out", str(folder)])
+
+
+def test_durations_do_not_follow_a_clock_that_is_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(2e9, -1000.0)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    with stopped_at(50):
+        assert run(tmp_path) == 130
+    assert run(tmp_path, "--resume") == 0
+    first, second, _ = Metrics(tmp_path).read()
+    assert 0 < first["seconds"] < second["seconds"] < 60
+    assert min(first["images_per_second"], second["images_per_second"]) > 0
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -84,6 +102,22 @@ def test_a_sparse_run_ends_with_a_small_file_that_holds_the_same(tmp_path, overr
     assert all(torch.equal(small[name], tensor) for name, tensor in saved.items())
     sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("sparse", "model")]
     assert sizes[0] < 0.1 * sizes[1]
+
+
+@pytest.mark.parametrize("regrow", ["regrow.every=20", "regrow=null"])
+def test_the_average_holds_nothing_off_the_mask_after_any_step(tmp_path, monkeypatch, regrow):
+    drifted, averaged = [], []
+
+    def after_step(self, moved, plain=Training.after_step):
+        plain(self, moved)
+        for found, model in ((drifted, self.run.unwrapped_model), (averaged, self.run.ema.module)):
+            masks = itop_prune.find_masks(model).values()
+            found.append(any(itop.parameter[~itop.mask].any() for itop in masks))
+
+    monkeypatch.setattr(Training, "after_step", after_step)
+    run(tmp_path, "epochs=1", "ema={decay: 0.9}", *MUON, regrow)
+    assert any(drifted)
+    assert averaged == [False] * 38
 
 
 def test_a_dense_run_has_no_small_file(tmp_path):
@@ -161,6 +195,15 @@ def test_a_run_stopped_anywhere_and_resumed_is_the_run_that_never_stopped(
     assert stopped == (0 if finished_before else 130)
     assert run(tmp_path, *VARIANTS[name], "--resume") == 0
     assert_same_end(tmp_path, whole[name])
+
+
+def test_a_run_with_an_average_resumes_where_the_optimizer_moves_weights_off_the_mask(tmp_path):
+    overrides = ("epochs=1", "ema={decay: 0.9}", "regrow.every=10", *MUON)
+    assert run(tmp_path / "whole", *overrides) == 0
+    with stopped_at(9):
+        assert run(tmp_path / "stopped", *overrides) == 130
+    assert run(tmp_path / "stopped", *overrides, "--resume") == 0
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_a_run_over_a_folder_with_workers_resumes_within_an_epoch(tmp_path):

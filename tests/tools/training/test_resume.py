@@ -111,7 +111,7 @@ def test_a_state_that_no_run_saved_is_one_error_that_names_file_and_key(
     checkpoint = last_checkpoint(folder)
     path = checkpoint / "state.pt"
     torch.save(OF_NO_RUN[problem](torch.load(path)), path)
-    write_checksums([*checkpoint.glob("*.safetensors"), path])
+    write_checksums([*checkpoint.glob("*.safetensors"), path], checkpoint / "checksums.json")
     assert damage(checkpoint) == ""
 
     assert run(folder, "--resume") == 1
