@@ -29,7 +29,7 @@ from helpers.sparse_run import (
     other_start,
     sparse,
 )
-from helpers.storages import both_storages, masks_alone, sparse_alone
+from helpers.storages import both_storages, masks_alone, sparse_alone, sparse_if_slow
 from helpers.toys import batch, convnet, mlp, train
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -694,6 +694,7 @@ torch.save({{"losses": run.train(range(4, 12)), "numbers": run.numbers()}}, {res
 """
 
 
+@sparse_if_slow
 def test_a_run_resumed_in_a_fresh_process_is_the_same(tmp_path: Path, storage: str) -> None:
     whole = sparse(optimizer=momentum, grow="gradient", **TWELVE)
     whole.train(range(4))
