@@ -107,7 +107,7 @@ def change_a_mask_on_one_rank(rank: int, storage: str) -> dict[str, Any]:
     if rank == 1:
         model.sent.fill_(1.0)
         for itop in masks.values():
-            itop.write_mask(itop.mask.flip(0))
+            itop.write_mask(itop.mask, itop.mask.flip(0))
     wrapped(torch.randn(2, 20)).sum().backward()
     return {
         "masks": {name: itop.mask.clone() for name, itop in masks.items()},

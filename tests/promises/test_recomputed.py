@@ -148,7 +148,7 @@ def test_the_dense_gradient_is_the_sparse_one_on_the_mask_and_says_what_a_grown_
     i = tuple((~mask).nonzero()[7].tolist())
     n = int(mask[i[0]].sum())
     mask[i] = True
-    itop.write_mask(mask)
+    itop.write_mask(itop.mask, mask)
     layer.zero_grad()
     layer(images()).square().sum().backward()
     found, expected = dense(itop, itop.parameter.grad)[i], collected[i] * n / (n + 1)
@@ -188,7 +188,7 @@ def test_a_filter_with_less_than_two_active_weights_gives_no_signal_and_no_nan(
     mask = itop.mask.clone()
     mask[2] = False
     mask[2].flatten()[:active] = True
-    itop.write_mask(mask)
+    itop.write_mask(itop.mask, mask)
     output = layer(images())
     output.square().sum().backward()
     spread = output.detach()[:, 2]

@@ -26,6 +26,10 @@ def bits(text: str) -> Tensor:
     return torch.tensor([character == "1" for character in text])
 
 
+def moved(positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return reassign(positions, mask_of(positions, tuple(mask.shape)), mask)
+
+
 def slots(*positions: int) -> Tensor:
     return torch.tensor(positions, dtype=torch.int32)
 
@@ -46,7 +50,7 @@ def test_those_that_enter_get_the_free_slots_in_rising_order(
     before: tuple[int, ...], mask: str, after: list[int], stayed: str
 ) -> None:
     positions = slots(*before)
-    found, kept = reassign(positions, bits(mask))
+    found, kept = moved(positions, bits(mask))
     assert found.dtype == positions.dtype
     assert found.tolist() == after
     assert torch.equal(kept, bits(stayed))
@@ -58,12 +62,12 @@ def test_too_few_slots_become_a_quarter_more_than_needed_but_never_more_than_the
 ):
     mask = torch.zeros(100, dtype=torch.bool)
     mask[10:50] = True
-    found, kept = reassign(slots(60, 20, 10), mask)
+    found, kept = moved(slots(60, 20, 10), mask)
     assert found.tolist()[:3] == [11, 20, 10]
     assert kept.tolist() == [False, True, True, *[False] * 47]
     assert (len(found), int((found >= 0).sum())) == (50, 40)
 
-    found, _ = reassign(slots(1), torch.ones(6, dtype=torch.bool))
+    found, _ = moved(slots(1), torch.ones(6, dtype=torch.bool))
     assert sorted(found.tolist()) == list(range(6))
 
 
@@ -77,7 +81,7 @@ def test_after_any_update_each_active_weight_has_one_slot_and_those_that_stay_ke
     held = F.pad(before.nonzero().squeeze(1).int(), (0, free), value=-1)
     held = held[torch.randperm(len(held), generator=generator)]
 
-    found, kept = reassign(held, after)
+    found, kept = moved(held, after)
     used = found[found >= 0]
     assert sorted(used.tolist()) == after.nonzero().squeeze(1).tolist()
     assert len(found) >= len(held)
@@ -134,7 +138,7 @@ def test_a_layer_that_grows_beyond_its_slots_goes_on_with_its_optimizer() -> Non
     parameter, old, weight = itop.parameter, itop.mask, itop.weight
     more = old.clone()
     more[0] = True
-    stayed = itop.write_mask(more)
+    stayed = itop.write_mask(itop.mask, more)
     assert itop.parameter is parameter
     assert parameter.shape == stayed.shape == (1, len(itop.positions))
     assert torch.equal(itop.mask, more)
