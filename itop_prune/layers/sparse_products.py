@@ -66,25 +66,32 @@ def backward(
     groups: int,
     needs_x: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of the input and of the dense weight; empty where not needed."""
-    for_x, for_weight = gradient.new_empty(0), gradient.new_empty(0)
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of input, dense weight and bias; empty where not needed."""
+    for_x, for_weight, for_bias = (gradient.new_empty(0) for _ in range(3))
     layout = Layout(tuple(shape), channels_last)
     if not stride:
         if needs_x:
             for_x = gradient.mm(dense(values, positions, layout))
         if needs_weight:
             for_weight = gradient.t().mm(x)
-        return for_x, for_weight
+        if needs_bias:
+            for_bias = gradient.sum(0)
+        return for_x, for_weight, for_bias
 
     # Without the input's gradient the weight's numbers are not read, only its shape.
     weight = dense(values, positions, layout) if needs_x else values.new_empty(()).expand(shape)
     nothing = [0] * len(stride)
-    needs = [needs_x, needs_weight, False]
+    needs = [needs_x, needs_weight, needs_bias]
     found = torch.ops.aten.convolution_backward(
-        gradient, x, weight, None, stride, padding, dilation, False, nothing, groups, needs
+        gradient, x, weight, [shape[0]], stride, padding, dilation, False, nothing, groups, needs
     )
-    return found[0] if needs_x else for_x, found[1] if needs_weight else for_weight
+    return (
+        found[0] if needs_x else for_x,
+        found[1] if needs_weight else for_weight,
+        found[2] if needs_bias else for_bias,
+    )
 
 
 _forward_op = torch.library.custom_op("itop_prune::product", forward, mutates_args=())
@@ -121,7 +128,7 @@ class _Product(torch.autograd.Function):
         x, values, positions = ctx.saved_tensors
         needs_x, needs_values, _, needs_bias, needs_probe, _, _ = ctx.needs_input_grad
         compute: Any = _backward_op if torch.compiler.is_compiling() else backward
-        for_x, for_weight = compute(
+        for_x, for_weight, for_bias = compute(
             gradient,
             x,
             values,
@@ -130,27 +137,25 @@ class _Product(torch.autograd.Function):
             *ctx.geometry,
             needs_x,
             needs_values or needs_probe,
+            needs_bias,
         )
-
-        for_bias = None
-        if needs_bias:
-            for_bias = gradient.sum([dim for dim in range(gradient.ndim) if dim != 1])
         return (
             for_x if needs_x else None,
             gather(for_weight, positions) if needs_values else None,
             None,
-            for_bias,
+            for_bias if needs_bias else None,
             for_weight if needs_probe else None,
             None,
             None,
         )
 
 
-def product(layer: nn.Module, x: Tensor, geometry: Geometry = LINEAR) -> Tensor:
+def product(
+    layer: nn.Module, x: Tensor, bias: Tensor | None, geometry: Geometry = LINEAR
+) -> Tensor:
     """Compute the output of a layer, in the type of autocast where that is on."""
     values: Tensor = getattr(layer, values_name(NAME))
     probe = getattr(layer, probe_name(NAME)) if isinstance(values, nn.Parameter) else None
-    bias: Tensor | None = layer.bias  # type: ignore[assignment]
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
         narrow = torch.get_autocast_dtype(x.device.type)
         x, values = x.to(narrow), values.to(narrow)
@@ -159,12 +164,17 @@ def product(layer: nn.Module, x: Tensor, geometry: Geometry = LINEAR) -> Tensor:
     return _Product.apply(x, values, positions, bias, probe, layout, geometry)
 
 
-def linear_forward(layer: nn.Module, x: Tensor) -> Tensor:
+def linear_forward(layer: Any, x: Tensor) -> Tensor:
     """Stand in for `nn.Linear.forward`; any leading dimensions are rows."""
     if x.ndim == 2:
-        return product(layer, x)
-    rows = product(layer, x.reshape(-1, x.shape[-1]))
-    return rows.view(*x.shape[:-1], rows.shape[-1])
+        return product(layer, x, layer.bias)
+
+    rows = x.reshape(-1, x.shape[-1])
+    fused = x.is_contiguous()
+    output = product(layer, rows, layer.bias if fused else None)
+    output = output.view(*x.shape[:-1], output.shape[-1])
+    # As torch does, so that both round alike.
+    return output if fused or layer.bias is None else output + layer.bias.to(output.dtype)
 
 
 def convolution_forward(layer: Any, x: Tensor) -> Tensor:
@@ -177,7 +187,7 @@ def convolution_forward(layer: Any, x: Tensor) -> Tensor:
     if not plain or x.ndim != len(getattr(layer, layout_name(NAME)).shape):
         return layer._conv_forward(x, layer.weight, layer.bias)
     geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
-    return product(layer, x, geometry)
+    return product(layer, x, layer.bias, geometry)
 
 
 def forward_of(base: type[nn.Module]) -> Any:
