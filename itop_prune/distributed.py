@@ -46,19 +46,19 @@ def is_first() -> bool:
 
 def inspect(
     parameters: Mapping[str, nn.Parameter],
-    masks: Mapping[str, Tensor],
+    counts: Mapping[str, Tensor],
     dense: Mapping[str, Tensor | None] | None,
 ) -> UpdateInputs:
     """Inspect all masked layers, with one exchange between ranks and one transfer from the device.
 
     Args:
         parameters: The masked parameters by name, at least one.
-        masks: Their masks.
+        counts: How many of their weights are active, as tensors on their devices.
         dense: The dense gradients if growth needs them. A layer without one then has no gradient.
     """
     sparse = {name: parameter.grad for name, parameter in parameters.items()}
     gradients = sparse if dense is None else dense
-    device = next(iter(masks.values())).device
+    device = next(iter(counts.values())).device
 
     def largest(tensors: Mapping[str, Tensor | None]) -> Tensor:
         return torch.stack([_largest(tensor).to(device) for tensor in tensors.values()])
@@ -69,23 +69,23 @@ def inspect(
         (~sizes.isfinite()).any().view(1),
         (stepped != 0).any().view(1),
         dense_sizes != 0,
-        torch.tensor([gradients[name] is not None for name in masks], device=device),
-        torch.stack([mask.count_nonzero().to(device) for mask in masks.values()]),
+        torch.tensor([gradients[name] is not None for name in counts], device=device),
+        torch.stack([count.to(device) for count in counts.values()]),
     ]
     report = torch.cat(facts)  # whole numbers
     if world_size() > 1:
         distributed.all_reduce(report, distributed.ReduceOp.MAX)
 
     bad, any_gradient, *rest = report.tolist()
-    count = len(masks)
-    nonzero = dict(zip(masks, rest[:count], strict=True))
-    present = dict(zip(masks, rest[count : 2 * count], strict=True))
+    count = len(counts)
+    nonzero = dict(zip(counts, rest[:count], strict=True))
+    present = dict(zip(counts, rest[count : 2 * count], strict=True))
     return UpdateInputs(
         finite=not bad,
         any_gradient=bool(any_gradient),
-        has_gradient={name: bool(present[name]) for name in masks},
-        zero_gradient=[name for name in masks if present[name] and not nonzero[name]],
-        active=dict(zip(masks, rest[2 * count :], strict=True)),
+        has_gradient={name: bool(present[name]) for name in counts},
+        zero_gradient=[name for name in counts if present[name] and not nonzero[name]],
+        active=dict(zip(counts, rest[2 * count :], strict=True)),
     )
 
 
@@ -148,12 +148,10 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def mean(gradient: Tensor | None, mask: Tensor) -> Tensor:
-    """Average a gradient over the ranks, whole; None counts as zeros of the mask's shape."""
+def mean(gradient: Tensor) -> Tensor:
+    """Average a gradient over the ranks, whole."""
     if is_sharded(gradient):  # FSDP2 has averaged it already
         return whole(gradient)
-    if gradient is None:
-        gradient = torch.zeros_like(mask, dtype=torch.float32)
     if world_size() > 1:
         distributed.all_reduce(gradient)
         gradient /= world_size()

@@ -22,6 +22,7 @@ from itop_prune.layers.maskable import (
     unwrap,
 )
 from itop_prune.layers.masked_layer import effective, is_standardized
+from itop_prune.layers.sparse_handle import STORAGES, Storage
 from itop_prune.messages import nearest
 from itop_prune.methods.distributions import DISTRIBUTIONS, Distribution, active_counts
 from itop_prune.methods.lookup import lookup
@@ -46,13 +47,15 @@ def apply(
     include: Patterns = ("*",),
     exclude: Patterns = (),
     strict: bool = False,
+    storage: Storage = "mask",
     seed: int = 0,
 ) -> dict[str, ITOP]:
     """Make a model sparse: mask every weight matrix of a convolution or linear map.
 
-    Weights are 0 where their mask is False. Parameters stay the same objects in the same order,
-    under the name `<name>_orig`, so an optimizer may be built before or after. Biases, norms,
-    embeddings and position tables stay as they are. A frozen weight is masked too, but never moved.
+    Weights are 0 where their mask is False. Biases, norms, embeddings and position tables stay as
+    they are. A frozen weight is masked too, but never moved. With the storage "mask" parameters
+    stay the same objects in the same order, under the name `<name>_orig`, so an optimizer may be
+    built before or after. With "sparse" build it after.
 
     Args:
         model: Any module with values, on any device; changed in place.
@@ -77,6 +80,11 @@ def apply(
             the sparsity.
         strict: Whether a layer that an N:M pattern does not divide is an error. Otherwise it stays
             dense without a mask, and a warning lists it.
+        storage: "mask" keeps the dense parameter and a bool mask, as torch's own pruning does.
+            "sparse" keeps the active values, in a new parameter `<name>_values` of the shape (1,
+            active), and their positions. Gradients and optimizer statistics are then as small. It
+            trains the same. FSDP2 and optimizers that look at the matrix (Muon, Shampoo) can't
+            take it.
         seed: Of the random positions. Equal seeds give equal masks, on every device and rank.
             Torch's global generators are not touched.
 
@@ -101,10 +109,11 @@ def apply(
     targets = _find_targets(model, include, exclude, groups, strict)
     _refuse_meta(targets)
     _check_scores_name(scores)
+    handle = lookup(storage, STORAGES, "storage")
 
     counts = _count(targets, sparsity, method, densities, groups)
     masks = _draw_masks(targets, counts, scores, groups, seed)
-    applied = {name: ITOP.apply(*targets[name], masks.pop(name), groups) for name in targets}
+    applied = {name: handle.apply(*targets[name], masks.pop(name), groups) for name in targets}
 
     exclude_masks_from_ddp(unwrap(model))
     if scores != "random" or _is_scores(method):
@@ -262,7 +271,9 @@ def _count(
     groups: Pattern | None,
 ) -> dict[str, int]:
     """Count the active weights of each layer."""
-    shapes = {name: kernel_shape(layer, tensor) for name, (layer, tensor) in targets.items()}
+    shapes = {}
+    for name, (layer, tensor) in targets.items():
+        shapes[name] = kernel_shape(layer, tuple(layer.get_parameter(tensor).shape))
     if groups is not None:
         n, m = groups
         return {name: math.prod(shape) * n // m for name, shape in shapes.items()}
@@ -300,10 +311,16 @@ def _draw_masks(
     groups: Pattern | None,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Draw the mask of each weight: the positions with the largest scores."""
+    """Draw the mask of each weight: positions at random, or those with the largest scores."""
     masks = {}
     for name, target in targets.items():
         generator = topology.seeded(torch.device("cpu"), seed, name)
+        if scores == "random" and groups is None:
+            layer, tensor = target
+            nowhere = torch.zeros(layer.get_parameter(tensor).shape, dtype=torch.bool)
+            masks[name] = topology.draw(nowhere, counts[name], generator)
+            continue
+
         values = _initial_scores(scores, name, target, generator)
         if groups is None:
             everywhere = torch.ones_like(values, dtype=torch.bool)

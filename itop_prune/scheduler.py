@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from itop_prune import distributed
-from itop_prune.distributed import UpdateInputs
+from itop_prune import bits, distributed
+from itop_prune.distributed import UpdateInputs, world_size
 from itop_prune.layers.handle import ITOP, active_weights
 from itop_prune.messages import listed
 from itop_prune.methods import schedules
@@ -23,8 +23,7 @@ from itop_prune.methods.redistribution import Redistribution
 from itop_prune.methods.schedules import Schedule
 from itop_prune.methods.validation import checked_seed
 from itop_prune.patterns import check_held
-from itop_prune.sharding import zero_off_mask
-from itop_prune.update.counts import check_floor, plan_changes
+from itop_prune.update.counts import Counts, check_floor, plan_changes
 from itop_prune.update.density import DensityTargets
 from itop_prune.update.diagnostics import PendingWarnings, layer_warnings, no_dense_gradient
 from itop_prune.update.exploration import Exploration
@@ -35,7 +34,9 @@ from itop_prune.update.optimizer_state import (
     check_statistics,
     has_any_gradient,
     may_write_nan,
+    pad_to,
     statistics,
+    zero_statistics,
 )
 from itop_prune.update.rules import Rules
 from itop_prune.update.saved_state import check_state
@@ -188,11 +189,13 @@ class MaskScheduler:
         self._exploration = Exploration(self._masks, survival)
         self._without_gradient = set(self._movable())  # layers without one since the last update
         self._warnings = PendingWarnings()
+        # Of sparse storage, as bits with their shape: slots with another owner than at the last
+        # call of `clean_average`.
+        self._moved: dict[str, tuple[Tensor, torch.Size]] = {}
         self._prepare_next_step()
 
     def _check_fit(self) -> None:
         """Refuse masks, rules and optimizer that do not fit together."""
-        masks = {name: itop.mask for name, itop in self._masks.items()}
         patterns = {
             name: itop.pattern for name, itop in self._masks.items() if itop.pattern is not None
         }
@@ -202,9 +205,9 @@ class MaskScheduler:
                 f"{name} keeps {n} of every {m} weights, and redistribute and final_sparsity would "
                 "change how many; leave them out, or place masks without a pattern"
             )
-        check_held(masks, patterns)
+        check_held({name: self._masks[name].mask for name in patterns}, patterns)
 
-        weights = {name: mask.numel() for name, mask in masks.items()}
+        weights = {name: itop.size for name, itop in self._masks.items()}
         check_floor(self._rules, weights, self._density.smallest)
         if not self.update_steps():
             table = self._timetable
@@ -218,7 +221,7 @@ class MaskScheduler:
 
         check_holds_parameters(self._optimizer, self._masks)
         check_statistics(self._optimizer, self._masks)
-        distributed.check_equal_masks(masks)
+        distributed.check_equal_masks({name: itop.buffer for name, itop in self._masks.items()})
 
     @property
     def explored(self) -> Mapping[str, Tensor]:
@@ -263,6 +266,28 @@ class MaskScheduler:
     def survival_rate(self) -> float:
         """Compute the survival rate over all layers; NaN before the second update."""
         return self._exploration.survival_rate()
+
+    @torch.no_grad()
+    def clean_average(self, *averages: Mapping[str, ITOP]) -> None:
+        """Set weights of averages to 0 that are not active in the model any more.
+
+        An average (timm's `ModelEmaV3`) remembers them, and they may grow again. Call this after
+        every update of the averages, or at least in every step in which masks moved; give it all
+        averages at once. Where layers in sparse storage may gain weights (redistribution, the scope
+        "global", a density that rises), call it also before the averages' update, if `step`
+        returned True: it makes their parameters as long as the model's.
+
+        Averages of buffers (`ModelEmaV2`, `AveragedModel(use_buffers=True)`) can't be right, since
+        masks and positions are not to be averaged.
+
+        Args:
+            averages: What `itop_prune.find_masks` finds in each.
+        """
+        for masks in averages:
+            for name in masks.keys() & self._masks.keys():
+                moved = bits.unpack(*self._moved[name]) if name in self._moved else None
+                masks[name].follow(self._masks[name], moved)
+        self._moved.clear()
 
     def step(self) -> bool:
         """Count one optimizer step, and prune and regrow when it is time.
@@ -334,7 +359,7 @@ class MaskScheduler:
             name: LayerUpdate(
                 name,
                 itop,
-                self._exploration.of(name, itop.mask),
+                self.explored,
                 self._gradients,
                 (self._seed, self.updates),
             )
@@ -346,13 +371,17 @@ class MaskScheduler:
         target = self._density.targets(active, self._timetable.progress(self._step))
         changes = plan_changes(self._rules, layers, active, target, self.rate, self._density.moves)
 
+        self._check_slots(changes, active)
+
         self._exploration.begin_update()
         for name, itop in masks.items():
+            mask = itop.mask
             n_prune, n_grow = changes.get(name, (0, 0))
             if n_prune or n_grow:
-                self._write(name, layers[name].new_mask(self._rules, n_prune, n_grow))
+                new = layers[name].new_mask(self._rules, mask, n_prune, n_grow)
+                self._write(name, mask, new)
             else:
-                self._exploration.record(name, itop.mask, itop.mask)
+                self._exploration.record(name, mask, mask)
         self._gradients.end_update()
         self.updates += 1
         self._without_gradient = set(masks)
@@ -361,10 +390,10 @@ class MaskScheduler:
     def _inspect(self, masks: Mapping[str, ITOP]) -> UpdateInputs | None:
         """Inspect all layers on all ranks, and collect warnings; None if the update must wait."""
         check_holds_parameters(self._optimizer, masks)
-        tensors = {name: itop.mask for name, itop in masks.items()}
+        counts = {name: itop.count() for name, itop in masks.items()}
         parameters = {name: itop.parameter for name, itop in masks.items()}
         dense = self._gradients.collected if self._gradients.needed else None
-        inputs = distributed.inspect(parameters, tensors, dense)
+        inputs = distributed.inspect(parameters, counts, dense)
 
         if not inputs.finite:
             self.skipped += 1
@@ -388,7 +417,7 @@ class MaskScheduler:
             return None
 
         if self._check_ranks:
-            held = {f"mask of {name}": mask for name, mask in tensors.items()}
+            held = {f"mask of {name}": itop.buffer for name, itop in masks.items()}
             held |= parameters
             advice = f"the run has diverged by step {self._step}: go back to a checkpoint before it"
             distributed.check_equal(held, advice)
@@ -408,17 +437,35 @@ class MaskScheduler:
             self._warnings.add(key, message)
         return inputs
 
-    def _write(self, name: str, mask: Tensor) -> None:
+    def _write(self, name: str, before: Tensor, after: Tensor) -> None:
         """Write a new mask; set values and statistics of weights that left or entered to 0.
 
         So a weight that grows starts at 0. A weight pruned and grown again at once keeps both.
         """
         itop = self._masks[name]
-        self._exploration.record(name, itop.mask, mask)
-        stayed = itop.write_mask(mask)
-        for tensor in statistics(self._optimizer, itop.parameter).values():
-            zero_off_mask(tensor, stayed)
+        self._exploration.record(name, before, after)
+        found = statistics(self._optimizer, itop.parameter)
+        stayed = itop.write_mask(before, after)
+        zero_statistics(self._optimizer, itop.parameter, found, stayed)
+
+        if itop.storage == "sparse":
+            moved, earlier = ~stayed, self._moved.get(name)
+            if earlier is not None:
+                moved |= pad_to(bits.unpack(*earlier), stayed.shape)
+            self._moved[name] = bits.pack(moved), moved.shape
         self._gradients.forget(name)
+
+    def _check_slots(self, changes: Mapping[str, tuple[int, int]], active: Counts) -> None:
+        """Refuse an update that makes a parameter longer while ranks exchange its gradients."""
+        for name, (n_prune, n_grow) in changes.items():
+            itop, needed = self._masks[name], active[name] - n_prune + n_grow
+            if itop.storage == "sparse" and needed > itop.parameter.numel() and world_size() > 1:
+                raise RuntimeError(
+                    f"{name} is to have {needed:,} active weights, and its parameter holds "
+                    f"{itop.parameter.numel():,}: ranks can't change its length in training. Start "
+                    'with more active weights, keep each layer\'s count (scope="layer", '
+                    'redistribute="none"), or take storage="mask"'
+                )
 
     def _movable(self) -> dict[str, ITOP]:
         """List the masks whose parameters can be trained."""
@@ -458,7 +505,7 @@ class MaskScheduler:
             ValueError: It is no state of a MaskScheduler, or was saved for other masks; nothing is
                 changed then.
         """
-        check_state(state, self.explored)
+        check_state(state, self._exploration.explored.shapes)
         self._exploration.load_state_dict(state)
         self._step, self._due = state["step"], state["due"]
         self.updates, self.skipped = state["updates"], state["skipped"]
@@ -475,7 +522,7 @@ class MaskScheduler:
 
     def __repr__(self) -> str:
         active = sum(active_weights(self._masks).values())
-        total = sum(itop.mask.numel() for itop in self._masks.values())
+        total = sum(itop.size for itop in self._masks.values())
         coming = "now" if self._due else self._timetable.next_update(self._step)
         return (
             f"MaskScheduler({len(self._masks)} masks, {active:,} of {total:,} active, "

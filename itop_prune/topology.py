@@ -7,7 +7,7 @@ rest of this file selects the best of many scores without sorting them.
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,18 @@ class NaNScores(ValueError):
         self.role = role
 
 
+class ActiveScores(NamedTuple):
+    """Scores of the active positions alone."""
+
+    positions: Tensor
+    """In the flattened mask, rising."""
+    scores: Tensor
+
+
 def prune_and_regrow(
     mask: Tensor,
-    prune_scores: Tensor,
-    grow_scores: Tensor | Callable[[Tensor], Tensor],
+    prune_scores: Tensor | ActiveScores,
+    grow_scores: Tensor | Callable[[Tensor], Tensor] | None,
     n_prune: int,
     n_grow: int,
     generator: torch.Generator | None = None,
@@ -41,12 +49,14 @@ def prune_and_regrow(
 
     Args:
         mask: Bool, True = active. It is read, never written.
-        prune_scores: Of the mask's shape. The active positions with the smallest scores are pruned.
+        prune_scores: Of the mask's shape, or of the active positions alone. Those with the smallest
+            scores are pruned.
         grow_scores: Of the mask's shape, or a function that makes them from the mask after pruning.
-            The inactive positions with the largest scores grow.
+            The inactive positions with the largest scores grow. None: all have the same chance.
         n_prune: How many to prune, 0 to the number of active positions.
         n_grow: How many to grow, 0 to the number of inactive positions after pruning.
         generator: Draws among ties, on the mask's device. None takes tied positions in index order.
+            Without `grow_scores` it draws what grows.
 
     Returns:
         A bool tensor of the mask's shape with exactly `mask.sum() - n_prune + n_grow` active
@@ -67,13 +77,18 @@ def prune_and_regrow(
     kept = prune(mask, prune_scores, n_prune, generator)
     del prune_scores  # frees memory before the scores to grow are computed
 
+    if grow_scores is None:
+        return draw(kept, n_grow, generator)
     if callable(grow_scores):
         grow_scores = grow_scores(kept)
     return grow(kept, grow_scores, n_grow, generator)
 
 
 def prune(
-    mask: Tensor, scores: Tensor, count: int, generator: torch.Generator | None = None
+    mask: Tensor,
+    scores: Tensor | ActiveScores,
+    count: int,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Remove the `count` active positions with the smallest scores; see `prune_and_regrow`.
 
@@ -86,7 +101,13 @@ def prune(
             f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}"
         )
     try:
-        return mask ^ select(-as_float(scores), mask, count, generator)
+        if isinstance(scores, Tensor):
+            return mask ^ select(-as_float(scores), mask, count, generator)
+
+        everywhere = torch.ones_like(scores.positions, dtype=torch.bool)
+        gone = select(-as_float(scores.scores), everywhere, count, generator)
+        kept = mask.flatten().index_fill(0, scores.positions[gone].long(), False)
+        return kept.view(mask.shape)
     except NaNScores:
         raise NaNScores("prune") from None
 
@@ -99,16 +120,46 @@ def grow(
     >>> grow(torch.tensor([True, False, False]), torch.tensor([3.0, 1.0, 2.0]), 1)
     tensor([ True, False,  True])
     """
+    _count_inactive(mask, count)
+    try:
+        return mask ^ select(scores, ~mask, count, generator)
+    except NaNScores:
+        raise NaNScores("grow") from None
+
+
+def draw(mask: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Add `count` inactive positions drawn at random, all with the same chance.
+
+    Positions are drawn among all, and active ones are drawn again. So the time depends on how many
+    grow, not on how many there are, unless most are active.
+
+    >>> int(draw(torch.zeros(2, 3, dtype=torch.bool), 4).sum())
+    4
+    """
+    inactive = _count_inactive(mask, count)
+    flat = mask.flatten().clone()
+    if inactive < len(flat) // 4 or count > inactive // 2:
+        free = (~flat).nonzero().squeeze(1)
+        flat[free[torch.randperm(inactive, generator=generator, device=mask.device)[:count]]] = True
+        return flat.view(mask.shape)
+
+    left, wanted = count, len(flat) - inactive + count
+    while left:
+        drawn = torch.randint(len(flat), (left,), generator=generator, device=mask.device)
+        flat.index_fill_(0, drawn, True)
+        left = wanted - count_true(flat)
+    return flat.view(mask.shape)
+
+
+def _count_inactive(mask: Tensor, count: int) -> int:
+    """Count the inactive positions, of which `count` are to grow."""
     inactive = mask.numel() - count_true(mask)
     if not 0 <= count <= inactive:
         raise ValueError(
             f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to "
             "that"
         )
-    try:
-        return mask ^ select(scores, ~mask, count, generator)
-    except NaNScores:
-        raise NaNScores("grow") from None
+    return inactive
 
 
 def select(
@@ -166,15 +217,15 @@ def _split_search(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, 
                 certain = (scores > largest[above]).bitwise_and_(allowed)
 
             excluded = (scores <= largest[-1]).bitwise_or_(certain)
-            candidates = _true_positions(excluded.bitwise_not_().bitwise_and_(allowed))
+            candidates = true_positions(excluded.bitwise_not_().bitwise_and_(allowed))
             rest = count - count_true(certain)
             if 0 < rest <= len(candidates):
                 return certain, candidates, rest
 
-    return torch.zeros_like(allowed), _true_positions(allowed), count
+    return torch.zeros_like(allowed), true_positions(allowed), count
 
 
-def _true_positions(mask: Tensor) -> Tensor:
+def true_positions(mask: Tensor) -> Tensor:
     """Find the True positions of a 1-d bool tensor, most of which are False.
 
     Eight positions are seen as one whole number first, so most of them are passed over at once.

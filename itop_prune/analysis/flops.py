@@ -107,7 +107,7 @@ def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
 
     densities = {}
     for name, active in active_weights(masks).items():
-        densities[name] = active / masks[name].mask.numel()
+        densities[name] = active / masks[name].size
     return FLOPs({name: counter.flops[name] for name in masks}, counter.flops[""], densities)
 
 

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.layers.maskable import plain_name, unwrap
-from itop_prune.layers.names import mask_name, parameter_name
+from itop_prune.layers.names import (
+    mask_name,
+    parameter_name,
+    positions_name,
+    shape_name,
+    values_name,
+)
+from itop_prune.layers.sparse_storage import problem
 from itop_prune.messages import listed
 from itop_prune.methods.validation import is_plain
 from itop_prune.sharding import whole
@@ -38,7 +45,10 @@ BEFORE_CHECKSUM = f'"{FORMAT}":"{VERSION} '.encode()
 
 @dataclass(frozen=True)
 class ActiveWeights:
-    """A masked weight: its active values, and where they are among all, row by row."""
+    """A masked weight: its active values, and where they are among all, row by row.
+
+    Of sparse storage these are all slots in their order, and -1 is the position of a free one.
+    """
 
     values: Tensor
     positions: Tensor
@@ -61,18 +71,58 @@ class ActiveWeights:
     @torch.no_grad()
     def write_into(self, weight: Tensor, mask: Tensor) -> None:
         """Write weight and mask into contiguous tensors of the shape, on any device."""
-        places = self.positions.to(weight.device, torch.int64)
-        weight.view(-1).zero_().index_copy_(0, places, self.values.to(weight))
+        used = self.positions >= 0
+        places = self.positions[used].to(weight.device, torch.int64)
+        weight.view(-1).zero_().index_copy_(0, places, self.values[used].to(weight))
         mask.view(-1).zero_().index_fill_(0, places, True)
 
 
 Entry = Tensor | ActiveWeights
 
 
+def with_active_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Put `ActiveWeights` in place of weights in sparse storage, under the names of a mask."""
+    owners = _sparse_entries(state)
+    found: dict[str, Any] = {}
+    for entry, tensor in state.items():
+        if entry not in owners:
+            found[entry] = tensor
+        elif entry == values_name(owners[entry]):
+            name = owners[entry]
+            weight = _read_slots(name, tensor, state[positions_name(name)], state[shape_name(name)])
+            found[parameter_name(name)] = found[mask_name(name)] = weight
+    return found
+
+
+def _sparse_entries(state: Mapping[str, object]) -> dict[str, str]:
+    """Find the entries of weights in sparse storage, and the names of their weights."""
+    names = {entry.removesuffix("_positions") for entry in state if entry.endswith("_positions")}
+    owners: dict[str, str] = {}
+    for name in names:
+        entries = values_name(name), positions_name(name), shape_name(name)
+        if all(entry in state for entry in entries):
+            owners |= dict.fromkeys(entries, name)
+    return owners
+
+
+def _read_slots(name: str, values: Tensor, positions: Tensor, shape: Tensor) -> ActiveWeights:
+    """Read a weight in sparse storage.
+
+    Raises:
+        ValueError: Values, positions and shape do not fit together.
+    """
+    dense_shape = tuple(int(size) for size in shape.tolist())
+    reason = problem(values, positions, dense_shape)
+    if reason:
+        raise ValueError(f"{name}: {reason}")
+    return ActiveWeights(values.detach().squeeze(0), positions, dense_shape)
+
+
 def masked(state: Mapping[str, object]) -> set[str]:
-    """Find the names of the masked weights in a state dict."""
+    """Find the names of the masked weights in a state dict, of either storage."""
     names = {entry.removesuffix("_mask") for entry in state if entry.endswith("_mask")}
-    return {name for name in names if parameter_name(name) in state}
+    names = {name for name in names if parameter_name(name) in state}
+    return names | set(_sparse_entries(state).values())
 
 
 def entries_by_weight(state: Mapping[str, object]) -> dict[str, list[str]]:
@@ -96,6 +146,9 @@ def save(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -
     Active weights, masks, and every other parameter and buffer come back bit for bit. The file
     appears under its name when it is whole; if writing fails, the file of before stays. Needs
     safetensors and numpy.
+
+    Sparse storage comes back with its slots sorted and none free. An optimizer's state of before
+    does not fit them: go on with training from a state dict.
 
     Args:
         model: Masked by `itop_prune.apply`, on any device; wrapped (DDP, torch.compile,
@@ -122,7 +175,7 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
     Raises:
         ValueError, OSError, ImportError: As of `save`.
     """
-    path = Path(path)
+    path, state = Path(path), with_active_weights(state)
     _check(state, path, dtype)
     safetensors = _import_safetensors()
     from itop_prune.files import positions  # it needs numpy
@@ -133,8 +186,10 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
             tensors[name] = _convert(name, _on_cpu(state[name]), dtype)
             continue
 
-        weight = _on_cpu(state[parameter_name(name)])
-        mask = _on_cpu(state[mask_name(name)]).bool()
+        weight, mask = state[parameter_name(name)], state[mask_name(name)]
+        if isinstance(weight, ActiveWeights):
+            weight, mask = weight.dense()
+        weight, mask = _on_cpu(weight), _on_cpu(mask).bool()
         encoding, code = positions.encode(mask.flatten().numpy())
         values = weight.flatten()[mask.flatten()]
         tensors[parameter_name(name)] = _convert(name, values, dtype)
@@ -228,7 +283,11 @@ def _check(state: Mapping[str, object], path: Path, dtype: object) -> None:
             "there are no masks, and without them the file would not be small; call "
             "itop_prune.apply first, or save a dense model's state_dict() with safetensors"
         )
-    others = [name for name, value in state.items() if not is_plain(value)]
+    others = [
+        name
+        for name, value in state.items()
+        if not isinstance(value, ActiveWeights) and not is_plain(value)
+    ]
     if others:
         raise ValueError(
             f"{listed(others)} holds no dense tensor with values, and this file nothing else; let "

@@ -14,12 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.files import small_files
-from itop_prune.files.small_files import ActiveWeights, Entry, entries_by_weight
+from itop_prune.files.small_files import (
+    ActiveWeights,
+    Entry,
+    entries_by_weight,
+    with_active_weights,
+)
 from itop_prune.layers.handle import ITOP, exclude_masks_from_ddp, find_masks
 from itop_prune.layers.maskable import Target, obstacles, plain_name, refuse_deployed, unwrap, walk
-from itop_prune.layers.masked_layer import BROKEN_PATTERN, breaks_pattern, masked_names, pattern_of
-from itop_prune.layers.names import mask_name, parameter_name
+from itop_prune.layers.masked_layer import (
+    BROKEN_PATTERN,
+    breaks_pattern,
+    masked_names,
+    pattern_of,
+    sparse_names,
+)
+from itop_prune.layers.names import mask_name, parameter_name, positions_name, values_name
+from itop_prune.layers.sparse_handle import STORAGES, Storage
+from itop_prune.layers.sparse_storage import gather
 from itop_prune.messages import nearest
+from itop_prune.methods.lookup import lookup
 from itop_prune.sharding import is_sharded, whole
 
 AVERAGED = "n_averaged"
@@ -59,12 +73,19 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         else:  # masked by torch's own pruning
             weight = source.tensors[parameter_name(name)]
         mask: Any = source.tensors[mask_name(name)]
-        dense[name] = whole(weight).masked_fill(~mask.bool(), 0)
+        if isinstance(mask, ActiveWeights):  # made of them just now
+            dense[name] = weight
+        else:
+            dense[name] = whole(weight).masked_fill(~mask.bool(), 0)
     return dense
 
 
 def load(
-    model: nn.Module, source: Mapping[str, Tensor] | str | Path, *, strict: bool = True
+    model: nn.Module,
+    source: Mapping[str, Tensor] | str | Path,
+    *,
+    strict: bool = True,
+    storage: Storage = "mask",
 ) -> dict[str, ITOP]:
     """Make a model sparse with the weights and masks of a saved sparse model.
 
@@ -72,10 +93,13 @@ def load(
         model: Dense, or masked at the same places; changed in place.
         source: A file that `itop_prune.save` wrote, a state dict of a sparse model, a file of one
             (.safetensors or of `torch.save`), or a folder that Accelerate saved. A state dict has
-            `<name>_orig` and `<name>_mask`, of this package or of torch's own pruning. Prefixes of
-            wrappers (DDP, torch.compile) are taken off. No code from a file is run.
+            `<name>_orig` and `<name>_mask`, of this package or of torch's own pruning, or
+            `<name>_values`, `<name>_positions` and `<name>_shape`. Prefixes of wrappers (DDP,
+            torch.compile) are taken off. No code from a file is run.
         strict: Refuse a source whose names or shapes differ from the model's. Otherwise what
             differs stays as it is in the model: a new head stays dense, for example.
+        storage: Of weights that have no mask yet, as in `itop_prune.apply`. A masked weight keeps
+            its storage; the source may have either.
 
     Returns:
         The masks, as `itop_prune.find_masks` gives them.
@@ -86,6 +110,7 @@ def load(
             model is then as it was.
         ImportError: A .safetensors file needs safetensors and numpy, and one is not installed.
     """
+    handle = lookup(storage, STORAGES, "storage")
     if isinstance(source, Mapping):
         found = _StateDict.of(_find_state_dict(source, "the source"))
     else:
@@ -105,9 +130,9 @@ def load(
     to_mask = found.masked & fitting - masked_here
     for name, (layer, tensor) in targets.items():
         if name in to_mask and tensor not in masked_names(layer):  # a layer may have two names
-            placed[name] = ITOP.place(layer, tensor)
+            placed[name] = handle.place(layer, tensor)
 
-    tensors = _write_active_weights(found, fitting, targets)
+    tensors = _fit_storage(_write_active_weights(found, fitting, targets), targets)
     model.load_state_dict(_with_own_names(tensors, found, present), strict=strict)
     exclude_masks_from_ddp(model)
     return find_masks(model) if masked_here else placed
@@ -126,7 +151,7 @@ class _StateDict:
     @classmethod
     def of(cls, state: Mapping[str, Entry]) -> "_StateDict":
         own_names = {plain_name(name): name for name in state}
-        tensors = {name: state[own] for name, own in own_names.items()}
+        tensors = with_active_weights({name: state[own] for name, own in own_names.items()})
         versions: Mapping[str, Any] = getattr(state, "_metadata", {})
         return cls(tensors, versions, own_names)
 
@@ -291,7 +316,7 @@ def _write_active_weights(
 
     for name, (layer, tensor) in targets.items():
         weight = tensors.get(parameter_name(name))
-        if not isinstance(weight, ActiveWeights):
+        if not isinstance(weight, ActiveWeights) or tensor in sparse_names(layer):
             continue
         parameter = getattr(layer, parameter_name(tensor))
         mask = getattr(layer, mask_name(tensor))
@@ -303,13 +328,28 @@ def _write_active_weights(
     return tensors
 
 
+def _fit_storage(tensors: dict[str, Any], targets: Mapping[str, Target]) -> dict[str, Any]:
+    """Turn weights and masks into values and positions where the model's storage is sparse."""
+    for name, (layer, tensor) in targets.items():
+        if tensor not in sparse_names(layer) or parameter_name(name) not in tensors:
+            continue
+        weight, mask = tensors.pop(parameter_name(name)), tensors.pop(mask_name(name))
+        if isinstance(weight, ActiveWeights):
+            values, positions = weight.values.unsqueeze(0), weight.positions
+        else:
+            positions = mask.bool().flatten().nonzero().squeeze(1)
+            values = gather(weight, positions)
+        tensors[values_name(name)], tensors[positions_name(name)] = values, positions
+    return tensors
+
+
 def _with_own_names(
     tensors: Mapping[str, Tensor], source: _StateDict, model: _StateDict
 ) -> dict[str, Tensor]:
     """Make the state dict that a model takes; versions that the source lacks are the model's."""
     state: Any = OrderedDict()
     for name, entries in source.entries.items():
-        for entry in entries:
+        for entry in (*entries, values_name(name), positions_name(name)):
             if entry in tensors and entry in model.own_names:
                 state[model.own_names[entry]] = tensors[entry]
             elif entry in tensors:  # of a new mask
@@ -332,7 +372,7 @@ def read_state(path: str | Path) -> Mapping[str, Tensor]:
         FileNotFoundError: There is no such file.
         ValueError: The file holds something else.
     """
-    return small_files.dense_tensors(_read(Path(path)))
+    return small_files.dense_tensors(with_active_weights(_read(Path(path))))
 
 
 def _read(path: Path) -> Mapping[str, Entry]:

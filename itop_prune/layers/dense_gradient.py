@@ -28,10 +28,15 @@ class DenseGradientHook:
         self._last_grad: tuple[Tensor, int] | None = (
             None  # `.grad` after the last pass, its version
         )
-        pass_dense_gradient(layer, name, on=True)
-        self._handles = self._register(layer.get_parameter(parameter_name(name)))
+        self._handles = self._register()
 
-    def _register(self, parameter: nn.Parameter) -> list[RemovableHandle]:
+    @property
+    def _parameter(self) -> nn.Parameter:
+        return self._layer.get_parameter(parameter_name(self._name))
+
+    def _register(self) -> list[RemovableHandle]:
+        parameter = self._parameter
+        pass_dense_gradient(self._layer, self._name, on=True)
         first = parameter.register_hook(self._before_accumulation)
         put_first(parameter._backward_hooks, first)
         return [first, parameter.register_post_accumulate_grad_hook(self._after_accumulation)]
@@ -40,8 +45,11 @@ class DenseGradientHook:
         """Stop collecting and return the sum, float32, or None if nothing came."""
         for handle in self._handles:
             handle.remove()
-        pass_dense_gradient(self._layer, self._name, on=False)
+        self._release()
         return self._sum
+
+    def _release(self) -> None:
+        pass_dense_gradient(self._layer, self._name, on=False)
 
     @property
     def _mask(self) -> Tensor:
@@ -50,7 +58,13 @@ class DenseGradientHook:
     @unserializable_hook  # copies and pickles of the parameter go without the hook, on purpose
     def _before_accumulation(self, gradient: Tensor) -> Tensor:
         """Keep the dense gradient and hand on the masked one."""
-        present = getattr(self._layer, parameter_name(self._name)).grad
+        self._follow_clearing()
+        self._arriving = gradient.detach()
+        return gradient * self._mask
+
+    def _follow_clearing(self) -> None:
+        """Start the sum anew if `.grad` was cleared since the last pass."""
+        present = self._parameter.grad
         if present is None:
             self._sum = None
         elif self._sum is not None and not self._is_last_grad(present):
@@ -58,18 +72,19 @@ class DenseGradientHook:
             # anew.
             self._sum = torch.where(present.any(), self._sum, 0.0)
 
-        self._arriving = gradient.detach()
-        return gradient * self._mask
-
     @unserializable_hook
     def _after_accumulation(self, parameter: Tensor) -> None:
         """Add what arrived, now that `.grad` has its masked part."""
+        self._add()
+        self._remember(parameter.grad)
+
+    def _add(self) -> None:
+        """Add what arrived to the sum."""
         arrived, self._arriving = self._arriving, None
         if arrived is not None:
             before = self._sum
             dense = self._unscaled(arrived, copy=before is None)
             self._sum = dense if before is None else before + dense
-        self._remember(parameter.grad)
 
     def _unscaled(self, gradient: Tensor, *, copy: bool = False) -> Tensor:
         """Convert a gradient to float32, divided by the scale of the present backward."""
@@ -92,7 +107,9 @@ class DenseGradientHook:
 class ShardedDenseGradientHook(DenseGradientHook):
     """The same for a parameter that FSDP2 shards; a rank holds a part of its gradient."""
 
-    def _register(self, parameter: nn.Parameter) -> list[RemovableHandle]:
+    def _register(self) -> list[RemovableHandle]:
+        parameter = self._parameter
+        pass_dense_gradient(self._layer, self._name, on=True)
         handle = parameter.register_post_accumulate_grad_hook(self._after_reduction)
         put_first(parameter._post_accumulate_grad_hooks, handle)
         return [handle]

@@ -1,5 +1,6 @@
 """The handle of a mask, `ITOP`; `find_masks` finds all of a model, `remove` bakes them in."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,11 +17,12 @@ from itop_prune.layers.masked_layer import (
     is_standardized,
     masked_names,
     pattern_of,
+    shape_of,
+    sparse_names,
 )
-from itop_prune.layers.names import mask_name, parameter_name, pattern_name
+from itop_prune.layers.names import mask_name, parameter_name, pattern_name, positions_name
 from itop_prune.patterns import Pattern, holds
 from itop_prune.sharding import is_sharded, like, zero_off_mask
-from itop_prune.topology import count_true
 
 
 class ITOP(prune.BasePruningMethod):
@@ -32,6 +34,8 @@ class ITOP(prune.BasePruningMethod):
     """
 
     PRUNING_TYPE = "unstructured"
+    storage = "mask"
+    """How the layer holds the weight, as `apply` names it."""
     _gradient_hook: DenseGradientHook | None = None
     _moved_by: object | None = None  # the MaskScheduler that stepped last, by a token of it
 
@@ -74,16 +78,16 @@ class ITOP(prune.BasePruningMethod):
                 "itop_prune.patterns.best_of_groups makes such a mask"
             )
 
-        itop = cls.place(module, name)
+        itop = cls(module, name)
+        itop._attach(mask)
         if pattern is not None:
             setattr(module, pattern_name(name), pattern)
-        itop.mask.copy_(mask)
-        itop.zero_off_mask()
+        module.register_forward_pre_hook(itop)
         return itop
 
     @classmethod
     def place(cls, module: nn.Module, name: str) -> "ITOP":
-        """Give one parameter a mask with uninitialized values, which the caller must write.
+        """Give one parameter a mask that holds nothing yet, which the caller must write.
 
         It does not check whether the parameter can be masked, and does not touch it.
         """
@@ -91,6 +95,13 @@ class ITOP(prune.BasePruningMethod):
         attach(module, name, torch.empty_like(module.get_parameter(name), dtype=torch.bool))
         module.register_forward_pre_hook(itop)
         return itop
+
+    def _attach(self, mask: Tensor) -> None:
+        """Turn the parameter into what the storage holds; 0 off the mask."""
+        weight = self._layer.get_parameter(self._tensor_name)
+        attach(self._layer, self._tensor_name, torch.empty_like(weight, dtype=torch.bool))
+        self.mask.copy_(mask)
+        self.zero_off_mask()
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -103,21 +114,45 @@ class ITOP(prune.BasePruningMethod):
         return getattr(self._layer, mask_name(self._tensor_name))
 
     @property
+    def buffer(self) -> Tensor:
+        """The buffer that says which weights are active, in the form of the storage."""
+        return self.mask
+
+    @property
+    def used(self) -> Tensor:
+        """Bool, of the parameter's shape: which of its numbers are active weights."""
+        return self.mask
+
+    @property
     def weight(self) -> Tensor:
         """The effective weight, detached; 0 wherever the mask is False."""
         return getattr(self._layer, self._tensor_name).detach()
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+        return shape_of(self._layer, self._tensor_name)
+
+    @property
+    def size(self) -> int:
+        """How many weights the dense tensor has."""
+        return math.prod(self.shape)
+
+    def active_values(self) -> tuple[Tensor, Tensor] | None:
+        """Look up positions of active weights, rising, and their values, where they are stored."""
+        return None
+
+    @property
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape that distributions count with: (out, in, ...)."""
-        return kernel_shape(self._layer, parameter_name(self._tensor_name))
+        return kernel_shape(self._layer, self.shape)
 
     @property
     def outputs(self) -> int:
         """How many outputs the weights of the tensor feed."""
         if getattr(self._layer, "transposed", False):
-            return self.mask.shape[1] * int(self._layer.groups)  # type: ignore[arg-type]
-        return self.mask.shape[0]
+            return self.shape[1] * int(self._layer.groups)  # type: ignore[arg-type]
+        return self.shape[0]
 
     @property
     def pattern(self) -> Pattern | None:
@@ -130,7 +165,11 @@ class ITOP(prune.BasePruningMethod):
     @property
     def active(self) -> int:
         """How many weights are active."""
-        return count_true(self.mask)
+        return int(self.count())
+
+    def count(self) -> Tensor:
+        """Count the active weights, as a tensor on their device: the host need not wait."""
+        return self.used.count_nonzero()
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Restrict `default_mask` to the present mask; part of torch's contract."""
@@ -151,32 +190,41 @@ class ITOP(prune.BasePruningMethod):
                 "its name; load itop_prune.dense_state_dict(model) into a plain model instead"
             )
         self.take_dense_gradient()  # its hooks would stay on the parameter
-        detach(module, self._tensor_name)
+        self._detach()
+
+    def _detach(self) -> None:
+        detach(self._layer, self._tensor_name)
 
     @torch.no_grad()
-    def write_mask(self, mask: Tensor) -> Tensor:
+    def write_mask(self, before: Tensor, after: Tensor) -> Tensor:
         """Write a new mask; set the parameter to 0 unless a weight is active before and after.
 
         Filters that the layer standardizes are centred over the weights that stay, too. So a weight
         of 0 that grows into them is 0 in use.
 
         Returns:
-            Bool: active before and after.
+            Bool, of the parameter's shape: active before and after.
         """
-        stayed = self.mask & mask
+        stayed = before & after
         if is_standardized(type(self._layer)):
             self.parameter.copy_(effective(self.parameter, like(stayed, self.parameter), True))
         zero_off_mask(self.parameter, stayed)
-        self.mask.copy_(mask)
+        self.mask.copy_(after)
         return stayed
 
     def zero_off_mask(self) -> None:
-        """Set the parameter to 0 wherever the mask is False.
+        """Set the parameter to 0 wherever it holds no active weight."""
+        zero_off_mask(self.parameter, self.used)
 
-        Call it for the masks of an EMA copy after every update of the average. The average takes in
-        old values of pruned weights, and what some optimizers (Muon) write off the mask.
+    def follow(self, other: "ITOP", changed: Tensor | None) -> None:
+        """Set weights of an average to 0 that are not those of another model's mask any more.
+
+        Args:
+            other: The mask of the model that is averaged.
+            changed: Bool, of the other parameter's shape: what has moved since the last call. Only
+                sparse storage needs it; None: nothing.
         """
-        zero_off_mask(self.parameter, self.mask)
+        zero_off_mask(self.parameter, other.mask.to(self.parameter.device))
 
     def collect_dense_gradient(self, scaler: GradScaler | None = None) -> None:
         """Collect the dense gradient in the backward passes to come; `.grad` stays sparse.
@@ -184,8 +232,11 @@ class ITOP(prune.BasePruningMethod):
         With a scaler the gradient of each pass is divided by its scale.
         """
         if self._gradient_hook is None:
-            kind = ShardedDenseGradientHook if is_sharded(self.parameter) else DenseGradientHook
+            kind = self._kind_of_hook()
             self._gradient_hook = kind(self._layer, self._tensor_name, scaler)
+
+    def _kind_of_hook(self) -> type[DenseGradientHook]:
+        return ShardedDenseGradientHook if is_sharded(self.parameter) else DenseGradientHook
 
     def take_dense_gradient(self) -> Tensor | None:
         """Stop collecting and return the dense gradient, float32, or None if there is none."""
@@ -197,12 +248,11 @@ class ITOP(prune.BasePruningMethod):
 
     def __repr__(self) -> str:
         where = f"{type(self._layer).__name__}.{self._tensor_name}"
-        mask = self._layer._buffers.get(mask_name(self._tensor_name))
-        if mask is None:
-            return f"ITOP({where}, removed)"
+        if self._tensor_name not in masked_names(self._layer):
+            return f"{type(self).__name__}({where}, removed)"
         pattern = "" if self.pattern is None else f" in {self.pattern[0]}:{self.pattern[1]}"
-        count = "?" if mask.is_meta else f"{self.active:,}"
-        return f"ITOP({where}, {count} of {mask.numel():,} active{pattern})"
+        count = "?" if self.parameter.is_meta else f"{self.active:,}"
+        return f"{type(self).__name__}({where}, {count} of {self.size:,} active{pattern})"
 
 
 def active_weights(masks: Mapping[str, ITOP]) -> dict[str, int]:
@@ -224,7 +274,8 @@ def remove(model: nn.Module) -> None:
     """Bake all masks in: plain parameters again, 0 where a mask was False.
 
     Classes, names and order are as before `apply`. The parameters stay the same objects, so an
-    optimizer goes on with them, but nothing keeps them sparse any more.
+    optimizer goes on with them, but nothing keeps them sparse any more. Weights in sparse storage
+    become new parameters; build the optimizer anew.
     """
     for itop in find_masks(model).values():
         prune.remove(itop._layer, itop._tensor_name)
@@ -235,11 +286,11 @@ def exclude_masks_from_ddp(model: nn.Module) -> None:
     """Stop DistributedDataParallel from sending the masks at every forward; all ranks hold them."""
     model = unwrap(model)
     key = "_ddp_params_and_buffers_to_ignore"  # what DDP reads from the module that it is given
-    names = {
-        f"{prefix}.{mask_name(name)}".lstrip(".")
-        for prefix, layer in model.named_modules()
-        for name in masked_names(layer)
-    }
+    names = set()
+    for prefix, layer in model.named_modules():
+        for name in masked_names(layer):
+            buffer = positions_name(name) if name in sparse_names(layer) else mask_name(name)
+            names.add(f"{prefix}.{buffer}".lstrip("."))
     others = set(getattr(model, key, ()))
     if others:  # of the user, or of masks that are gone
         present = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}

@@ -128,9 +128,8 @@ def _shorten(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def kernel_shape(layer: nn.Module, tensor: str) -> tuple[int, ...]:
-    """Look up a weight's shape as distributions count it; for experts (experts * out, in, ...)."""
-    shape = tuple(layer.get_parameter(tensor).shape)
+def kernel_shape(layer: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Compute a weight's shape as distributions count it; for experts (experts * out, in, ...)."""
     if not _mixes_kernels(layer):
         return shape
     out, *rest = layer.weight_shape  # type: ignore[misc]

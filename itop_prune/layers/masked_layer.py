@@ -1,4 +1,7 @@
-"""A masked layer: its weight is a property, mask times parameter, and so always current.
+"""A masked layer: its weight is a property, and so always current.
+
+With the storage "mask" the weight is mask times parameter. With the storage "sparse" it is made of
+the active values and their positions (see `itop_prune.layers.sparse_storage`).
 
 Torch's own pruning hook writes `layer.weight` as a plain attribute before the layer's forward. Code
 that reads the weight without calling the layer (a parent, an export, a copy, `.to(dtype)`) then
@@ -11,13 +14,25 @@ filters centred over their active weights. Their mean is 0 already, so the zeros
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from itop_prune.layers.names import dense_backward_name, mask_name, parameter_name, pattern_name
+from itop_prune.layers import sparse_products, sparse_storage
+from itop_prune.layers.names import (
+    dense_backward_name,
+    layout_name,
+    mask_name,
+    parameter_name,
+    pattern_name,
+    positions_name,
+    probe_name,
+    shape_name,
+    values_name,
+)
+from itop_prune.layers.sparse_storage import dense_weight, layout_of
 from itop_prune.patterns import Pattern, holds
 from itop_prune.sharding import like, zero_off_mask
 
@@ -31,14 +46,37 @@ BROKEN_PATTERN = (
     "pattern, or load into a model whose masks have none"
 )
 
+OTHER_STORAGE = (
+    "the source is of the other storage (mask or sparse); itop_prune.load(model, source) takes both"
+)
+
 
 def attach(layer: nn.Module, name: str, mask: Tensor) -> None:
     """Turn parameter `name` into `name`_orig and a mask, read through a property `name`."""
-    base: Any = layer.masked_class if isinstance(layer, MaskedLayer) else type(layer)
     _rename(layer._parameters, name, parameter_name(name))
     layer.register_buffer(mask_name(name), mask)
+    _give_class(layer, (*masked_names(layer), name), sparse_names(layer))
 
-    layer.__class__ = _subclass(base, (*masked_names(layer), name))
+
+@torch.no_grad()
+def attach_sparse(layer: nn.Module, name: str, mask: Tensor) -> None:
+    """Turn parameter `name` into the values of its active weights and their positions."""
+    weight = layer.get_parameter(name)
+    size = sparse_storage.position_type(weight.numel())
+    positions = mask.flatten().nonzero().squeeze(1).to(size)
+    values = nn.Parameter(sparse_storage.gather(weight, positions), weight.requires_grad)
+
+    _rename(layer._parameters, name, values_name(name))
+    layer._parameters[values_name(name)] = values
+    layer.register_buffer(positions_name(name), positions)
+    setattr(layer, layout_name(name), layout_of(weight))
+    _give_class(layer, (*masked_names(layer), name), (*sparse_names(layer), name))
+
+
+def _give_class(layer: nn.Module, names: tuple[str, ...], sparse: tuple[str, ...]) -> None:
+    """Give a layer the class on which these names are properties, or its own class for none."""
+    base: Any = layer.masked_class if isinstance(layer, MaskedLayer) else type(layer)
+    layer.__class__ = _subclass(base, names, sparse) if names else base
     if isinstance(layer, nn.RNNBase):
         layer.__dict__.pop("_flat_weights", None)
 
@@ -51,13 +89,31 @@ def detach(layer: Any, name: str) -> None:
         parameter.copy_(getattr(layer, name))
     zero_off_mask(parameter, mask)
 
-    others = tuple(other for other in masked_names(layer) if other != name)
-    layer.__class__ = _subclass(layer.masked_class, others) if others else layer.masked_class
     _rename(layer._parameters, parameter_name(name), name)
     del layer._buffers[mask_name(name)]
-    layer.__dict__.pop(pattern_name(name), None)
     layer.__dict__.pop(dense_backward_name(name), None)
-    if isinstance(layer, nn.RNNBase) and not others:
+    _take_class(layer, name)
+
+
+def detach_sparse(layer: Any, name: str) -> None:
+    """Undo `attach_sparse`: a new dense parameter, with the values of the effective weight."""
+    values = layer._parameters[values_name(name)]
+    weight = nn.Parameter(getattr(layer, name).detach(), values.requires_grad)
+
+    _rename(layer._parameters, values_name(name), name)
+    layer._parameters[name] = weight
+    del layer._buffers[positions_name(name)]
+    for attribute in (layout_name(name), probe_name(name)):
+        layer.__dict__.pop(attribute, None)
+    _take_class(layer, name)
+
+
+def _take_class(layer: Any, name: str) -> None:
+    """Give a layer back the class without one of its properties."""
+    names = tuple(other for other in layer.masked_names if other != name)
+    _give_class(layer, names, tuple(other for other in layer.sparse_names if other != name))
+    layer.__dict__.pop(pattern_name(name), None)
+    if isinstance(layer, nn.RNNBase) and not names:
         layer._init_flat_weights()
 
 
@@ -69,11 +125,12 @@ def _rename(parameters: dict[str, Any], old: str, new: str) -> None:
 
 
 @functools.cache
-def _subclass(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
+def _subclass(base: Any, names: tuple[str, ...], sparse: tuple[str, ...]) -> type[nn.Module]:
     """Make the class of a masked layer; equal arguments give the same class."""
     body: dict[str, Any] = {
         "masked_class": base,
         "masked_names": names,
+        "sparse_names": sparse,
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -83,9 +140,17 @@ def _subclass(base: Any, names: tuple[str, ...]) -> type[nn.Module]:
         body["_weights_have_changed"] = lambda layer: False
         body["flatten_parameters"] = lambda layer: None
     for name in names:
-        body[name] = _weight_property(name, is_standardized(base))
         body[pattern_name(name)] = None
-        body[dense_backward_name(name)] = False
+        if name in sparse:
+            body[name] = _sparse_weight_property(name, is_standardized(base))
+            body[probe_name(name)] = None
+        else:
+            body[name] = _weight_property(name, is_standardized(base))
+            body[dense_backward_name(name)] = False
+
+    forward = sparse_products.forward_of(base) if sparse_products.NAME in sparse else None
+    if forward is not None:
+        body["forward"] = forward
     return type(base.__name__, (MaskedLayer, base), body)
 
 
@@ -111,6 +176,30 @@ def _weight_property(name: str, centred: bool) -> property:
         raise RuntimeError(
             f"{name} of a masked {type(layer).__name__} is mask times {parameter_key} and can't be "
             f"assigned; write into {parameter_key}, or call itop_prune.remove first"
+        )
+
+    return property(read, write)
+
+
+def _sparse_weight_property(name: str, centred: bool) -> property:
+    """Make the property that is the dense weight of a layer in sparse storage."""
+    values_key, positions_key = values_name(name), positions_name(name)
+    layout_key, probe_key = layout_name(name), probe_name(name)
+
+    def read(layer: nn.Module) -> Tensor:
+        values = getattr(layer, values_key)
+        probe = getattr(layer, probe_key) if isinstance(values, nn.Parameter) else None
+        positions, layout = getattr(layer, positions_key), getattr(layer, layout_key)
+        weight = dense_weight(values, positions, layout, probe)
+        if not centred:
+            return weight
+        # Passes on the gradient of every position, of which those with a slot are gathered.
+        return _DenseBackward.apply(weight, sparse_storage.mask_of(positions, layout.shape), True)
+
+    def write(layer: nn.Module, value: object) -> None:
+        raise RuntimeError(
+            f"{name} of a {type(layer).__name__} in sparse storage is made of {values_key} and "
+            f"can't be assigned; write into {values_key}, or call itop_prune.remove first"
         )
 
     return property(read, write)
@@ -204,6 +293,11 @@ def masked_names(layer: nn.Module) -> tuple[str, ...]:
     return layer.masked_names if isinstance(layer, MaskedLayer) else ()
 
 
+def sparse_names(layer: nn.Module) -> tuple[str, ...]:
+    """List those of the layer's masked parameters that are in sparse storage."""
+    return layer.sparse_names if isinstance(layer, MaskedLayer) else ()
+
+
 def pattern_of(layer: nn.Module, name: str) -> Pattern | None:
     """Look up the N:M pattern that the mask of a masked parameter keeps, or None."""
     return getattr(layer, pattern_name(name))
@@ -212,10 +306,16 @@ def pattern_of(layer: nn.Module, name: str) -> Pattern | None:
 def breaks_pattern(layer: nn.Module, name: str, mask: object) -> bool:
     """Tell whether a mask to be loaded breaks the pattern that the present mask keeps."""
     pattern = pattern_of(layer, name)
-    present: Tensor = getattr(layer, mask_name(name))
-    if pattern is None or not isinstance(mask, Tensor) or mask.shape != present.shape:
+    if pattern is None or not isinstance(mask, Tensor) or mask.shape != shape_of(layer, name):
         return False
     return not mask.is_meta and not holds(mask.bool(), *pattern)
+
+
+def shape_of(layer: nn.Module, name: str) -> tuple[int, ...]:
+    """Look up the dense shape of a masked parameter."""
+    if name in sparse_names(layer):
+        return getattr(layer, layout_name(name)).shape
+    return tuple(getattr(layer, mask_name(name)).shape)
 
 
 class MaskedLayer:
@@ -223,6 +323,7 @@ class MaskedLayer:
 
     masked_class: Any
     masked_names: tuple[str, ...]
+    sparse_names: tuple[str, ...]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse `layer.weight = nn.Parameter(...)` with the error of the property."""
@@ -230,45 +331,124 @@ class MaskedLayer:
             object.__setattr__(self, name, param)  # nn.Module's own setter would come back here
         super().register_parameter(name, param)  # type: ignore[misc]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow `.to(memory_format=...)`, which does not see the shape of a stored weight."""
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name in self.sparse_names:
+            layout = getattr(self, layout_name(name))
+            if len(layout.shape) in (4, 5):
+                example = torch.empty([2] * len(layout.shape))
+                moved = layout_of(fn(example.to(memory_format=layout.memory_format)))
+                setattr(self, layout_name(name), layout._replace(channels_last=moved.channels_last))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the dense shape beside values and positions, which do not tell it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        for name in self.sparse_names:
+            shape = getattr(self, layout_name(name)).shape
+            destination[prefix + shape_name(name)] = torch.tensor(shape)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load as the layer's class does, also dense weights and torch pruning's float masks."""
         layer: Any = self
         messages = args[-1]  # that load_state_dict raises with
-        broken = [
-            name
-            for name in self.masked_names
-            if breaks_pattern(layer, name, state_dict.get(prefix + mask_name(name)))
-        ]
-        if broken:
-            messages.append(f"{prefix}({', '.join(broken)}): {BROKEN_PATTERN}")
+        problems = []
+        for name in self.masked_names:
+            check = _sparse_problem if name in self.sparse_names else _mask_problem
+            problem = check(layer, name, state_dict, prefix)
+            if problem:
+                problems.append(f"{prefix}{name}: {problem}")
+        if problems:
+            messages += problems
             return
 
         changed = []
         for name in self.masked_names:
-            dense, parameter, mask = (
-                prefix + key for key in (name, parameter_name(name), mask_name(name))
-            )
-            present = getattr(layer, mask_name(name))
-            if state_dict.get(mask) is not present:  # else weight and mask were written in place
+            prepare = _prepare_sparse if name in self.sparse_names else _prepare_masked
+            if prepare(layer, name, state_dict, prefix):
                 changed.append(name)
-            if mask in state_dict:
-                state_dict[mask] = state_dict[mask].bool()
-            if dense in state_dict:  # of a dense model: the present mask stays
-                state_dict[parameter] = state_dict.pop(dense)
-                state_dict.setdefault(mask, present)
 
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
         for name in changed:
-            zero_off_mask(getattr(layer, parameter_name(name)), getattr(layer, mask_name(name)))
+            if name in self.sparse_names:
+                used = getattr(layer, positions_name(name)) >= 0
+                zero_off_mask(getattr(layer, values_name(name)), used.unsqueeze(0))
+            else:
+                zero_off_mask(getattr(layer, parameter_name(name)), getattr(layer, mask_name(name)))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
         _, _, state, *rest = reduced
         switches = {dense_backward_name(name) for name in self.masked_names}
+        switches |= {probe_name(name) for name in self.masked_names}
         state = {key: value for key, value in state.items() if key not in switches}
-        return _rebuild, (self.masked_class, self.masked_names), state, *rest
+        return _rebuild, (self.masked_class, self.masked_names, self.sparse_names), state, *rest
 
 
-def _rebuild(base: Any, names: tuple[str, ...]) -> nn.Module:
-    cls = _subclass(base, names)
+def _mask_problem(layer: nn.Module, name: str, state: Mapping[str, Any], prefix: str) -> str:
+    """Explain why a state dict can't be loaded into a masked parameter, or return ""."""
+    if prefix + values_name(name) in state:
+        return OTHER_STORAGE
+    if breaks_pattern(layer, name, state.get(prefix + mask_name(name))):
+        return BROKEN_PATTERN
+    return ""
+
+
+def _prepare_masked(layer: nn.Module, name: str, state: dict[str, Any], prefix: str) -> bool:
+    """Make the entries of a masked parameter; tell whether they are others than the present."""
+    dense, parameter, mask = (prefix + key for key in (name, parameter_name(name), mask_name(name)))
+    present = getattr(layer, mask_name(name))
+    changed = state.get(mask) is not present  # else weight and mask were written in place
+    if mask in state:
+        state[mask] = state[mask].bool()
+    if dense in state:  # of a dense model: the present mask stays
+        state[parameter] = state.pop(dense)
+        state.setdefault(mask, present)
+    return changed
+
+
+def _sparse_problem(layer: nn.Module, name: str, state: Mapping[str, Any], prefix: str) -> str:
+    """Explain why a state dict can't be loaded into sparse storage, or return ""."""
+    if prefix + parameter_name(name) in state:
+        return OTHER_STORAGE
+    shape = shape_of(layer, name)
+    dense, values, positions, saved_shape = (
+        state.get(prefix + key)
+        for key in (name, values_name(name), positions_name(name), shape_name(name))
+    )
+    if dense is not None and dense.shape != shape:
+        return f"the source has the shape {tuple(dense.shape)}, the model {shape}"
+    if saved_shape is not None and tuple(saved_shape.tolist()) != shape:
+        return f"the source has the shape {tuple(saved_shape.tolist())}, the model {shape}"
+    if values is None or positions is None:
+        return ""
+
+    problem = sparse_storage.problem(values, positions, shape)
+    if not problem and not positions.is_meta:
+        pattern_broken = breaks_pattern(layer, name, sparse_storage.mask_of(positions, shape))
+        problem = BROKEN_PATTERN if pattern_broken else ""
+    return problem
+
+
+def _prepare_sparse(layer: nn.Module, name: str, state: dict[str, Any], prefix: str) -> bool:
+    """Make the entries of a parameter in sparse storage, with as many slots as they have."""
+    dense, values, positions = (
+        prefix + key for key in (name, values_name(name), positions_name(name))
+    )
+    state.pop(prefix + shape_name(name), None)
+    present = getattr(layer, positions_name(name))
+    changed = state.get(positions) is not present
+    if dense in state:  # of a dense model: the present positions stay
+        weight = state.pop(dense)
+        state[values] = sparse_storage.gather(weight, present.to(weight.device))
+        state.setdefault(positions, present)
+
+    if values in state and positions in state:
+        sparse_storage.resize_layer(layer, name, len(state[positions]))
+    return changed
+
+
+def _rebuild(base: Any, names: tuple[str, ...], sparse: tuple[str, ...]) -> nn.Module:
+    cls = _subclass(base, names, sparse)
     return cls.__new__(cls)

@@ -19,3 +19,28 @@ def pattern_name(name: str) -> str:
 def dense_backward_name(name: str) -> str:
     """Name the switch that lets the backward pass the dense gradient."""
     return f"{name}_dense_backward"
+
+
+def values_name(name: str) -> str:
+    """Name the parameter of sparse storage: "weight" -> "weight_values"."""
+    return f"{name}_values"
+
+
+def positions_name(name: str) -> str:
+    """Name the buffer of sparse storage: "weight" -> "weight_positions"."""
+    return f"{name}_positions"
+
+
+def shape_name(name: str) -> str:
+    """Name the state dict's entry with the dense shape: "weight" -> "weight_shape"."""
+    return f"{name}_shape"
+
+
+def layout_name(name: str) -> str:
+    """Name the attribute with the dense shape and memory format: "weight" -> "weight_layout"."""
+    return f"{name}_layout"
+
+
+def probe_name(name: str) -> str:
+    """Name the tensor whose gradient is the dense gradient, in sparse storage."""
+    return f"{name}_probe"

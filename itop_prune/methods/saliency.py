@@ -256,13 +256,13 @@ def _mean_gradient(
 
     # All ranks learn of one without a batch; else the others would wait for its sums.
     missing = torch.tensor(float(not count), device=next(iter(sums.values())).device)
-    if distributed.mean(missing, missing):
+    if distributed.mean(missing):
         raise ValueError(
             "there is no batch, here or on another rank; give each at least one of (inputs, "
             "targets)"
         )
 
-    means = {name: distributed.mean(total / count, total) for name, total in sums.items()}
+    means = {name: distributed.mean(total / count) for name, total in sums.items()}
     bad = [name for name, mean in means.items() if not math.isfinite(float(mean.abs().max()))]
     if bad:
         raise ValueError(

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 from itop_prune import topology
 from itop_prune.methods.distributions import apportion, scaled
 from itop_prune.methods.lookup import CheckedFunction
@@ -38,7 +40,7 @@ def plan_changes(
         rate: The share of active weights to exchange.
         density_moves: Whether the density is on its way to the final one.
     """
-    weights = {name: layer.itop.mask.numel() for name, layer in layers.items()}
+    weights = {name: layer.itop.size for name, layer in layers.items()}
     if rules.across_layers:
         n_prune, exchanged = _prune_across_layers(
             rules, layers, active, target, weights, rate, density_moves
@@ -199,8 +201,10 @@ def _lowest_of_all(
     most, scores = {}, {}
     for name, layer in layers.items():
         mask = layer.itop.mask
-        most[name] = max(0, active[name] - minimum(rules, mask.numel()))
-        scores[name] = -topology.as_float(layer.prune_scores(rules.prune)[mask])
+        most[name] = max(0, active[name] - minimum(rules, layer.itop.size))
+        found = layer.prune_scores(rules.prune, mask)
+        active_scores = found[mask] if isinstance(found, Tensor) else found.scores
+        scores[name] = -topology.as_float(active_scores)
 
     total = min(total, sum(most.values()))
     try:

@@ -71,7 +71,7 @@ class DensityTargets:
                 "masks, or let it train"
             )
 
-        self._weights = {name: itop.mask.numel() for name, itop in masks.items()}
+        self._weights = {name: itop.size for name, itop in masks.items()}
         self.begin(masks)
         shapes = {name: itop.kernel_shape for name, itop in masks.items()}
         if self._sum_only:

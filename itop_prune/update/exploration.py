@@ -1,17 +1,44 @@
 """What the masks have been: which weights were ever active (R_s), which entered, which survived."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from itop_prune import bits
 from itop_prune.layers.handle import ITOP
 from itop_prune.topology import count_true
 
 
+class Explored(Mapping[str, Tensor]):
+    """By name: which weights were active at least once. It holds bits and gives bool tensors."""
+
+    def __init__(self, masks: Mapping[str, ITOP]) -> None:
+        self.bits = {name: bits.pack(itop.mask) for name, itop in masks.items()}
+        self.shapes = {name: itop.shape for name, itop in masks.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return bits.unpack(self.bits[name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.bits)
+
+    def __len__(self) -> int:
+        return len(self.bits)
+
+    def add(self, name: str, mask: Tensor) -> None:
+        """Add the active weights of a mask, on its device."""
+        self.bits[name] = self.bits[name].to(mask.device) | bits.pack(mask)
+
+    def rate(self) -> float:
+        """Compute R_s."""
+        total = sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(bits.count(packed) for packed in self.bits.values()) / total
+
+
 class Exploration:
-    """Records every update, at a byte per weight, and another byte if survival is counted.
+    """Records every update, at a bit per weight, and another byte if survival is counted.
 
     R_s is the share of the masked weights that were active at least once (Liu et al., 2021, arXiv
     2102.02887). Exploration is reliable if new weights are trained long enough to compete at the
@@ -20,20 +47,13 @@ class Exploration:
     """
 
     def __init__(self, masks: Mapping[str, ITOP], survival: bool) -> None:
-        self.explored = {name: itop.mask.clone() for name, itop in masks.items()}
-        """By name, bool: was active at least once."""
+        self.explored = Explored(masks)
         self._entered: dict[str, int] = {}  # {} before the first update
         self._counts_survival = survival
         self._grown: dict[str, Tensor] = {}  # bool: grew at the last update
         self._grown_before: dict[str, Tensor] = {}  # at the update before
-        self._survived: dict[
-            str, tuple[int, int]
-        ] = {}  # of those: how many are left, how many grew
-
-    def of(self, name: str, mask: Tensor) -> Tensor:
-        """Look up what was explored of a layer, on the device of its mask."""
-        explored = self.explored[name] = self.explored[name].to(mask.device)
-        return explored
+        # Of those: how many are left, how many grew.
+        self._survived: dict[str, tuple[int, int]] = {}
 
     def begin_update(self) -> None:
         """Begin an update, in which layers without a record gain no weights."""
@@ -42,7 +62,7 @@ class Exploration:
 
     def record(self, name: str, before: Tensor, after: Tensor) -> None:
         """Record an update of one layer: its mask before and after."""
-        self.of(name, after).logical_or_(before).logical_or_(after)
+        self.explored.add(name, before | after)
         entered = after & ~before
         self._entered[name] = count_true(entered)
 
@@ -55,8 +75,7 @@ class Exploration:
 
     def rate(self) -> float:
         """Compute R_s."""
-        total = sum(explored.numel() for explored in self.explored.values())
-        return sum(count_true(explored) for explored in self.explored.values()) / total
+        return self.explored.rate()
 
     def entered(self) -> dict[str, int]:
         """Count, by layer, the weights that entered its mask at the last update; {} before one."""
@@ -85,7 +104,8 @@ class Exploration:
     def state_dict(self) -> dict[str, Any]:
         """Copy the records."""
         state: dict[str, Any] = {
-            "explored": {name: explored.clone() for name, explored in self.explored.items()},
+            "shapes": dict(self.explored.shapes),
+            "explored": {name: packed.clone() for name, packed in self.explored.bits.items()},
             "entered": self.entered(),
         }
         if self._counts_survival:
@@ -97,8 +117,8 @@ class Exploration:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` copied."""
-        for name, explored in self.explored.items():
-            explored.copy_(state["explored"][name])
+        for name, packed in self.explored.bits.items():
+            packed.copy_(state["explored"][name])
         self._entered = dict(state.get("entered", {}))
         if self._counts_survival and "survival" in state:
             survival = state["survival"]

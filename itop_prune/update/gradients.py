@@ -87,7 +87,7 @@ class DenseGradients:
 
     @torch.no_grad()
     def _add(self, name: str, collected: Tensor | None) -> None:
-        mean = distributed.mean(collected, self._masks[name].mask)
+        mean = self._mean(name, collected)
         if collected is None:
             self._from_other_ranks[name] = mean
 
@@ -100,13 +100,20 @@ class DenseGradients:
             after = DECAY * before + (1.0 - DECAY) * mean
             self._averages[name] = torch.where(finite, after, before)
 
+    def _mean(self, name: str, collected: Tensor | None) -> Tensor:
+        """Average over the ranks; a rank that collected nothing takes part with zeros."""
+        if collected is None:
+            itop = self._masks[name]
+            collected = torch.zeros(itop.shape, device=itop.parameter.device)
+        return distributed.mean(collected)
+
     def gradient(self, name: str) -> Tensor:
         """Compute the gradient for an update: of its step, or the sum over the last steps."""
         if name not in self._sums:
             collected = self.collected.pop(name)
             if collected is None:
                 collected = self._from_other_ranks.pop(name, None)
-            self._sums[name] = distributed.mean(collected, self._masks[name].mask)
+            self._sums[name] = self._mean(name, collected)
         return self._sums[name]
 
     def momentum(self, name: str) -> Tensor:
@@ -138,6 +145,6 @@ class DenseGradients:
     def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy tensors to the devices of their masks."""
         return {
-            name: tensor.to(self._masks[name].mask.device, copy=True)
+            name: tensor.to(self._masks[name].parameter.device, copy=True)
             for name, tensor in tensors.items()
         }

@@ -1,6 +1,6 @@
 """One layer at an update: the tensors that criteria ask for, their scores, and the new mask."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -8,9 +8,11 @@ from torch import Tensor
 
 from itop_prune import patterns, topology
 from itop_prune.layers.handle import ITOP
+from itop_prune.methods import criteria
 from itop_prune.methods.lookup import CheckedFunction
 from itop_prune.methods.validation import check_scores
 from itop_prune.sharding import whole
+from itop_prune.topology import ActiveScores
 from itop_prune.update.gradients import DenseGradients
 from itop_prune.update.rules import Rules
 
@@ -20,42 +22,53 @@ class LayerUpdate(NamedTuple):
 
     name: str
     itop: ITOP
-    explored: Tensor
+    explored: Mapping[str, Tensor]
     gradients: DenseGradients
     stream: tuple[object, ...]
     """Seeds the generators: the run's seed and the number of the update."""
 
-    def new_mask(self, rules: Rules, n_prune: int, n_grow: int) -> Tensor:
-        """Compute the layer's mask after the update, by `topology.prune_and_regrow`.
+    def new_mask(self, rules: Rules, mask: Tensor, n_prune: int, n_grow: int) -> Tensor:
+        """Compute the layer's mask after the update from that before, by `prune_and_regrow`.
 
         With an N:M pattern each group regrows what it lost, and `n_grow` is not used.
 
         Raises:
             ValueError: Scores are NaN; the message names criterion and layer.
         """
-        mask, pattern = self.itop.mask, self.itop.pattern
+        pattern = self.itop.pattern
         ties = self.generator("ties")
 
-        def grow_scores(kept: Tensor) -> Tensor:
+        def scored(kept: Tensor) -> Tensor:
             return self.scores(rules.grow, kept)
+
+        # Random growth draws positions. It needs no score of every one.
+        grow_scores = None if rules.grow.function is criteria.random else scored
 
         try:
             if pattern is None:
                 return topology.prune_and_regrow(
-                    mask, self.prune_scores(rules.prune), grow_scores, n_prune, n_grow, ties
+                    mask, self.prune_scores(rules.prune, mask), grow_scores, n_prune, n_grow, ties
                 )
 
-            kept = topology.prune(mask, self.prune_scores(rules.prune), n_prune, ties)
-            return patterns.grow_in_groups(kept, grow_scores(kept), *pattern, ties)
+            kept = topology.prune(mask, self.prune_scores(rules.prune, mask), n_prune, ties)
+            return patterns.grow_in_groups(kept, scored(kept), *pattern, ties)
         except topology.NaNScores as error:
             criterion = rules.prune if error.role == "prune" else rules.grow
             raise ValueError(
                 f"{criterion.name} gave NaN for {self.name}; scores must be numbers"
             ) from None
 
-    def prune_scores(self, criterion: CheckedFunction) -> Tensor:
-        """Score every position for pruning."""
-        return self.scores(criterion, self.itop.mask, "prune")
+    def prune_scores(self, criterion: CheckedFunction, mask: Tensor) -> Tensor | ActiveScores:
+        """Score positions for pruning; `mask` is the present one.
+
+        Sparse storage has the values of active weights at hand, and magnitude needs no more.
+        """
+        if criterion.function is criteria.magnitude:
+            active = self.itop.active_values()
+            if active is not None:
+                positions, values = active
+                return ActiveScores(positions, criteria.magnitude(values.float()))
+        return self.scores(criterion, mask, "prune")
 
     def scores(self, criterion: CheckedFunction, mask: Tensor, *stream: object) -> Tensor:
         """Score every position by a criterion.
@@ -74,7 +87,7 @@ class LayerUpdate(NamedTuple):
             "mask": lambda: mask,
             "grad": lambda: self.gradients.gradient(self.name),
             "momentum": lambda: self.gradients.momentum(self.name),
-            "explored": lambda: self.explored,
+            "explored": lambda: self.explored[self.name],
             "generator": lambda: self.generator(*stream),
         }
         given = {need: offered[need]() for need in criterion.needs}
@@ -102,7 +115,7 @@ class LayerUpdate(NamedTuple):
         The strings of `stream` tell random streams apart. Changing one changes the results for
         every seed.
         """
-        return topology.seeded(self.itop.mask.device, *self.stream, self.name, *stream)
+        return topology.seeded(self.itop.parameter.device, *self.stream, self.name, *stream)
 
     def mean_magnitude(self, of: str) -> float:
         """Compute the mean abs of the active weights ("magnitude"), or of their "momentum"."""

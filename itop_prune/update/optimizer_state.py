@@ -5,12 +5,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from itop_prune.layers.handle import ITOP
+from itop_prune.layers.masked_layer import has_base
 from itop_prune.messages import listed
-from itop_prune.sharding import local
+from itop_prune.sharding import is_sharded, local, zero_off_mask
+
+MATRIX_OPTIMIZERS = {
+    "Adafactor": "factors its second moment by rows and columns",
+    "AdafactorBigVision": "likewise",
+    "Adahessian": "averages the Hessian's diagonal over a kernel",
+    "AdamP": "projects the step by output channels",
+    "Kron": "preconditions rows and columns",
+    "Muon": "makes the step orthogonal",
+    "SGDP": "projects the step by output channels",
+    "Shampoo": "preconditions rows and columns",
+    "SOAP": "preconditions rows and columns",
+}
+"""Optimizers by class name that look at the matrix, which sparse storage does not have, and how."""
 
 
 def statistics(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -21,6 +36,28 @@ def statistics(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tenso
         for key, value in state.items()
         if isinstance(value, Tensor) and value.shape == parameter.shape
     }
+
+
+def zero_statistics(
+    optimizer: Optimizer, parameter: nn.Parameter, found: Mapping[str, Tensor], stayed: Tensor
+) -> None:
+    """Set statistics to 0 of weights that did not stay active.
+
+    Args:
+        optimizer: It holds the parameter.
+        parameter: After the update; in sparse storage it may be longer than before.
+        found: Its `statistics` before the update.
+        stayed: Bool, of the parameter's shape: active before and after.
+    """
+    for key, tensor in found.items():
+        if tensor.shape != stayed.shape:
+            tensor = optimizer.state[parameter][key] = pad_to(tensor, stayed.shape)
+        zero_off_mask(tensor, stayed)
+
+
+def pad_to(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Make the last dimension as long as that of a shape, with zeros."""
+    return F.pad(tensor, (0, shape[-1] - tensor.shape[-1]))
 
 
 def check_holds_parameters(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
@@ -44,17 +81,22 @@ def check_holds_parameters(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> N
         )
 
     for name, itop in masks.items():
-        parameter, mask = itop.parameter, itop.mask
-        if parameter.shape != mask.shape:
+        parameter, buffer = itop.parameter, itop.buffer
+        if itop.storage == "sparse" and is_sharded(parameter):
             raise ValueError(
-                f"{name} has the shape {tuple(parameter.shape)}, its mask {tuple(mask.shape)}: "
+                f"{name} is in sparse storage, and FSDP2 has sharded its values, one of which says "
+                'nothing without the positions of all; take storage="mask", or DDP'
+            )
+        if parameter.shape != itop.used.shape:
+            raise ValueError(
+                f"{name} has the shape {tuple(parameter.shape)}, its mask {tuple(buffer.shape)}: "
                 "FSDP1 and ZeRO-3 flatten parameters, which masks can't follow; FSDP2 "
                 "(fully_shard) does not"
             )
-        if parameter.device != mask.device:
+        if parameter.device != buffer.device:
             raise ValueError(
-                f"{name} is on {parameter.device}, its mask on {mask.device}; both must be on one "
-                "device: move the whole model, and leave out FSDP2's CPUOffloadPolicy"
+                f"{name} is on {parameter.device}, its mask on {buffer.device}; both must be on "
+                "one device: move the whole model, and leave out FSDP2's CPUOffloadPolicy"
             )
 
 
@@ -88,6 +130,14 @@ def check_statistics(optimizer: Optimizer, masks: Mapping[str, ITOP]) -> None:
         raise ValueError(
             "Rprop keeps a step size of each weight, and with 0 a weight that has grown would "
             "stand still; pass an optimizer whose statistics may begin at 0, such as SGD or AdamW"
+        )
+
+    sparse = [name for name, itop in masks.items() if itop.storage == "sparse"]
+    if sparse and has_base(type(optimizer), MATRIX_OPTIMIZERS):
+        raise ValueError(
+            f"{type(optimizer).__name__} looks at the rows and columns of a weight, and in sparse "
+            f"storage {listed(sparse)} has none; pass an optimizer that treats each weight alone, "
+            'such as SGD or AdamW, or take storage="mask"'
         )
 
     parameters = [itop.parameter for itop in masks.values()]

@@ -1,11 +1,11 @@
 """The form of a saved MaskScheduler, checked before anything of it is loaded."""
 
+import math
 from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from itop_prune.methods.validation import is_plain
 
@@ -17,6 +17,7 @@ SAVED = (
     "without_gradient",
     "first_counts",
     "dense",
+    "shapes",
     "explored",
 )
 """The keys that a state dict must have to be loaded."""
@@ -24,12 +25,15 @@ SAVED = (
 ADVICE = "give what a MaskScheduler's state_dict() returned"
 
 
-def check_state(state: Mapping[str, Any], explored: Mapping[str, Tensor]) -> None:
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_state(state: Mapping[str, Any], shapes: Shapes) -> None:
     """Refuse a state that no MaskScheduler of these masks can have saved.
 
     Args:
         state: What is to be loaded.
-        explored: By name, what the scheduler has explored.
+        shapes: The shapes of the masks by name.
 
     Raises:
         ValueError: It lacks an entry, is of other masks, or an entry is of another kind.
@@ -38,31 +42,26 @@ def check_state(state: Mapping[str, Any], explored: Mapping[str, Tensor]) -> Non
     if missing:
         raise ValueError(f"the state lacks {', '.join(missing)}; {ADVICE}")
 
-    saved = state["explored"]
-    if isinstance(saved, Mapping) and all(map(is_plain, saved.values())):
-        differing = sorted(
-            str(name)
-            for name in saved.keys() | explored.keys()
-            if name not in saved
-            or name not in explored
-            or saved[name].shape != explored[name].shape
-        )
+    saved = state["shapes"]
+    if isinstance(saved, Mapping):
+        names = saved.keys() | shapes.keys()
+        differing = sorted(str(name) for name in names if saved.get(name) != shapes.get(name))
         if differing:
             raise ValueError(
                 f"the state was saved for other masks; different are: {', '.join(differing)}"
             )
 
-    wrong = [key for key, fits in _fitting(state, explored).items() if not fits]
+    wrong = [key for key, fits in _fitting(state, shapes).items() if not fits]
     if wrong:
         raise ValueError(f"the state has another kind of {', '.join(wrong)}; {ADVICE}")
 
 
-def _fitting(state: Mapping[str, Any], explored: Mapping[str, Tensor]) -> dict[str, bool]:
+def _fitting(state: Mapping[str, Any], shapes: Shapes) -> dict[str, bool]:
     """Tell of each entry whether a MaskScheduler of these masks can have saved it."""
 
-    def by_layer(values: object, fits: Callable[[Any, Tensor], bool]) -> bool:
+    def by_layer(values: object, fits: Callable[[Any, tuple[int, ...]], bool]) -> bool:
         return isinstance(values, Mapping) and all(
-            name in explored and fits(value, explored[name]) for name, value in values.items()
+            name in shapes and fits(value, shapes[name]) for name, value in values.items()
         )
 
     names, first, dense = state["without_gradient"], state["first_counts"], state["dense"]
@@ -71,12 +70,14 @@ def _fitting(state: Mapping[str, Any], explored: Mapping[str, Tensor]) -> dict[s
         **{key: _is_whole(state[key]) for key in ("step", "updates", "skipped")},
         "due": isinstance(state["due"], bool),
         "without_gradient": isinstance(names, list)
-        and all(isinstance(name, str) and name in explored for name in names),
-        "first_counts": by_layer(first, _is_whole) and len(first) in (0, len(explored)),
+        and all(isinstance(name, str) and name in shapes for name in names),
+        "first_counts": by_layer(first, _is_whole) and len(first) in (0, len(shapes)),
         "dense": isinstance(dense, Mapping)
         and by_layer(dense.get("sums"), _is_gradient)
         and by_layer(dense.get("averages"), _is_gradient),
-        "explored": by_layer(state["explored"], _is_mask),
+        "shapes": isinstance(state["shapes"], Mapping),
+        "explored": by_layer(state["explored"], _is_packed)
+        and len(state["explored"]) == len(shapes),
         "entered": by_layer(state.get("entered", {}), _is_whole),
         "survival": isinstance(survival, Mapping)
         and by_layer(survival.get("grown"), _is_mask)
@@ -84,17 +85,22 @@ def _fitting(state: Mapping[str, Any], explored: Mapping[str, Tensor]) -> dict[s
     }
 
 
-def _is_whole(value: object, explored: Tensor | None = None) -> bool:
+def _is_whole(value: object, shape: tuple[int, ...] = ()) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
 
 
-def _is_pair(value: object, explored: Tensor) -> bool:
+def _is_pair(value: object, shape: tuple[int, ...]) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_whole, value))
 
 
-def _is_mask(value: object, explored: Tensor) -> bool:
-    return is_plain(value) and value.shape == explored.shape and value.dtype == torch.bool
+def _is_mask(value: object, shape: tuple[int, ...]) -> bool:
+    return is_plain(value) and value.shape == shape and value.dtype == torch.bool
 
 
-def _is_gradient(value: object, explored: Tensor) -> bool:
-    return is_plain(value) and value.is_floating_point() and value.shape == explored.shape
+def _is_packed(value: object, shape: tuple[int, ...]) -> bool:
+    length = -(-math.prod(shape) // 8)
+    return is_plain(value) and value.shape == (length,) and value.dtype == torch.uint8
+
+
+def _is_gradient(value: object, shape: tuple[int, ...]) -> bool:
+    return is_plain(value) and value.is_floating_point() and value.shape == shape

@@ -3,14 +3,32 @@
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import itop_prune
+from itop_prune.layers.sparse_storage import Layout
+from itop_prune.layers.sparse_storage import dense as dense_weight
 
 from .toys import batch, mlp, train
+
+STORAGE = "mask"
+"""Of `apply` and `sparse`. The fixture `storage` in tests/promises/conftest.py sets it."""
+
+
+def apply(model: nn.Module, *arguments: Any, **options: Any) -> dict[str, itop_prune.ITOP]:
+    return itop_prune.apply(model, *arguments, **{"storage": STORAGE, **options})
+
+
+def dense(itop: itop_prune.ITOP, tensor: Tensor) -> Tensor:
+    """A copy of a tensor of the parameter's shape, in the shape of the weight."""
+    tensor = tensor.detach().clone()
+    if itop.storage == "mask":
+        return tensor
+    return dense_weight(tensor, itop.positions, Layout(itop.shape))
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
@@ -88,7 +106,7 @@ def sparse(
 ) -> Run:
     """A run with an update after every second of 40 steps, if the rules say nothing else."""
     model = build()
-    masks = itop_prune.apply(model, sparsity, method, seed=seed)
+    masks = apply(model, sparsity, method, seed=seed)
     built = optimizer(model)
     rules = {"total_steps": 40, "every": 2, **rules}
     regrow = itop_prune.MaskScheduler(masks, built, **rules)

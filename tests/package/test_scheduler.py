@@ -605,7 +605,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(lacking: str) 
     if lacking in state:
         del state[lacking]
     else:
-        del state["explored"]["2.weight"]
+        del state["shapes"]["2.weight"]
         message = r"saved for other masks; different are: 2\.weight"
     with pytest.raises(ValueError, match=message):
         other.regrow.load_state_dict(state)

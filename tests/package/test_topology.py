@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from itop_prune.topology import NaNScores, prune_and_regrow, seeded, select, shares_of_best
+from itop_prune.topology import NaNScores, draw, prune_and_regrow, seeded, select, shares_of_best
 
 UPDATES = json.loads((Path(__file__).parents[1] / "reference" / "update.json").read_text())["cases"]
 
@@ -381,3 +381,58 @@ def test_masks_and_scores_that_are_not_contiguous_are_selected_from_all_the_same
         moved = prune_and_regrow(mask, scores, scores, 2, 1, rng())
         assert torch.equal(moved, prune_and_regrow(mask.clone(), scores, scores, 2, 1, rng()))
         assert moved.sum() == mask.sum() - 1
+
+
+# --- positions drawn at random -------------------------------------------------------------------
+
+
+# By name: how many of 1000 positions are active, and how many grow. The first two are drawn among
+# all positions, the others among the inactive ones.
+DRAWS = {
+    "few of many": (100, 90),
+    "half are active": (500, 200),
+    "most are active": (900, 20),
+    "most grow": (100, 800),
+    "all grow": (100, 900),
+    "none grows": (100, 0),
+    "nothing is inactive": (1000, 0),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_as_many_positions_are_drawn_as_asked_for_and_none_is_active_already(name: str) -> None:
+    active, count = DRAWS[name]
+    mask = torch.zeros(1000, dtype=torch.bool)
+    mask[torch.randperm(1000, generator=rng(1))[:active]] = True
+    for seed in range(20):
+        before = mask.clone()
+        found = draw(mask.view(20, 50), count, rng(seed))
+        assert found.shape == (20, 50)
+        assert torch.equal(mask, before)
+        assert found.sum() == active + count
+        assert found.flatten()[mask].all()
+
+
+@pytest.mark.parametrize(("active", "count"), [(12, 6), (20, 2), (2, 18)])
+def test_all_inactive_positions_are_drawn_equally_often(active: int, count: int) -> None:
+    """Five standard deviations, over 4000 draws."""
+    mask, draws, generator = torch.arange(24) < active, 4000, rng()
+    hits = sum(draw(mask, count, generator).int() for _ in range(draws))
+    share = count / (24 - active)
+    deviation = math.sqrt(draws * share * (1 - share))
+    assert ((hits[active:] - draws * share).abs() < 5 * deviation).all()
+    assert (hits[:active] == draws).all()
+
+
+def test_more_than_there_are_to_draw_is_refused_and_equal_generators_draw_the_same() -> None:
+    with pytest.raises(ValueError, match="n_grow is 11; after pruning 10 positions are inactive"):
+        draw(half(20), 11)
+    for count in (3, 8):
+        assert torch.equal(draw(half(20), count, rng(2)), draw(half(20), count, rng(2)))
+        assert not torch.equal(draw(half(20), 3, rng(2)), draw(half(20), 3, rng(3)))
+
+
+def test_masks_that_are_not_contiguous_are_drawn_from_as_others() -> None:
+    mask = half(8, 3, 2, 2)
+    other = mask.to(memory_format=torch.channels_last)
+    assert torch.equal(draw(other, 10, rng()), draw(mask, 10, rng()))

@@ -1,6 +1,7 @@
 """torch.compile: as many graphs as the dense model, no break, no recompile, and the same growth."""
 
 import functools
+import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 import pytest
 import timm
 import torch
+from helpers.sparse_run import apply
+from helpers.storages import both_storages, sparse_if_slow
 from helpers.toys import batch, mlp
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -78,11 +81,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         small, "test_efficientnet", checkpointing=True
     ),
 }
-FAST = ("mlp", "vit_tiny")
-models = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MODELS],
-)
+FAST = {("mlp", "mask"), ("mlp", "sparse"), ("vit_tiny", "mask")}
+
+
+def models(test: Callable) -> Callable:
+    cases = itertools.product(MODELS, ("mask", "sparse"))
+    chosen = [pytest.param(*c, marks=() if c in FAST else pytest.mark.slow) for c in cases]
+    each = pytest.mark.parametrize(("name", "storage"), chosen, indirect=["storage"])
+    return both_storages(each(test))
 
 
 def train(
@@ -96,11 +102,10 @@ def train(
     """Train dense without `grow`, not compiled without `backend`; a graph break raises."""
     torch.compiler.reset()
     model, data = MODELS[name](), rows if name == "mlp" else images
+    masks = apply(model, 0.8) if grow else {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    masks: dict[str, itop_prune.ITOP] = {}
     regrow = None
     if grow:
-        masks = itop_prune.apply(model, 0.8)
         regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=100, every=2, grow=grow)
     counter = CompileCounterWithBackend(backend or "eager")
     called = torch.compile(model, backend=counter, fullgraph=True) if backend else model
@@ -150,6 +155,7 @@ def test_gradient_growth_adds_one_graph_at_the_first_step_that_needs_it_and_none
     assert_same_growth(run, train(name, "gradient", backend=None))
 
 
+@sparse_if_slow
 def test_micro_batches_grow_what_they_grow_in_an_eager_run() -> None:
     compiled, eager = (
         train("mlp", "gradient", micro_batches=2, backend=backend)
@@ -158,29 +164,30 @@ def test_micro_batches_grow_what_they_grow_in_an_eager_run() -> None:
     assert_same_growth(compiled, eager)
 
 
+@both_storages
 def test_the_mask_moves_in_what_was_compiled_before() -> None:
     torch.compiler.reset()
     model, x = mlp(), batch(0, 20)[0]
-    masks = itop_prune.apply(model, 0.5)
+    masks = apply(model, 0.5)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(x)
     for itop in masks.values():
-        itop.mask.logical_not_()
+        itop.write_mask(itop.mask, itop.mask.flip(0))
         torch.nn.init.normal_(itop.parameter)
     assert torch.equal(compiled(x), model(x))
 
 
+@sparse_if_slow
 def test_a_model_evaluated_between_updates_compiles_as_often_as_the_dense_one() -> None:
     counts = []
     for grow in (None, "random"):
         torch.compiler.reset()
         model = mlp()
+        masks = apply(model, 0.8) if grow else {}
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         regrow = None
         if grow:
-            regrow = itop_prune.MaskScheduler(
-                itop_prune.apply(model, 0.8), optimizer, total_steps=20, every=1, grow=grow
-            )
+            regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=20, every=1, grow=grow)
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, backend=counter, fullgraph=True)
         for step in range(6):
@@ -196,12 +203,13 @@ def test_a_model_evaluated_between_updates_compiles_as_often_as_the_dense_one() 
     assert counts[0] == counts[1]
 
 
+@both_storages
 def test_apply_and_remove_after_compiling_are_seen() -> None:
     torch.compiler.reset()
     model, x = mlp(), batch(0, 20)[0]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     dense = compiled(x)
-    itop_prune.apply(model, 0.5)
+    apply(model, 0.5)
     sparse = compiled(x)
     assert torch.equal(sparse, model(x))
     assert not torch.equal(sparse, dense)
@@ -210,6 +218,7 @@ def test_apply_and_remove_after_compiling_are_seen() -> None:
     assert torch.equal(compiled(x), model(x))
 
 
+@both_storages
 @pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("g++") is None, reason="inductor compiles for the CPU with g++, which is not here"

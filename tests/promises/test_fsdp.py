@@ -192,12 +192,18 @@ def save_and_load(part: int) -> dict[str, Any]:
 
 def refusals(part: int) -> dict[str, str]:
     """What is refused, and the words."""
-    told, dense, masked = {}, shard(model()), model()
+    told, dense, masked, sparse = {}, shard(model()), model(), model()
     itop_prune.apply(masked, 0.6)
+    masks = itop_prune.apply(sparse, 0.6, storage="sparse")
     shard(masked)
+    shard(sparse)
+    optimizer = torch.optim.SGD(sparse.parameters(), lr=0.1)
     for name, call in {
         "apply": lambda: itop_prune.apply(dense, 0.6),
         "remove": lambda: itop_prune.remove(masked),
+        "sparse storage": lambda: itop_prune.MaskScheduler(
+            masks, optimizer, total_steps=9, every=EVERY
+        ),
     }.items():
         try:
             call()
@@ -207,20 +213,15 @@ def refusals(part: int) -> dict[str, str]:
 
 
 def memory(part: int) -> dict[str, int]:
-    """Bytes that a rank holds: of parameters, masks and explored."""
+    """Bytes that a rank holds: of parameters and masks."""
     network = model()
     masks = itop_prune.apply(network, 0.6)
     shard(network)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY)
     local = [itop.parameter.to_local() for itop in masks.values()]
     return {
         "weights": sum(itop.mask.numel() for itop in masks.values()),
         "parameters": sum(tensor.numel() * tensor.element_size() for tensor in local),
         "masks": sum(itop.mask.numel() * itop.mask.element_size() for itop in masks.values()),
-        "explored": sum(
-            tensor.numel() * tensor.element_size() for tensor in regrow.explored.values()
-        ),
     }
 
 
@@ -502,12 +503,14 @@ def test_what_can_not_be_done_to_a_sharded_model_says_so(results: list) -> None:
     for result in results:
         assert "call itop_prune.apply before fully_shard" in result["refusals"]["apply"]
         assert "dense_state_dict" in result["refusals"]["remove"]
+        assert "0.weight is in sparse storage, and FSDP2" in result["refusals"]["sparse storage"]
+        assert 'take storage="mask", or DDP' in result["refusals"]["sparse storage"]
 
 
-def test_masks_and_explored_take_a_byte_each_per_weight_on_every_rank(results: list) -> None:
+def test_masks_take_a_byte_per_weight_on_every_rank(results: list) -> None:
     for result in results:
         found = result["memory"]
-        assert found["masks"] == found["explored"] == found["weights"]
+        assert found["masks"] == found["weights"]
     assert (
         sum(result["memory"]["parameters"] for result in results)
         == 4 * results[0]["memory"]["weights"]

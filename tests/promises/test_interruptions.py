@@ -209,30 +209,39 @@ def test_sigterm_in_an_evaluation_stops_it_and_the_resumed_run_does_it_again(
 
 
 COSINE = "lr_schedule={sched: cosine, step_on_epochs: false}"
+SPARSE = (
+    "masks.storage=sparse",
+    "regrow={every: 7, grow: gradient, redistribute: magnitude}",
+)
+"""Parameters get longer where a layer gets more weights than it has slots."""
 
 
 @pytest.mark.parametrize(
-    ("schedule", "stops"),
-    [((), {21: 0, 39: 0, 78: 1, 79: 2}), ((COSINE,), {3: 0, 78: 1})],
-    ids=["", "cosine"],
+    ("settings", "stops"),
+    [
+        ((), {21: 0, 39: 0, 78: 1, 79: 2}),
+        ((COSINE,), {3: 0, 78: 1}),
+        pytest.param(SPARSE, {21: 0, 78: 1}, marks=pytest.mark.slow),
+    ],
+    ids=["", "cosine", "sparse storage"],
 )
 def test_a_run_stopped_at_any_place_and_resumed_is_the_one_that_never_stopped(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    schedule: tuple[str, ...],
+    settings: tuple[str, ...],
     stops: dict[int, int],
 ) -> None:
     """In a step of an epoch, and in each evaluation: of 38 steps and one batch each asks once."""
     whole = tmp_path / "whole"
-    assert run(whole, *schedule, "epochs=2") == 0
+    assert run(whole, *settings, "epochs=2") == 0
     for asked, lines in stops.items():
         stopped = tmp_path / str(asked)
         with monkeypatch.context() as patch:
             stopping_at(patch, asked)
-            assert run(stopped, *schedule, "epochs=2") == 130
+            assert run(stopped, *settings, "epochs=2") == 130
         written = (stopped / "metrics.jsonl").exists() and metrics(stopped)
         assert len(written or []) == lines
-        assert run(stopped, *schedule, "epochs=2", "--resume") == 0
+        assert run(stopped, *settings, "epochs=2", "--resume") == 0
         assert_same_end(whole, stopped)
         speeds = [line["images_per_second"] for line in Metrics(stopped).read()[:-1]]
         assert all(0 < speed < 1e7 for speed in speeds)
@@ -274,6 +283,22 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_one_left_alone(
     output = finished(start(["tools/kill_and_resume.py", "--kills", str(kills), *ranks]))
     assert f"{kills} kills in" in output
     assert "each ended with the weights and metrics of the run left alone" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "ranks"),
+    [(SPARSE, ()), pytest.param(SPARSE[:1], ("--ranks", "2"), marks=gloo)],
+)
+def test_a_killed_run_in_sparse_storage_ends_as_the_one_left_alone(
+    settings: tuple[str, ...],
+    ranks: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(kill_and_resume, "SETTINGS", (*kill_and_resume.SETTINGS, *settings))
+    assert kill_and_resume.main(["--kills", "3", *ranks]) == 0
+    assert "each ended with the weights and metrics" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["--kills", "--ranks"])

@@ -1,6 +1,8 @@
 """The promises that hold whatever the model, the optimizer and the criteria are: one section each.
 
-That all ranks hold the same numbers (8) is in test_ranks.py, torch.compile (10) in test_compile.py.
+They hold for both storages. Where positions matter, tensors of the parameter's shape are compared
+in the dense shape. That all ranks hold the same numbers (8) is in test_ranks.py, torch.compile (10)
+in test_compile.py.
 """
 
 import copy
@@ -16,13 +18,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.sparse_run import Run, adam, assert_same, momentum, other_start, sparse
+from helpers import sparse_run
+from helpers.sparse_run import (
+    Run,
+    adam,
+    apply,
+    assert_same,
+    dense,
+    momentum,
+    other_start,
+    sparse,
+)
+from helpers.storages import both_storages, masks_alone, sparse_alone, sparse_if_slow
 from helpers.toys import batch, convnet, mlp, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import itop_prune
+
+pytestmark = both_storages
 
 both_ways_of_growth = pytest.mark.parametrize("grow", ["random", "gradient"])
 both_optimizers = pytest.mark.parametrize("optimizer", [adam, momentum])
@@ -52,8 +67,9 @@ def updates_of(run: Run, steps: range) -> Iterator[Update]:
     found: list[Update] = []
 
     def look(name: str) -> tuple[Tensor, list[Tensor]]:
-        values = (run.masks[name].parameter, *run.statistics(name))
-        return run.masks[name].mask.clone(), [value.detach().clone() for value in values]
+        itop = run.masks[name]
+        values = (itop.parameter, *run.statistics(name))
+        return itop.mask.clone(), [dense(itop, value) for value in values]
 
     def after(step: int) -> None:
         if step + 1 in run.regrow.update_steps():
@@ -195,24 +211,28 @@ def assert_zero_off_mask(model: nn.Module) -> None:
     masks = itop_prune.find_masks(model)
     assert masks
     for itop in masks.values():
-        assert not itop.mask.all()
-        assert not itop.parameter[~itop.mask].any()
+        assert not itop.used.all()
+        assert not itop.parameter[~itop.used].any()
 
 
-def dirty(as_float: bool = False) -> dict[str, Tensor]:
+def to_sparser(seed: int = 0) -> Run:
+    """A run whose density has fallen, so that in sparse storage slots are free."""
+    run = sparse(seed=seed, total_steps=4, density="cubic", final_sparsity=0.8)
+    run.train(range(4))
+    return run
+
+
+def dirty() -> dict[str, Tensor]:
     """A sparse state dict as others write it: something else than 0 off the mask."""
-    state = dict(sparse(seed=1).model.state_dict())
+    state = dict(to_sparser(seed=1).model.state_dict())
     for name, tensor in state.items():
-        if name.endswith("_orig"):
+        if name.endswith(("_orig", "_values")):
             state[name] = tensor + 1
-        elif name.endswith("_mask") and as_float:
-            state[name] = tensor.float()
     return state
 
 
 LOADS: dict[str, Callable[[nn.Module], object]] = {
     "sparse": lambda model: model.load_state_dict(dirty()),
-    "of torch's own pruning": lambda model: model.load_state_dict(dirty(as_float=True)),
     "dense": lambda model: model.load_state_dict(mlp(seed=1).state_dict()),
     "itop_prune.load": lambda model: itop_prune.load(model, dirty()),
     "assigned": lambda model: model.load_state_dict(dirty(), assign=True),
@@ -221,7 +241,7 @@ LOADS: dict[str, Callable[[nn.Module], object]] = {
 
 @pytest.mark.parametrize("how", LOADS)
 def test_weights_off_the_mask_are_zero_after_apply_and_a_load(how: str) -> None:
-    model = sparse().model
+    model = to_sparser().model
     assert_zero_off_mask(model)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     LOADS[how](model)
@@ -230,10 +250,22 @@ def test_weights_off_the_mask_are_zero_after_apply_and_a_load(how: str) -> None:
     assert_zero_off_mask(model)
 
 
+@masks_alone
+def test_a_state_of_torchs_own_pruning_is_loaded_in_place_with_zeros_off_the_mask() -> None:
+    model = sparse().model
+    before, state = places(model), dirty()
+    state |= {name: t.float() for name, t in state.items() if name.endswith("_mask")}
+    model.load_state_dict(state)
+    assert_zero_off_mask(model)
+    assert places(model) == before
+
+
 def test_weights_off_the_mask_are_zero_after_a_sparse_load_into_a_dense_model() -> None:
     model = mlp(seed=1)
-    itop_prune.load(model, dirty())
-    assert_zero_off_mask(model)
+    itop_prune.load(model, dirty(), storage=sparse_run.STORAGE)
+    itops = itop_prune.find_masks(model).values()
+    assert {itop.storage for itop in itops} == {sparse_run.STORAGE}
+    assert not any(dense(itop, itop.parameter)[~itop.mask].any() for itop in itops)
 
 
 @both_optimizers
@@ -254,8 +286,8 @@ def steps_with_clipping(grow: str | None, micro_batches: int) -> list[list[Tenso
             run.backward(10 * step + micro)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 0.1)
         for itop in run.masks.values():
-            assert itop.parameter.grad[itop.mask].any()
-            assert not itop.parameter.grad[~itop.mask].any()
+            assert itop.parameter.grad[itop.used].any()
+            assert not itop.parameter.grad[~itop.used].any()
         run.optimizer.step()
         seen.append([norm, *(p.detach().clone() for p in run.model.parameters())])
         if grow is not None:
@@ -278,35 +310,82 @@ def test_an_update_step_clips_and_steps_as_a_static_sparse_model_does(
 
 
 def places(model: nn.Module) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Identity, storage and layout of every parameter, then of every mask."""
-    tensors = [*model.parameters(), *(i.mask for i in itop_prune.find_masks(model).values())]
+    """Identity, memory and layout of every parameter, then of what says which are active."""
+    tensors = [*model.parameters(), *(i.buffer for i in itop_prune.find_masks(model).values())]
     return [(id(tensor), tensor.data_ptr(), tensor.stride()) for tensor in tensors]
 
 
 @pytest.mark.parametrize("build", [mlp, convnet, channels_last])
 @both_ways_of_growth
-def test_apply_updates_and_remove_keep_parameters_and_masks_in_place_and_order(
+def test_updates_keep_parameters_and_masks_in_place_and_order(
     grow: str, build: Callable[[], nn.Module]
 ) -> None:
-    model = build()
-    dense = places(model)
-    run = sparse(lambda: model, grow=grow)
-    masked = places(model)
-    assert masked[: len(dense)] == dense
-    for itop in run.masks.values():
-        assert itop.mask.stride() == itop.parameter.stride()
+    run = sparse(build, grow=grow)
+    before = places(run.model)
     run.train(range(8))
     assert run.regrow.updates == 4
-    assert places(model) == masked
+    assert places(run.model) == before
+
+
+def test_updates_keep_parameters_and_masks_in_place_while_the_density_falls() -> None:
+    run = sparse(final_sparsity=0.9, density="cubic", total_steps=8)
+    before, counts = places(run.model), run.counts()
+    run.train(range(8))
+    assert all(itop.active < counts[name] for name, itop in run.masks.items())
+    assert places(run.model) == before
+
+
+@masks_alone
+@pytest.mark.parametrize("build", [mlp, convnet, channels_last])
+def test_apply_and_remove_keep_parameters_in_place(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    before = places(model)
+    for itop in apply(model, 0.7).values():
+        assert itop.mask.stride() == itop.parameter.stride()
+    assert places(model)[: len(before)] == before
     itop_prune.remove(model)
-    assert places(model) == dense
+    assert places(model) == before
 
 
-def test_apply_renames_a_parameter_and_changes_no_other_name() -> None:
+@sparse_alone
+@pytest.mark.parametrize("build", [mlp, convnet, channels_last])
+def test_apply_and_remove_put_another_parameter_in_the_place_of_each_masked_one(
+    build: Callable[[], nn.Module],
+) -> None:
+    model = build()
+    before = dict(model.named_parameters())
+    frozen = next(iter(before.values())).requires_grad_(False)
+    masks = apply(model, 0.7)
+    stored = list(model.parameters())
+    assert [parameter.requires_grad for parameter in stored] == [
+        parameter is not frozen for parameter in before.values()
+    ]
+    for (name, old), new in zip(before.items(), stored, strict=True):
+        if name not in masks:
+            assert new is old
+            continue
+        assert new is masks[name].parameter
+        assert new.shape == (1, masks[name].active)
+        assert torch.equal(masks[name].weight, old * masks[name].mask)
+
+    effective = {name: itop.weight for name, itop in masks.items()}
+    strides = {name: tensor.stride() for name, tensor in before.items()}
+    itop_prune.remove(model)
+    after = dict(model.named_parameters())
+    assert {name: tensor.stride() for name, tensor in after.items()} == strides
+    assert [tensor.requires_grad for tensor in after.values()] == [
+        tensor is not frozen for tensor in before.values()
+    ]
+    for name, tensor in after.items():
+        assert (tensor is before[name]) == (name not in effective)
+        assert torch.equal(tensor, effective.get(name, tensor))
+
+
+def test_apply_renames_a_parameter_and_changes_no_other_name(storage: str) -> None:
     model = convnet()
-    masked = {"0.weight", "3.weight", "7.weight"}
-    expected = [name + "_orig" if name in masked else name for name, _ in model.named_parameters()]
-    itop_prune.apply(model, 0.7)
+    masked, suffix = {"0.weight", "3.weight", "7.weight"}, {"mask": "_orig", "sparse": "_values"}
+    expected = [name + suffix[storage] * (name in masked) for name, _ in model.named_parameters()]
+    apply(model, 0.7)
     assert [name for name, _ in model.named_parameters()] == expected
 
 
@@ -318,6 +397,7 @@ def test_loading_keeps_masks_and_parameters_in_place(how: str) -> None:
     assert places(model) == before
 
 
+@masks_alone
 def test_loading_a_sparse_state_into_a_dense_model_keeps_its_parameters_in_place() -> None:
     model = mlp(seed=1)
     before = places(model)
@@ -325,14 +405,13 @@ def test_loading_a_sparse_state_into_a_dense_model_keeps_its_parameters_in_place
     assert places(model)[: len(before)] == before
 
 
-def test_restoring_the_scheduler_keeps_masks_and_explored_in_place() -> None:
+def test_restoring_the_scheduler_keeps_masks_in_place() -> None:
     run, other = sparse(), sparse()
     other.train(range(6))
     before = places(run.model)
-    explored = {name: tensor.data_ptr() for name, tensor in run.regrow.explored.items()}
     run.regrow.load_state_dict(other.regrow.state_dict())
     assert places(run.model) == before
-    assert {n: tensor.data_ptr() for n, tensor in run.regrow.explored.items()} == explored
+    assert_same(dict(run.regrow.explored), dict(other.regrow.explored))
 
 
 # --- 5. the weight is current, whoever reads it --------------------------------------------------
@@ -340,17 +419,18 @@ def test_restoring_the_scheduler_keeps_masks_and_explored_in_place() -> None:
 
 def test_the_weight_is_current_without_a_forward_and_carries_a_masked_gradient() -> None:
     layer = nn.Linear(8, 4)
-    itop = itop_prune.apply(layer, 0.5)["weight"]
+    itop = apply(layer, 0.5)["weight"]
     with torch.no_grad():
         layer(torch.ones(1, 8))
         itop.parameter.fill_(3.0)
     assert torch.equal(layer.weight, 3.0 * itop.mask)
-    itop.mask.logical_not_()
+    before = itop.mask.clone()
+    itop.write_mask(itop.mask, ~before)
     with torch.no_grad():
         itop.parameter.fill_(2.0)
-    assert torch.equal(layer.weight, 2.0 * itop.mask)
+    assert torch.equal(layer.weight, 2.0 * ~before)
     layer.weight.sum().backward()
-    assert torch.equal(itop.parameter.grad, itop.mask.float())
+    assert torch.equal(dense(itop, itop.parameter.grad), itop.mask.float())
 
 
 class Parent(nn.Module):
@@ -366,19 +446,19 @@ class Parent(nn.Module):
 
 def test_a_parent_that_reads_the_weight_of_a_child_reads_the_current_one() -> None:
     model, x = Parent(), torch.randn(2, 8)
-    itop = itop_prune.apply(model, 0.5)["qkv.weight"]
+    itop = apply(model, 0.5)["qkv.weight"]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model(x).square().sum().backward()
     optimizer.step()
-    assert not itop.parameter.grad[~itop.mask].any()
-    assert torch.equal(model(x), x @ (itop.parameter * itop.mask).T)
+    assert not dense(itop, itop.parameter.grad)[~itop.mask].any()
+    assert torch.equal(model(x), x @ dense(itop, itop.parameter).T)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_multihead_attention_computes_with_the_current_weights(training: bool) -> None:
     torch.manual_seed(0)
     attention, twin = (nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2))
-    masks = itop_prune.apply(attention, 0.5)
+    masks = apply(attention, 0.5)
     assert sorted(masks) == ["in_proj_weight", "out_proj.weight"]
     x = torch.randn(2, 3, 8)
 
@@ -388,23 +468,26 @@ def test_multihead_attention_computes_with_the_current_weights(training: bool) -
     with torch.no_grad():
         outputs(attention)
         for itop in masks.values():
-            itop.parameter.mul_(2.0)
-            itop.mask.copy_(itop.mask.flip(0))
+            itop.write_mask(itop.mask, itop.mask.flip(0))
+            itop.parameter.add_(2.0)
         twin.load_state_dict(itop_prune.dense_state_dict(attention))
         assert torch.allclose(outputs(attention), outputs(twin), atol=1e-6)
     outputs(attention).square().sum().backward()
     for itop in masks.values():
-        assert itop.parameter.grad[itop.mask].any()
-        assert not itop.parameter.grad[~itop.mask].any()
+        assert itop.parameter.grad[itop.used].any()
+        assert not dense(itop, itop.parameter.grad)[~itop.mask].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_dtype_of_the_weight_is_the_one_the_model_was_moved_to(dtype: torch.dtype) -> None:
-    model, x = sparse(convnet).model, batch(0, 3, 8, 8)[0]
+    run, x = sparse(convnet), batch(0, 3, 8, 8)[0]
+    model, buffers = run.model, [itop.buffer.clone() for itop in run.masks.values()]
     model(x)
     model.to(dtype)
     assert {model[i].weight.dtype for i in (0, 3, 7)} == {dtype}
-    assert {itop.mask.dtype for itop in itop_prune.find_masks(model).values()} == {torch.bool}
+    for itop, before in zip(run.masks.values(), buffers, strict=True):
+        assert itop.buffer.dtype == before.dtype
+        assert torch.equal(itop.buffer, before)
     assert model(x.to(dtype)).dtype == dtype
 
 
@@ -469,7 +552,7 @@ def test_a_copy_at_any_moment_is_equal_and_independent(duplicate: Callable, mome
     assert_same(state, dict(run.model.state_dict()))
     masks = itop_prune.find_masks(other)
     assert list(masks) == list(run.masks)
-    assert masks["0.weight"].mask is other[0].weight_mask
+    assert any(masks["0.weight"].buffer is buffer for buffer in other[0].buffers())
     assert prune.is_pruned(other)
     assert [type(layer) for layer in other] == [type(layer) for layer in run.model]
     x = batch(0, *run.shape)[0]
@@ -479,12 +562,12 @@ def test_a_copy_at_any_moment_is_equal_and_independent(duplicate: Callable, mome
     run.train(range(2, 8))
     assert_same(dict(other.state_dict()), state)
 
-    before, optimizer = run.numbers(), adam(other)
+    before, first, optimizer = run.numbers(), masks["3.weight"].mask.clone(), adam(other)
     regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=2, grow="gradient")
     optimizer.zero_grad()
     train(other, optimizer, regrow, steps=range(4), shape=run.shape)
     assert regrow.updates == 2
-    assert not torch.equal(masks["3.weight"].mask, state["3.weight_mask"])
+    assert not torch.equal(masks["3.weight"].mask, first)
     assert_same(run.numbers(), before)
 
 
@@ -497,7 +580,7 @@ def test_a_copy_in_the_middle_of_training_changes_nothing_in_what_comes_after(
         other = duplicate(watched.model)
         other(batch(step + 50, 20)[0]).sum().backward()
         for itop in itop_prune.find_masks(other).values():
-            assert not itop.parameter.grad[~itop.mask].any()
+            assert not dense(itop, itop.parameter.grad)[~itop.mask].any()
         watched.train(range(step, step + 1))
         alone.train(range(step, step + 1))
     assert watched.regrow.updates == 3
@@ -532,7 +615,7 @@ def test_an_averaged_model_of_torch_has_the_masks_of_the_model_and_is_independen
         average.update_parameters(run.model)
     for name, itop in itop_prune.find_masks(average).items():
         assert torch.equal(itop.mask, run.masks[name].mask)
-        assert itop.mask is not run.masks[name].mask
+        assert itop.buffer is not run.masks[name].buffer
     assert torch.isfinite(average(batch(0, 3, 8, 8)[0])).all()
 
 
@@ -563,13 +646,28 @@ def test_a_run_resumed_through_load_into_a_dense_model_is_the_same(grow: str) ->
     whole = sparse(optimizer=momentum, grow=grow, **TWELVE)
     whole.train(range(5))
     model = mlp(seed=7)
-    masks = itop_prune.load(model, whole.model.state_dict())
+    masks = itop_prune.load(model, whole.model.state_dict(), storage=sparse_run.STORAGE)
     optimizer = momentum(model)
     regrow = itop_prune.MaskScheduler(masks, optimizer, grow=grow, **TWELVE)
     resumed = Run(model, masks, optimizer, regrow, (20,))
-    resumed.restore(whole.saved())
+    optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
+    regrow.load_state_dict(whole.regrow.state_dict())
     assert resumed.train(range(5, 12)) == whole.train(range(5, 12))
     assert_same(resumed.numbers(), whole.numbers())
+
+
+@sparse_alone
+def test_a_run_resumed_after_layers_grew_beyond_their_slots_is_the_same() -> None:
+    rules = {"redistribute": "momentum", "grow": "momentum", "rate": 1.0, **TWELVE}
+    whole, resumed = sparse(optimizer=momentum, **rules), other_start(**rules)
+    whole.train(range(8))
+    slots = {name: itop.parameter.shape for name, itop in resumed.masks.items()}
+    assert any(itop.parameter.shape > slots[name] for name, itop in whole.masks.items())
+    parameters = list(map(id, resumed.model.parameters()))
+    resumed.restore(whole.saved())
+    assert resumed.train(range(8, 12)) == whole.train(range(8, 12))
+    assert_same(resumed.numbers(), whole.numbers())
+    assert list(map(id, resumed.model.parameters())) == parameters
 
 
 @both_ways_of_growth
@@ -588,19 +686,21 @@ FRESH = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch
-from helpers.sparse_run import other_start
-run = other_start(grow="gradient", every=3, total_steps=12)
+from helpers import sparse_run
+sparse_run.STORAGE = {storage!r}
+run = sparse_run.other_start(grow="gradient", every=3, total_steps=12)
 run.restore(open({states!r}, "rb").read())
 torch.save({{"losses": run.train(range(4, 12)), "numbers": run.numbers()}}, {result!r})
 """
 
 
-def test_a_run_resumed_in_a_fresh_process_is_the_same(tmp_path: Path) -> None:
+@sparse_if_slow
+def test_a_run_resumed_in_a_fresh_process_is_the_same(tmp_path: Path, storage: str) -> None:
     whole = sparse(optimizer=momentum, grow="gradient", **TWELVE)
     whole.train(range(4))
     (tmp_path / "states").write_bytes(whole.saved())
     tests = Path(__file__).parents[1]
-    places = {"root": str(tests.parent), "tests": str(tests)}
+    places = {"root": str(tests.parent), "tests": str(tests), "storage": storage}
     places |= {name: str(tmp_path / name) for name in ("states", "result")}
     subprocess.run([sys.executable, "-c", FRESH.format(**places)], check=True)
     resumed = torch.load(tmp_path / "result")
@@ -641,7 +741,7 @@ def test_an_update_that_meets_a_number_that_is_not_finite_moves_nothing_anywhere
         def spoil(run: Run, name: str = name, before: dict = before) -> None:
             itop = run.masks[name]
             tensor = itop.parameter if where == "weight" else itop.parameter.grad
-            tensor[tuple(itop.mask.nonzero()[0])] = value
+            tensor[tuple(itop.used.nonzero()[0])] = value
             before |= run.numbers()
 
         assert not spoiled_step(run, 3, spoil)
@@ -668,9 +768,9 @@ def test_a_dense_gradient_that_is_not_finite_off_the_mask_alone_moves_nothing() 
     """The sum of two micro-batches, each finite, for an input that no active weight reads."""
     run = sparse(grow="gradient", every=1)
     first = run.masks["0.weight"]
-    first.mask[:, 0] = False
-    with torch.no_grad():
-        first.parameter[:, 0] = 0.0
+    mask = first.mask.clone()
+    mask[:, 0] = False
+    first.write_mask(first.mask, mask)
     twin = mlp()
     twin.load_state_dict(itop_prune.dense_state_dict(run.model))
     x, y = batch(0, 20, size=1)
@@ -713,8 +813,8 @@ def encoder() -> nn.Module:
 def remove_by_torch(model: nn.Module) -> None:
     for layer in list(model.modules()):
         for name, _ in list(layer.named_buffers(recurse=False)):
-            if name.endswith("_mask"):
-                prune.remove(layer, name.removesuffix("_mask"))
+            if name.endswith(("_mask", "_positions")):
+                prune.remove(layer, name.rpartition("_")[0])
 
 
 @pytest.mark.parametrize("remove", [itop_prune.remove, remove_by_torch])
@@ -725,7 +825,7 @@ def test_remove_leaves_names_order_classes_and_outputs_as_a_masked_dense_model_h
     build: Callable[[], nn.Module], shape: tuple[int, ...], remove: Callable[[nn.Module], None]
 ) -> None:
     model, fresh, x = build().eval(), build().eval(), batch(0, *shape)[0]
-    itop_prune.apply(model, 0.6)
+    apply(model, 0.6)
     assert repr(model) == repr(fresh)
     pairs = zip(model.modules(), fresh.modules(), strict=True)
     assert all(isinstance(layer, type(other)) for layer, other in pairs)

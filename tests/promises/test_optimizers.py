@@ -9,7 +9,8 @@ import pytest
 import timm
 import timm.optim
 import torch
-from helpers.sparse_run import Run
+from helpers.sparse_run import Run, apply, dense
+from helpers.storages import both_storages, sparse_alone, sparse_if_slow
 from helpers.toys import mlp, train
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ class Watch:
         model = mlp()
         self.before = [parameter.detach().clone() for parameter in model.parameters()]
         optimizer = TABLE[name](model) if before_apply else None
-        masks = itop_prune.apply(model, 0.7)
+        masks = apply(model, 0.7)
         optimizer = optimizer or TABLE[name](model)
         rules = {"total_steps": STEPS, "every": 3, "grow": "gradient"}
         regrow = itop_prune.MaskScheduler(masks, optimizer, **rules)
@@ -111,7 +112,7 @@ class Watch:
         if self.run.counts() != self.counts:
             self.wrong.append(f"{moment}: other numbers of active weights")
         for key, itop in self.run.masks.items():
-            if itop.parameter[~itop.mask].any():
+            if itop.parameter[~itop.used].any():
                 self.wrong.append(f"{moment}: {key} is not 0 off its mask")
             if not itop.parameter.isfinite().all():
                 self.wrong.append(f"{moment}: {key} is not finite")
@@ -124,9 +125,9 @@ class Watch:
             grown = itop.mask & ~self.old[key]
             self.grown += int(grown.sum())
             for value in (itop.parameter, *self.run.statistics(key)):
-                if value[~itop.mask].any():
+                if value[~itop.used].any():
                     self.wrong.append(f"step {step}: a value of {key} is not 0 off the mask")
-                if value[grown].any():
+                if dense(itop, value)[grown].any():
                     self.wrong.append(f"step {step}: a value of {key} is not 0 where it grew")
         self.old = self.run.positions()
 
@@ -135,10 +136,7 @@ def plain(name: str) -> bool:
     return name.endswith("decay=0.05") and "foreach=True" not in name and "fused" not in name
 
 
-@pytest.mark.parametrize("before_apply", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", each(TABLE, plain))
-def test_an_optimizer_keeps_counts_and_zeros_and_trains(name: str, before_apply: bool) -> None:
-    watch = Watch(name, before_apply=before_apply)
+def assert_good(watch: Watch) -> None:
     assert watch.wrong == []
     assert watch.run.regrow.updates == STEPS // 3
     assert watch.grown > 0
@@ -146,11 +144,44 @@ def test_an_optimizer_keeps_counts_and_zeros_and_trains(name: str, before_apply:
         assert not torch.equal(old, new)
 
 
+@sparse_if_slow
+@pytest.mark.parametrize("name", each(TABLE, plain))
+def test_an_optimizer_keeps_counts_and_zeros_and_trains(name: str) -> None:
+    assert_good(Watch(name, before_apply=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLE)
+def test_an_optimizer_built_before_apply_does_so_too(name: str) -> None:
+    assert_good(Watch(name, before_apply=True))
+
+
+@sparse_alone
+@pytest.mark.parametrize("name", each(TABLE, plain))
+def test_an_optimizer_leaves_free_slots_at_zero(name: str) -> None:
+    model = mlp()
+    masks = apply(model, 0.5)
+    optimizer = TABLE[name](model)
+    rules = {"total_steps": STEPS, "every": 3, "density": "cubic", "final_sparsity": 0.9}
+    regrow = itop_prune.MaskScheduler(masks, optimizer, **rules)
+    found: list[Tensor] = []
+
+    def look(*_: object) -> None:
+        found.extend(itop.parameter.detach()[~itop.used] for itop in masks.values())
+
+    optimizer.register_step_post_hook(look)
+    train(model, optimizer, regrow, steps=range(STEPS), after=look)
+    values = torch.cat(found)
+    assert len(values) > 0
+    assert not values.any()
+
+
+@both_storages
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TABLE if name.endswith("decay=0.0")])
 def test_an_optimizer_fits_one_batch_sparsely(name: str) -> None:
     model = mlp()
-    masks = itop_prune.apply(model, 0.5)
+    masks = apply(model, 0.5)
     optimizer = TABLE[name](model)
     regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=60, every=10)
     torch.manual_seed(0)

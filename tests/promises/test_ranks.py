@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.toys import convnet, mlp
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,6 +51,7 @@ def numbers(
 ) -> dict[str, Tensor]:
     found = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found |= {f"mask of {name}": itop.mask.clone() for name, itop in masks.items()}
+    found |= {f"weight of {name}": itop.weight for name, itop in masks.items()}
     found |= {f"explored of {name}": tensor.clone() for name, tensor in regrow.explored.items()}
     for index, state in optimizer.state_dict()["state"].items():
         found |= {
@@ -70,11 +72,12 @@ def train_on_a_rank(
     build: str,
     micro_batches: int = 1,
     spoiled: dict[int, int] | None = None,
+    storage: str = "mask",
     **rules: Any,
 ) -> dict[str, Any]:
     """Train with data and global seeds of the rank's own; `spoiled`: a NaN at a step on a rank."""
     model, shape = (mlp(seed=rank), (20,)) if build == "mlp" else (convnet(seed=rank), (3, 8, 8))
-    masks = itop_prune.apply(model, 0.7)
+    masks = itop_prune.apply(model, 0.7, storage=storage)
     torch.manual_seed(50 + rank)
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -96,15 +99,15 @@ def train_on_a_rank(
     return {"moved": moved, "history": history}
 
 
-def change_a_mask_on_one_rank(rank: int) -> dict[str, Any]:
+def change_a_mask_on_one_rank(rank: int, storage: str) -> dict[str, Any]:
     model = mlp()
-    masks = itop_prune.apply(model, 0.7)
+    masks = itop_prune.apply(model, 0.7, storage=storage)
     model.register_buffer("sent", torch.zeros(1))
     wrapped = DistributedDataParallel(model)
     if rank == 1:
         model.sent.fill_(1.0)
         for itop in masks.values():
-            itop.mask.logical_not_()
+            itop.write_mask(itop.mask, itop.mask.flip(0))
     wrapped(torch.randn(2, 20)).sum().backward()
     return {
         "masks": {name: itop.mask.clone() for name, itop in masks.items()},
@@ -222,6 +225,43 @@ def diverge(rank: int, check_ranks: bool) -> dict[str, Any]:
     return {"steps": steps, "stopped": ""}
 
 
+def send_gradients(rank: int) -> dict[str, int]:
+    """How many numbers DDP sends of the gradients, and how many parameters are active."""
+    model, sent = mlp(), []
+    masks = itop_prune.apply(model, 0.9, storage="sparse")
+    wrapped = DistributedDataParallel(model)
+
+    def send(group: Any, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+        sent.append(bucket.buffer().numel())
+        return default_hooks.allreduce_hook(group, bucket)
+
+    wrapped.register_comm_hook(None, send)
+    wrapped(torch.randn(2, 20)).sum().backward()
+    biases = sum(layer.bias.numel() for layer in model if isinstance(layer, nn.Linear))
+    return {"sent": sum(sent), "held": sum(itop.active for itop in masks.values()) + biases}
+
+
+def grow_beyond_the_slots(rank: int) -> dict[str, Any]:
+    """An update that gives a layer more weights than its parameter has slots."""
+    model = mlp()
+    masks = itop_prune.apply(model, 0.7, storage="sparse")
+    before = {name: itop.mask for name, itop in masks.items()}
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(
+        masks, optimizer, total_steps=9, every=1, redistribute="magnitude", rate=1.0
+    )
+    x, y = data(0, rank, 0, (20,))
+    F.cross_entropy(wrapped(x), y).backward()
+    optimizer.step()
+    try:
+        regrow.step()
+    except RuntimeError as refused:
+        after = {name: itop.mask for name, itop in masks.items()}
+        return {"refused": str(refused), "changed": differing(before, after)}
+    return {"refused": "", "changed": []}
+
+
 TRAININGS: dict[str, dict[str, Any]] = {
     "random growth": {"build": "convnet", "grow": "random"},
     "gradient growth": {"build": "convnet", "grow": "gradient"},
@@ -245,15 +285,34 @@ TRAININGS: dict[str, dict[str, Any]] = {
         "density": "cubic",
         "final_sparsity": 0.9,
     },
+    "sparse storage": {"build": "convnet", "grow": "random", "storage": "sparse"},
+    "sparse storage, gradient growth, accumulation": {
+        "build": "mlp",
+        "grow": "gradient",
+        "micro_batches": 2,
+        "storage": "sparse",
+    },
+    "sparse storage, GMP": {
+        "build": "mlp",
+        "rate": 0.0,
+        "min_rate": 0.0,
+        "density": "cubic",
+        "final_sparsity": 0.9,
+        "storage": "sparse",
+    },
 }
 NANS: dict[str, dict[str, Any]] = {
     f"{grow} growth, NaN on rank {rank}": {"build": "mlp", "grow": grow, "spoiled": {3: rank}}
     for grow in ("random", "gradient")
     for rank in range(2)
 }
+NANS["sparse storage, NaN on rank 1"] = {"build": "mlp", "spoiled": {3: 1}, "storage": "sparse"}
 TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     **{name: (train_on_a_rank, arguments) for name, arguments in (TRAININGS | NANS).items()},
-    "a mask changed": (change_a_mask_on_one_rank, {}),
+    "a mask changed": (change_a_mask_on_one_rank, {"storage": "mask"}),
+    "positions changed": (change_a_mask_on_one_rank, {"storage": "sparse"}),
+    "gradients sent": (send_gradients, {}),
+    "grown beyond the slots": (grow_beyond_the_slots, {}),
     "diverged": (diverge, {"check_ranks": True}),
     "diverged, not looked at": (diverge, {"check_ranks": False}),
     "saliency": (score_on_a_rank, {}),
@@ -317,12 +376,13 @@ def test_ranks_with_a_part_of_the_batch_each_are_one_rank_with_all_of_it(
 ) -> None:
     micro_batches = TRAININGS[name].get("micro_batches", 1)
     model = mlp(seed=0)  # DDP starts from the weights of rank 0
-    masks = itop_prune.apply(model, 0.7)
+    storage = TRAININGS[name].get("storage", "mask")
+    masks = itop_prune.apply(model, 0.7, storage=storage)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     rules = {
         key: value
         for key, value in TRAININGS[name].items()
-        if key not in ("build", "micro_batches")
+        if key not in ("build", "micro_batches", "storage")
     }
     regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=40, every=EVERY, **rules)
     for step in range(STEPS):
@@ -336,16 +396,30 @@ def test_ranks_with_a_part_of_the_batch_each_are_one_rank_with_all_of_it(
         for key, itop in masks.items():
             found = results[0][name]["history"][step]
             assert torch.equal(itop.mask, found[f"mask of {key}"])
-            torch.testing.assert_close(
-                itop.parameter.detach(), found[f"{key}_orig"], atol=1e-4, rtol=1e-3
-            )
+            weight = found[f"weight of {key}"]
+            torch.testing.assert_close(itop.weight, weight, atol=1e-4, rtol=1e-3)
     assert regrow.updates == STEPS // EVERY
 
 
-def test_ddp_does_not_send_the_masks_with_a_forward(results: list) -> None:
-    first, second = (result["a mask changed"] for result in results[:2])
+@pytest.mark.parametrize("what", ["a mask", "positions"])
+def test_ddp_does_not_send_the_masks_with_a_forward(what: str, results: list) -> None:
+    first, second = (result[f"{what} changed"] for result in results[:2])
     assert torch.equal(first["sent"], second["sent"])  # other buffers are sent
-    assert all(torch.equal(mask, ~second["masks"][name]) for name, mask in first["masks"].items())
+    for name, mask in first["masks"].items():
+        assert not torch.equal(mask, mask.flip(0))
+        assert torch.equal(mask, second["masks"][name].flip(0))
+
+
+def test_ddp_sends_gradients_of_values_alone(results: list) -> None:
+    for result in results:
+        assert result["gradients sent"]["sent"] == result["gradients sent"]["held"]
+
+
+def test_a_layer_that_would_outgrow_its_slots_is_refused_on_all_ranks(results: list) -> None:
+    for result in results:
+        found = result["grown beyond the slots"]
+        assert "ranks can't change its length in training. Start with more" in found["refused"]
+        assert found["changed"] == []
 
 
 @pytest.mark.parametrize("name", NANS)

@@ -144,7 +144,7 @@ def measure(name: str, model: nn.Module, x: Tensor, sparsity: float, settings: S
         target=TARGETS.get(sparsity, {}).get(name, NO_SLOWER),
         dense_operations=cost.dense_forward,
         operations=cost.sparse_forward,
-        dense_bytes=sum(4 * itop.mask.numel() for itop in masks.values()),
+        dense_bytes=sum(4 * itop.size for itop in masks.values()),
         bytes=sum(8 * itop.active + 4 * itop.outputs for itop in masks.values()),
     )
 

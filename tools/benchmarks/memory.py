@@ -1,7 +1,9 @@
 """What masks cost in memory, between updates and during one."""
 
+import functools
 import gc
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 
 import timm
 import torch
@@ -12,6 +14,20 @@ import itop_prune
 from .measure import Measured, Settings, gpu_bytes, peak_bytes
 from .steps import Training
 from .updates import Updates
+
+
+def _mlp() -> nn.Module:
+    sizes = (784, 1568, 1568, 1568, 10)
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(sizes):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mlp": (_mlp, (8, 784)),
+    "vit-small": (lambda: timm.create_model("vit_small_patch16_224"), (1, 3, 224, 224)),
+}
 
 
 def live_bytes(device: torch.device) -> int:
@@ -44,6 +60,8 @@ def memory(settings: Settings) -> Iterator[Measured]:
     yield Measured("memory between updates, resnet18", 2.0, unit="B per weight", ours=between)
     del training
 
+    yield from storages(settings)
+
     layers, size = 12, 1000
     model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers)))
     ours = Updates(model, 0.9, settings.device)
@@ -51,6 +69,48 @@ def memory(settings: Settings) -> Iterator[Measured]:
     ours.prepare()
     during = [peak_bytes(ours.regrow.step, settings.device) / (4 * size * size)]
     yield Measured(f"memory of an update, {layers} equal layers", 3.0, unit="layers", ours=during)
+
+
+def storages(settings: Settings) -> Iterator[Measured]:
+    """Measure all that sparse training keeps of the weights, beside dense training.
+
+    That is the weights, their gradients, the optimizer's statistics, masks or positions, and what
+    R_s needs, after an update. The targets allow 1.3 times the density, 0.4 % for biases and norms,
+    and a bit a weight for R_s.
+    """
+    optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "SGD": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+        "AdamW": torch.optim.AdamW,
+    }
+    for network, (build, shape) in NETWORKS.items():
+        for name, optimizer in optimizers.items():
+            dense = kept_bytes(build, shape, optimizer, None, settings)
+            dense_bytes = 4 * (3 if name == "SGD" else 4)  # weight, gradient, statistics
+            for sparsity in (0.9, 0.98):
+                target = round(1.3 * (1.0 - sparsity) + 0.004 + 0.125 / dense_bytes, 4)
+                ours = kept_bytes(build, shape, optimizer, sparsity, settings)
+                title = f"kept in training, {network}, {name}, {sparsity:.0%}, sparse storage"
+                yield Measured(title, target, unit="B", ours=[ours], other=[dense])
+
+
+def kept_bytes(
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    optimizer: Callable[..., torch.optim.Optimizer],
+    sparsity: float | None,
+    settings: Settings,
+) -> int:
+    """Train for a step with an update, and count the bytes that are kept for the next one."""
+    before = live_bytes(settings.device)
+    model = build().to(settings.device)
+    masks = itop_prune.apply(model, sparsity, storage="sparse") if sparsity else {}
+    built = optimizer(model.parameters())
+    regrow = itop_prune.MaskScheduler(masks, built, total_steps=10, every=1) if masks else None
+    model(torch.randn(shape, device=settings.device)).square().mean().backward()
+    built.step()
+    if regrow:
+        regrow.step()
+    return live_bytes(settings.device) - before
 
 
 def train(sparsity: float | None, settings: Settings) -> Training:

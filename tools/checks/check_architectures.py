@@ -35,6 +35,7 @@ from rich.progress import (
 )
 
 import itop_prune
+from itop_prune.layers.sparse_handle import Storage
 
 from . import architectures, exactness
 
@@ -109,6 +110,12 @@ def parser() -> argparse.ArgumentParser:
         "--real", action="store_true", help="train for two steps with an update between them"
     )
     parser.add_argument(
+        "--storage",
+        choices=("mask", "sparse"),
+        default="mask",
+        help="with --real, how the masked weights are stored",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
@@ -132,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         "real": options.real,
         "all": options.all,
         "names": options.names,
+        "storage": options.storage,
         "versions": versions(),
     }
     try:
@@ -157,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in names[len(lines) :]:
             progress.update(task, description=name)
             try:
-                line = check(name, options.real)
+                line = check(name, options.real, options.storage)
             except KeyboardInterrupt:
                 done = len(lines)
                 progress.print(f"stopped after {done} models; the same command continues")
@@ -184,7 +192,10 @@ def default_table(options: argparse.Namespace) -> Path:
     """Name the table after the models and the check."""
     which = "all" if options.all else options.names or "smallest"
     safe = "".join(letter if letter.isalnum() else "_" for letter in which)
-    return Path(f"runs/architectures-{safe}-{'trained' if options.real else 'counted'}.md")
+    how = "counted"
+    if options.real:
+        how = "trained" if options.storage == "mask" else "trained-sparse"
+    return Path(f"runs/architectures-{safe}-{how}.md")
 
 
 def choose(everything: bool, glob: str | None) -> list[str]:
@@ -196,13 +207,16 @@ def choose(everything: bool, glob: str | None) -> list[str]:
     return list(architectures.smallest().values())
 
 
-def check(name: str, real: bool) -> Line:
+def check(name: str, real: bool, storage: Storage = "mask") -> Line:
     """Check one model; an error in it becomes its result."""
     begin = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # models warn about deprecations
-            found = (exactness.train_beside_twin if real else exactness.count_masks)(name)
+            if real:
+                found = exactness.train_beside_twin(name, storage)
+            else:
+                found = exactness.count_masks(name)
     except Exception as error:  # the other models are still checked
         found = exactness.Finding(wrong=[f"{type(error).__name__}: {error}"])
     gc.collect()
@@ -290,6 +304,8 @@ def command_line(options: argparse.Namespace) -> str:
         command += f" --names '{options.names}'"
     if options.real:
         command += " --real"
+    if options.storage != "mask":
+        command += f" --storage {options.storage}"
     if options.all or options.names:
         return f"{command}        # seed 0"
     return f"{command}        # the smallest model of every model module, seed 0"

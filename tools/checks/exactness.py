@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 import itop_prune
 from itop_prune.inference.measurement import relative_error
+from itop_prune.layers.sparse_handle import Storage
+from itop_prune.layers.sparse_storage import gather
 
 from .architectures import on_meta, size_of, with_images
 
@@ -62,7 +64,7 @@ class Finding:
     def cover(self, masks: dict[str, itop_prune.ITOP], model: nn.Module) -> None:
         """Record how much of a model is masked."""
         self.masked = len(masks)
-        self.covered = sum(itop.mask.numel() for itop in masks.values()) / size_of(model)
+        self.covered = sum(itop.size for itop in masks.values()) / size_of(model)
 
     def compare(self, ours: Tensor, theirs: Tensor) -> None:
         """Record the relative error between two tensors if it is the largest so far."""
@@ -87,10 +89,10 @@ def count_masks(name: str, sparsity: float = 0.9) -> Finding:
         masks[key] = itop_prune.ITOP.place(model.get_submodule(layer), tensor)
     found = Finding()
     found.cover(masks, model)
-    weights = sum(itop.mask.numel() for itop in masks.values())
+    weights = sum(itop.size for itop in masks.values())
     if sum(counts.values()) != round((1.0 - sparsity) * weights):
         found.wrong.append("the number of active weights is not the budget's")
-    if not all(1 <= counts[key] <= itop.mask.numel() for key, itop in masks.items()):
+    if not all(1 <= counts[key] <= itop.size for key, itop in masks.items()):
         found.wrong.append("a layer has less than one active weight, or more than all")
 
     parameters = list(model.parameters())
@@ -106,11 +108,14 @@ def count_masks(name: str, sparsity: float = 0.9) -> Finding:
     return found
 
 
-def train_beside_twin(name: str, sparsity: float = 0.5, **keywords: Any) -> Finding:
+def train_beside_twin(
+    name: str, storage: Storage = "mask", sparsity: float = 0.5, **keywords: Any
+) -> Finding:
     """Train a model for two steps with an update between them, beside a dense twin.
 
     Args:
         name: A model of timm, or of torchvision with the prefix.
+        storage: As `itop_prune.apply` takes it.
         sparsity: The same in every layer.
         keywords: For timm's `create_model`, to make the model smaller. Without any, a large model
             that takes `depth` is made four blocks deep.
@@ -122,7 +127,7 @@ def train_beside_twin(name: str, sparsity: float = 0.5, **keywords: Any) -> Find
     torch.manual_seed(0)
     model, x = with_images(name, keywords)
     _move_from_zero(model)
-    pair = _Pair(model.train(), x, sparsity)
+    pair = _Pair(model.train(), x, storage, sparsity)
     for step in range(2):
         pair.take_step(step)
     pair.check_masks()
@@ -137,11 +142,11 @@ def train_beside_twin(name: str, sparsity: float = 0.5, **keywords: Any) -> Find
 class _Pair:
     """A masked model and its dense twin, which train side by side."""
 
-    def __init__(self, model: nn.Module, x: Tensor, sparsity: float) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, storage: Storage, sparsity: float) -> None:
         self.model, self.twin, self.x = model, copy.deepcopy(model), x
         self.found = Finding(size=x.shape[-1])
-        self.masks = itop_prune.apply(model, sparsity, method="uniform")
-        self.found.cover(self.masks, model)
+        self.masks = itop_prune.apply(model, sparsity, method="uniform", storage=storage)
+        self.found.cover(self.masks, self.twin)
         self.active = {key: itop.active for key, itop in self.masks.items()}
         self.first_masks = [itop.mask.clone() for itop in self.masks.values()]
 
@@ -181,7 +186,7 @@ class _Pair:
         self.to_grow[:] = [
             key
             for key, itop in self.masks.items()
-            if key in self.dense_gradients and self.active[key] < itop.mask.numel()
+            if key in self.dense_gradients and self.active[key] < itop.size
         ]
         # A deep model has gradients of 1e8 on two small images.
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -220,7 +225,7 @@ class _Pair:
                 if key in self.standardized:
                     expected = _center(expected, mask)
                 self.dense_gradients[key] = expected
-                expected = expected * mask
+                expected = _as_stored(expected, self.masks[key])
 
             if parameter.grad is not None and expected is not None:
                 self.found.compare(parameter.grad, expected)
@@ -321,6 +326,13 @@ def _move_from_zero(model: nn.Module) -> None:
         for parameter in model.parameters():
             if not parameter.any() or parameter.ndim < 2:
                 parameter.add_(0.1 * torch.randn(parameter.shape) + 0.1)
+
+
+def _as_stored(gradient: Tensor, itop: itop_prune.ITOP) -> Tensor:
+    """Turn a dense gradient into that of the masked parameter."""
+    if itop.storage == "sparse":
+        return gather(gradient, itop.buffer)
+    return gradient * itop.mask
 
 
 def _center(gradient: Tensor, mask: Tensor) -> Tensor:

@@ -234,8 +234,9 @@ def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> dict[
     if method in tuple(SALIENCY) or (method == "magnitude" and pattern is None):
         arguments["method"] = "uniform"
 
-    # `count_active` does not know these two, and any layer will do for them.
-    drawing = {key: arguments.pop(key) for key in ("scores", "seed") if key in arguments}
+    # `count_active` does not know these, and any layer will do for them.
+    own = ("scores", "seed", "storage")
+    drawing = {key: arguments.pop(key) for key in own if key in arguments}
     apply(torch.nn.Linear(8, 8), 0.5, **drawing)
 
     if not by_name:

@@ -136,10 +136,20 @@ class History:
                 continue
             try:
                 with safe_open(path, framework="numpy") as file:
-                    return name, file.get_tensor(f"{name}_mask").astype(bool)
+                    return name, _read_mask(file, name)
             except (OSError, SafetensorError) as error:
                 raise RunError(f"{path} can't be read: {error}") from None
         return None
+
+
+def _read_mask(file: Any, name: str) -> NDArray[np.bool_]:
+    """Read the mask of a weight in either storage."""
+    if f"{name}_mask" in file.keys():  # noqa: SIM118
+        return file.get_tensor(f"{name}_mask").astype(bool)
+    positions, shape = file.get_tensor(f"{name}_positions"), file.get_tensor(f"{name}_shape")
+    mask = np.zeros(shape.prod(), bool)
+    mask[positions[positions >= 0]] = True
+    return mask.reshape(shape)
 
 
 def folders(given: Iterable[Path]) -> list[Path]:

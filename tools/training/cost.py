@@ -23,8 +23,7 @@ class Cost:
         """Set the share of a forward to that of the model's present masks."""
         masks = itop_prune.find_masks(model)
         densities = {
-            name: active / masks[name].mask.numel()
-            for name, active in active_weights(masks).items()
+            name: active / masks[name].size for name, active in active_weights(masks).items()
         }
         self.forward = self._flops.forward(densities) / max(1, self._flops.dense_forward)
         """FLOPs of a forward, divided by those of the dense model."""

@@ -35,8 +35,8 @@ class LayerLog:
         self._weights: dict[str, int] = {}
         for name, layer, tensor in walk(run.unwrapped_model):
             masked = name in self._masks
-            weight = self._masks[name].mask if masked else getattr(layer, tensor)
-            self._weights[name] = weight.numel()
+            size = self._masks[name].size if masked else getattr(layer, tensor).numel()
+            self._weights[name] = size
 
         self._lines = [self._first_line(image, processes)] if enabled else []
 

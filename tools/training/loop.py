@@ -206,12 +206,23 @@ class Training:
             run.lr_schedule.step_update(self.progress.step)
 
         if run.ema:
+            if moved:
+                self.clean_average()  # parameters in sparse storage may be longer now
             run.ema.update(run.unwrapped_model, step=self.progress.step)
-            # The average remembers pruned weights, and some optimizers move weights off the mask.
-            for itop in self.averaged_masks.values():
-                itop.zero_off_mask()
+            self.clean_average()
 
         self.bad_losses.end_step(self.progress.step, self.checkpoints)
+
+    def clean_average(self) -> None:
+        """Set weights of the average to 0 that are not active.
+
+        The average remembers pruned weights, and some optimizers move weights off the mask.
+        """
+        if self.run.regrow:
+            self.run.regrow.clean_average(self.averaged_masks)
+            return
+        for itop in self.averaged_masks.values():
+            itop.zero_off_mask()
 
     def show(self, epoch: int, step: int) -> None:
         """Draw the numbers of the epoch so far."""
@@ -316,7 +327,7 @@ def sparse_numbers(run: Run) -> dict[str, float | None]:
     Without a mask scheduler R_s is the density of the masks; 1 for a dense model.
     """
     masks = itop_prune.find_masks(run.unwrapped_model)
-    weights = sum(itop.mask.numel() for itop in masks.values())
+    weights = sum(itop.size for itop in masks.values())
     active = sum(active_weights(masks).values())
 
     numbers: dict[str, float | None] = {

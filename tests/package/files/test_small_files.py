@@ -86,10 +86,12 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
     assert differing(one.state_dict(), other.state_dict()) == []
 
 
-def sparse(build: Build = mlp, sparsity: float = 0.6, seed: int = 0) -> nn.Module:
+def sparse(
+    build: Build = mlp, sparsity: float = 0.6, seed: int = 0, storage: str = "mask"
+) -> nn.Module:
     torch.manual_seed(seed)
     model = build()
-    itop_prune.apply(model, sparsity, seed=seed)
+    itop_prune.apply(model, sparsity, seed=seed, storage=storage)
     return model
 
 
@@ -744,4 +746,84 @@ def test_a_tensor_that_is_not_dense_or_has_no_values_is_refused_by_name(
     model.register_buffer("table", change(torch.eye(3)))
     with pytest.raises(ValueError, match=r"^table holds no dense tensor with values"):
         itop_prune.save(model, path)
+    assert not path.exists()
+
+
+# --- sparse storage ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_storages_give_one_file_and_both_take_it(name: str, path: Path) -> None:
+    build = MODELS[name]
+    masked, stored = (sparse(build, storage=storage) for storage in ("mask", "sparse"))
+    assert saved(path, stored) == saved(path, masked)
+
+    for storage, source in (("mask", masked), ("sparse", stored)):
+        again = sparse(build, seed=3, storage=storage)
+        parameters = [*again.parameters()]
+        itop_prune.load(again, path)
+        assert_same(again, source)
+        assert all(one is two for one, two in zip(parameters, again.parameters(), strict=True))
+
+        fresh = other(build)
+        itop_prune.load(fresh, path, storage=storage)
+        assert_same(fresh, source)
+
+
+def trained_to_sparser() -> nn.Module:
+    """A model in sparse storage, with free slots and weights that took those of others."""
+    model = sparse(storage="sparse")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    masks = itop_prune.find_masks(model)
+    regrow = itop_prune.MaskScheduler(
+        masks, optimizer, total_steps=4, every=1, density="cubic", final_sparsity=0.8
+    )
+    train(model, optimizer, regrow, steps=range(4))
+    for itop in masks.values():
+        used = itop.positions[itop.positions >= 0]
+        assert 0 < len(used) < len(itop.positions)
+    assert any(itop.positions.diff().min() < -1 for itop in masks.values())
+    return model
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_slots_that_are_free_or_out_of_order_do_not_show_in_the_file(
+    dtype: torch.dtype | None, path: Path
+) -> None:
+    model, twin = trained_to_sparser(), other()
+    itop_prune.load(twin, model.state_dict())
+    assert differing(*(itop_prune.dense_state_dict(one) for one in (model, twin))) == []
+    itop_prune.save(twin, path, dtype)
+    content = path.read_bytes()
+    itop_prune.save(model, path, dtype)
+    assert path.read_bytes() == content
+
+    again = other()
+    for name, itop in itop_prune.load(again, path, storage="sparse").items():
+        assert itop.used.all(), name
+        assert torch.equal(itop.positions, itop.positions.sort().values), name
+        assert torch.equal(itop.mask, itop_prune.find_masks(model)[name].mask), name
+
+
+def test_a_state_dict_in_sparse_storage_is_loaded_with_its_slots_as_they_are() -> None:
+    model, fresh, stored = trained_to_sparser(), other(), sparse(seed=3, storage="sparse")
+    itop_prune.load(fresh, model.state_dict(), storage="sparse")
+    itop_prune.load(stored, model.state_dict())
+    for again in (fresh, stored):
+        assert_same(again, model)
+
+
+def test_the_state_dict_of_a_model_in_sparse_storage_can_be_written(path: Path) -> None:
+    model = trained_to_sparser()
+    itop_prune.save(model, path)
+    content = path.read_bytes()
+    write(model.state_dict(), path)
+    assert path.read_bytes() == content
+
+
+def test_values_and_positions_that_do_not_fit_are_refused_by_name(path: Path) -> None:
+    state = {name: tensor.clone() for name, tensor in trained_to_sparser().state_dict().items()}
+    state["2.weight_positions"][0] = 192
+    with pytest.raises(ValueError, match=r"2\.weight: position 192 is outside of a weight of 192"):
+        write(state, path)
     assert not path.exists()

@@ -21,11 +21,15 @@ def layer_update(stream: tuple[object, ...] = (0, 0), pattern: Any = None) -> La
         layer.weight.copy_(torch.arange(1.0, 9.0).view(1, 8))
     itop = ITOP.apply(layer, "weight", torch.tensor([[1, 1, 0, 0, 1, 1, 0, 0]]), pattern)
     gradients = DenseGradients({"fc": itop}, {"weight"}, 1, 1)
-    return LayerUpdate("fc", itop, itop.mask.clone(), gradients, stream)
+    return LayerUpdate("fc", itop, {"fc": itop.mask.clone()}, gradients, stream)
 
 
 def rules(prune: Any = "magnitude", grow: Any = "random") -> Rules:
     return Rules.of(prune, grow, "none", "layer", 0.0)
+
+
+def new_mask(layer: LayerUpdate, rules: Rules, count: int) -> Tensor:
+    return layer.new_mask(rules, layer.itop.mask, count, count)
 
 
 def backwards(mask: Tensor) -> Tensor:
@@ -38,7 +42,9 @@ def backwards(mask: Tensor) -> Tensor:
 def test_the_lowest_leave_and_the_highest_enter(pattern: Any, expected: str) -> None:
     layer = layer_update(pattern=pattern)
     before = layer.itop.mask.clone(), layer.itop.parameter.detach().clone()
-    mask = layer.new_mask(rules(grow=backwards), n_prune=2, n_grow=2 if pattern else 4)
+    mask = layer.new_mask(
+        rules(grow=backwards), layer.itop.mask, n_prune=2, n_grow=2 if pattern else 4
+    )
     assert "".join(str(int(bit)) for bit in mask[0]) == expected
     assert torch.equal(layer.itop.mask, before[0])  # it changes nothing itself
     assert torch.equal(layer.itop.parameter, before[1])
@@ -52,7 +58,7 @@ def test_a_criterion_that_gives_nan_is_named_with_its_layer(role: str, pattern: 
 
     options: dict[str, Any] = {role: broken}
     with pytest.raises(ValueError, match=r"^broken gave NaN for fc; scores must be numbers$"):
-        layer_update(pattern=pattern).new_mask(rules(**options), 2, 2)
+        new_mask(layer_update(pattern=pattern), rules(**options), 2)
 
 
 def test_a_criterion_gets_tensors_of_float32_and_the_mask_that_growth_sees_is_pruned() -> None:
@@ -63,7 +69,7 @@ def test_a_criterion_gets_tensors_of_float32_and_the_mask_that_growth_sees_is_pr
         return weight * strength
 
     layer = layer_update()
-    layer.new_mask(rules(grow=mine), 1, 1)
+    new_mask(layer, rules(grow=mine), 1)
     dtypes = {name: tensor.dtype for name, tensor in seen.items()}
     assert dtypes == {"weight": torch.float32, "mask": torch.bool, "explored": torch.bool}
     assert seen["weight"].tolist() == [[1.0, 2.0, 0.0, 0.0, 5.0, 6.0, 0.0, 0.0]]
@@ -95,7 +101,7 @@ def test_a_criterion_that_does_not_do_its_part_is_refused_by_name(
 ) -> None:
     options: dict[str, Any] = {role: criterion}
     with pytest.raises(error, match=message):
-        layer_update().new_mask(rules(**options), 1, 1)
+        new_mask(layer_update(), rules(**options), 1)
 
 
 def test_random_streams_differ_by_run_update_layer_and_use() -> None:

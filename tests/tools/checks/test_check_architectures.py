@@ -61,11 +61,12 @@ SPREAD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("storage", ["mask", "sparse"])
 @pytest.mark.parametrize("name", SPREAD)
-def test_a_family_trains_as_its_dense_twin(name: str) -> None:
+def test_a_family_trains_as_its_dense_twin(name: str, storage: str) -> None:
     if name not in architectures.names():
         pytest.skip(f"timm {timm.__version__} does not have {name}")
-    found = exactness.train_beside_twin(name, **SPREAD[name])
+    found = exactness.train_beside_twin(name, storage, **SPREAD[name])
     assert found.wrong == []
     assert found.refused == ""
     assert found.masked > 5
@@ -206,7 +207,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the models that were checked; each is exact at once."""
     seen: list[str] = []
 
-    def check(name: str, real: bool) -> check_architectures.Line:
+    def check(name: str, real: bool, storage: str) -> check_architectures.Line:
         seen.append(name)
         return check_architectures.Line(name, 3, 0.9, "trained, 64 px", "exact", "", 0.1)
 
@@ -267,10 +268,10 @@ def test_a_stopped_check_continues_where_it_was(
 ) -> None:
     check = check_architectures.check
 
-    def stop_after_two(name: str, real: bool) -> check_architectures.Line:
+    def stop_after_two(name: str, real: bool, storage: str) -> check_architectures.Line:
         if len(checked) == 2:
             raise KeyboardInterrupt
-        return check(name, real)
+        return check(name, real, storage)
 
     command = ["--names", "test_vit*", "--real"]
     monkeypatch.setattr(check_architectures, "check", stop_after_two)

@@ -1,0 +1,200 @@
+"""Linear layers and convolutions in sparse storage: the dense weight lives for one product.
+
+Autograd would keep the weight of every layer from the forward to the backward. Here the backward
+makes the weight again, so at any time one layer's is there. Under torch.compile both directions are
+operators of their own. Otherwise the compiler could keep the weights after all.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from itop_prune.layers.names import layout_name, positions_name, probe_name, values_name
+from itop_prune.layers.sparse_storage import Layout, dense, gather
+
+NAME = "weight"
+"""The weight that a linear layer or a convolution multiplies with."""
+
+
+class Geometry(NamedTuple):
+    """Of a convolution; a linear layer has none."""
+
+    stride: Sequence[int] = ()
+    padding: Sequence[int] = ()
+    dilation: Sequence[int] = ()
+    groups: int = 0
+
+
+LINEAR = Geometry()
+
+
+def forward(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
+    channels_last: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Compute the output of a layer."""
+    weight = dense(values, positions, Layout(tuple(shape), channels_last))
+    if not stride:
+        return F.linear(x, weight, bias)
+    nothing = [0] * len(stride)
+    return torch.ops.aten.convolution(
+        x, weight, bias, stride, padding, dilation, False, nothing, groups
+    )
+
+
+def backward(
+    gradient: Tensor,
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    shape: Sequence[int],
+    channels_last: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of input, dense weight and bias; empty where not needed."""
+    for_x, for_weight, for_bias = (gradient.new_empty(0) for _ in range(3))
+    layout = Layout(tuple(shape), channels_last)
+    if not stride:
+        if needs_x:
+            for_x = gradient.mm(dense(values, positions, layout))
+        if needs_weight:
+            for_weight = gradient.t().mm(x)
+        if needs_bias:
+            for_bias = gradient.sum(0)
+        return for_x, for_weight, for_bias
+
+    # Without the input's gradient the weight's numbers are not read, only its shape.
+    weight = dense(values, positions, layout) if needs_x else values.new_empty(()).expand(shape)
+    nothing = [0] * len(stride)
+    needs = [needs_x, needs_weight, needs_bias]
+    found = torch.ops.aten.convolution_backward(
+        gradient, x, weight, [shape[0]], stride, padding, dilation, False, nothing, groups, needs
+    )
+    return (
+        found[0] if needs_x else for_x,
+        found[1] if needs_weight else for_weight,
+        found[2] if needs_bias else for_bias,
+    )
+
+
+_forward_op = torch.library.custom_op("itop_prune::product", forward, mutates_args=())
+_backward_op = torch.library.custom_op("itop_prune::product_backward", backward, mutates_args=())
+_forward_op.register_fake(forward)
+_backward_op.register_fake(backward)
+
+
+class _Product(torch.autograd.Function):
+    """The output of a layer. Both gradients are made of differentiable operations."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        bias: Tensor | None,
+        probe: Tensor | None,
+        layout: Layout,
+        geometry: Geometry,
+    ) -> Tensor:
+        compute: Any = _forward_op if torch.compiler.is_compiling() else forward
+        return compute(x, values, positions, bias, *layout, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, values, positions, _, _, ctx.layout, ctx.geometry = inputs
+        ctx.save_for_backward(x, values, positions)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, values, positions = ctx.saved_tensors
+        needs_x, needs_values, _, needs_bias, needs_probe, _, _ = ctx.needs_input_grad
+        compute: Any = _backward_op if torch.compiler.is_compiling() else backward
+        for_x, for_weight, for_bias = compute(
+            gradient,
+            x,
+            values,
+            positions,
+            *ctx.layout,
+            *ctx.geometry,
+            needs_x,
+            needs_values or needs_probe,
+            needs_bias,
+        )
+        return (
+            for_x if needs_x else None,
+            gather(for_weight, positions) if needs_values else None,
+            None,
+            for_bias if needs_bias else None,
+            for_weight if needs_probe else None,
+            None,
+            None,
+        )
+
+
+def product(
+    layer: nn.Module, x: Tensor, bias: Tensor | None, geometry: Geometry = LINEAR
+) -> Tensor:
+    """Compute the output of a layer, in the type of autocast where that is on."""
+    values: Tensor = getattr(layer, values_name(NAME))
+    probe = getattr(layer, probe_name(NAME)) if isinstance(values, nn.Parameter) else None
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        narrow = torch.get_autocast_dtype(x.device.type)
+        x, values = x.to(narrow), values.to(narrow)
+        bias = None if bias is None else bias.to(narrow)
+    positions, layout = getattr(layer, positions_name(NAME)), getattr(layer, layout_name(NAME))
+    return _Product.apply(x, values, positions, bias, probe, layout, geometry)
+
+
+def linear_forward(layer: Any, x: Tensor) -> Tensor:
+    """Stand in for `nn.Linear.forward`; any leading dimensions are rows."""
+    if x.ndim == 2:
+        return product(layer, x, layer.bias)
+
+    rows = x.reshape(-1, x.shape[-1])
+    fused = x.is_contiguous()
+    output = product(layer, rows, layer.bias if fused else None)
+    output = output.view(*x.shape[:-1], output.shape[-1])
+    # As torch does, so that both round alike.
+    return output if fused or layer.bias is None else output + layer.bias.to(output.dtype)
+
+
+def convolution_forward(layer: Any, x: Tensor) -> Tensor:
+    """Stand in for the forward of a convolution that is not transposed.
+
+    Padding by another number than 0, "same" padding, and inputs without a batch take the weight as
+    a whole tensor.
+    """
+    plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if not plain or x.ndim != len(getattr(layer, layout_name(NAME)).shape):
+        return layer._conv_forward(x, layer.weight, layer.bias)
+    geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+    return product(layer, x, layer.bias, geometry)
+
+
+def forward_of(base: type[nn.Module]) -> Any:
+    """Find the forward that stands in for that of a class, or None if the class has its own."""
+    if base.forward is nn.Linear.forward:
+        return linear_forward
+    for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if base.forward is kind.forward and base._conv_forward is kind._conv_forward:  # type: ignore[attr-defined]
+            return convolution_forward
+    return None

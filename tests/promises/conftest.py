@@ -1,0 +1,13 @@
+"""The storage of masked weights, for which the promises hold alike.
+
+Tests ask for it with the marks of `helpers.storages`, and use what `helpers.sparse_run` offers.
+"""
+
+import pytest
+
+
+@pytest.fixture(params=["mask", "sparse"])
+def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let `apply` and `sparse` of `helpers.sparse_run` take this storage."""
+    monkeypatch.setattr("helpers.sparse_run.STORAGE", request.param)
+    return request.param
