@@ -82,10 +82,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 FAST = {("mlp", "mask"), ("mlp", "sparse"), ("vit_tiny", "mask")}
+SPARSE = ("mlp", "resnet18", "swin_tiny", "nfnet, standardized", "vit_tiny, checkpointing")
+"""Models in sparse storage: one of each way in which a weight is read."""
 
 
 def models(test: Callable) -> Callable:
-    cases = itertools.product(MODELS, ("mask", "sparse"))
+    cases = [*itertools.product(MODELS, ["mask"]), *itertools.product(SPARSE, ["sparse"])]
     chosen = [pytest.param(*c, marks=() if c in FAST else pytest.mark.slow) for c in cases]
     each = pytest.mark.parametrize(("name", "storage"), chosen, indirect=["storage"])
     return both_storages(each(test))

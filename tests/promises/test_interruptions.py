@@ -297,7 +297,7 @@ def test_a_killed_run_in_sparse_storage_ends_as_the_one_left_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(kill_and_resume, "SETTINGS", (*kill_and_resume.SETTINGS, *settings))
-    assert kill_and_resume.main(["--kills", "3", *ranks]) == 0
+    assert kill_and_resume.main(["--kills", "1", *ranks]) == 0
     assert "each ended with the weights and metrics" in capsys.readouterr().out
 
 
