@@ -60,7 +60,7 @@ TRAINED = """# Does every architecture train exactly like a dense twin?
 {summary}
 
 Each model takes two optimizer steps with an update between them, \
-at 50 % sparsity in every layer. \
+at 50 % sparsity in every layer{storage}. \
 At each step a dense twin holds the same effective weights. \
 Outputs, gradients and the weights after `itop_prune.remove` are compared; \
 `exact` means bit for bit.
@@ -282,6 +282,7 @@ def markdown(lines: list[Line], options: argparse.Namespace, versions: str) -> s
     minutes = sum(line.seconds for line in lines) / 60
     head = (TRAINED if options.real else COUNTED).format(
         summary=summary_line(lines),
+        storage=", in sparse storage" if options.storage == "sparse" else "",
         command=f"```bash\n{command_line(options)}\n```",
         versions=f"Versions: {versions}. {minutes:.0f} minutes in all.",
     )
