@@ -378,8 +378,7 @@ class MaskScheduler:
             mask = itop.mask
             n_prune, n_grow = changes.get(name, (0, 0))
             if n_prune or n_grow:
-                new = layers[name].new_mask(self._rules, mask, n_prune, n_grow)
-                self._write(name, mask, new)
+                self._write(name, mask, layers[name].new_mask(self._rules, mask, n_prune, n_grow))
             else:
                 self._exploration.record(name, mask, mask)
         self._gradients.end_update()

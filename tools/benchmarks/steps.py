@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import itop_prune
+from itop_prune.layers.sparse_handle import Storage
 
 from ..models import registration as models  # noqa: F401  (registers LeNet-300-100 with timm)
 from .measure import Measured, Settings, seconds
@@ -36,6 +37,7 @@ class Training:
         sparsity: float | None,
         settings: Settings,
         compiled: bool = False,
+        storage: Storage = "mask",
     ) -> None:
         self.device = settings.device
         layout: torch.memory_format = torch.contiguous_format
@@ -45,7 +47,7 @@ class Training:
             self.precision = functools.partial(torch.autocast, "cuda", torch.bfloat16)
 
         self.model = model.to(self.device).to(memory_format=layout).train()
-        masks = itop_prune.apply(self.model, sparsity) if sparsity else {}
+        masks = itop_prune.apply(self.model, sparsity, storage=storage) if sparsity else {}
         self.called: Any = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9)
         self.regrow = None
@@ -101,6 +103,12 @@ def step(settings: Settings) -> Iterator[Measured]:
             dense_step = functools.partial(dense.take, steps)
             yield Measured(f"training step, {title}", target).take(
                 settings.rounds(15), masked_step, dense_step
+            )
+
+            model = timm.create_model(name, num_classes=10)
+            stored = Training(model, shape, 0.9, settings, compiled, "sparse")
+            yield Measured(f"training step, {title}, sparse storage", 1.1).take(
+                settings.rounds(15), functools.partial(stored.take, steps), dense_step
             )
 
             if on_gpu:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import itop_prune
 from itop_prune import topology
+from itop_prune.layers.sparse_handle import Storage
 
 from .measure import Measured, Settings, seconds
 
@@ -20,12 +21,19 @@ from .measure import Measured, Settings, seconds
 class Updates:
     """Updates of a masked model by magnitude and gradient; the gradients are drawn once."""
 
-    def __init__(self, model: nn.Module, sparsity: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sparsity: float,
+        device: torch.device,
+        storage: Storage = "mask",
+        grow: str = "gradient",
+    ) -> None:
         self.device = device
         self.model = model.to(device)
-        self.masks = itop_prune.apply(self.model, sparsity)
+        self.masks = itop_prune.apply(self.model, sparsity, storage=storage)
         self.gradients = {
-            name: torch.randn_like(itop.parameter) for name, itop in self.masks.items()
+            name: torch.randn(itop.shape, device=device) for name, itop in self.masks.items()
         }
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9)
         self.regrow = itop_prune.MaskScheduler(
@@ -34,7 +42,7 @@ class Updates:
             total_steps=10**6,
             every=1,
             schedule="constant",
-            grow="gradient",
+            grow=grow,
         )
 
     def prepare(self) -> None:
@@ -101,6 +109,12 @@ def update(settings: Settings) -> Iterator[Measured]:
     by_sorts = SortedUpdates(ours)
     whole = Measured(f"update, {name}, 90 %", 10.0 if on_cpu else 1.0, faster=True)
     yield whole.take(rounds, ours.update, by_sorts.update)
+
+    for grow in ("random", "gradient"):
+        masked = Updates(timm.create_model(name), 0.9, settings.device, "mask", grow)
+        sparse = Updates(timm.create_model(name), 0.9, settings.device, "sparse", grow)
+        title = f"update, {name}, 90 %, {grow} growth, sparse storage against masks"
+        yield Measured(title, 1.0).take(settings.rounds(15), sparse.update, masked.update)
 
     layers = []
     for layer, itop in ours.masks.items():

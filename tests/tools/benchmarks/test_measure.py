@@ -86,7 +86,11 @@ def test_both_ways_of_an_update_choose_as_many() -> None:
 
 
 @pytest.mark.slow
-def test_masks_hold_two_bytes_a_weight_and_an_update_three_of_its_largest_layer() -> None:
-    between, during = memory.memory(QUICK)
-    assert between.ours[0] <= between.target == 2.0
+def test_what_masks_sparse_storage_and_an_update_hold() -> None:
+    between, *kept, during = memory.memory(QUICK)
+    assert between.ours[0] <= between.target == 1.13
     assert 1.0 < during.ours[0] <= during.target == 3.0
+    assert len(kept) == 8
+    for line in kept:
+        share = line.ours[0] / line.other[0]
+        assert share < 1.1 * line.target
