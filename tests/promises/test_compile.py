@@ -166,7 +166,7 @@ def test_micro_batches_grow_what_they_grow_in_an_eager_run() -> None:
     assert_same_growth(compiled, eager)
 
 
-@both_storages
+@sparse_if_slow
 def test_the_mask_moves_in_what_was_compiled_before() -> None:
     torch.compiler.reset()
     model, x = mlp(), batch(0, 20)[0]
@@ -205,7 +205,7 @@ def test_a_model_evaluated_between_updates_compiles_as_often_as_the_dense_one() 
     assert counts[0] == counts[1]
 
 
-@both_storages
+@sparse_if_slow
 def test_apply_and_remove_after_compiling_are_seen() -> None:
     torch.compiler.reset()
     model, x = mlp(), batch(0, 20)[0]

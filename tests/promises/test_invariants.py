@@ -104,6 +104,7 @@ def assert_counts_stay(run: Run, steps: int = 40) -> None:
 @pytest.mark.parametrize("rate", [0.01, 0.37, 1.0])
 @pytest.mark.parametrize("build", [mlp, channels_last])
 @both_ways_of_growth
+@sparse_if_slow
 def test_an_update_never_changes_the_number_of_active_weights_of_a_layer(
     grow: str, build: Callable[[], nn.Module], rate: float
 ) -> None:
@@ -694,7 +695,7 @@ torch.save({{"losses": run.train(range(4, 12)), "numbers": run.numbers()}}, {res
 """
 
 
-@sparse_if_slow
+@pytest.mark.slow
 def test_a_run_resumed_in_a_fresh_process_is_the_same(tmp_path: Path, storage: str) -> None:
     whole = sparse(optimizer=momentum, grow="gradient", **TWELVE)
     whole.train(range(4))
