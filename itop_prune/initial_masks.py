@@ -94,8 +94,8 @@ def apply(
     Raises:
         ValueError: A value is out of range, a name is unknown, or a name pattern matches nothing.
             Or a selected weight can't be masked: it has a mask, is tied, parametrized, complex, of
-            integers or on the meta device, or an N:M pattern does not divide it and `strict` is
-            set. The model is then unchanged.
+            integers or on the meta device. Or `strict` is set and an N:M pattern does not divide
+            it. The model is then unchanged.
 
     Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv
     2102.02887.

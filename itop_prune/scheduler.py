@@ -273,9 +273,11 @@ class MaskScheduler:
 
         An average (timm's `ModelEmaV3`) remembers them, and they may grow again. Call this after
         every update of the averages, or at least in every step in which masks moved; give it all
-        averages at once. Where layers in sparse storage may gain weights (redistribution, the scope
-        "global", a density that rises), call it also before the averages' update, if `step`
-        returned True: it makes their parameters as long as the model's.
+        averages at once.
+
+        Layers in sparse storage may gain weights by redistribution, the scope "global", or a
+        density that rises. Then call it also before the averages' update, if `step` returned True.
+        It makes their parameters as long as the model's.
 
         Averages of buffers (`ModelEmaV2`, `AveragedModel(use_buffers=True)`) can't be right, since
         masks and positions are not to be averaged.

@@ -17,9 +17,9 @@ from itop_prune.layers.sparse_storage import Layout
 class SparseITOP(ITOP):
     """One mask on one parameter of one layer, in sparse storage.
 
-    The layer holds the parameter `<name>_values`, (1, slots), and the buffer `<name>_positions`,
-    (slots,): where each value is in the flattened dense weight, or -1 for a free slot.
-    `layer.<name>` is the dense weight, made when it is read.
+    The layer holds the parameter `<name>_values` of the shape (1, slots). The buffer
+    `<name>_positions`, (slots,), says where each value is in the flattened dense weight. A free
+    slot has -1. `layer.<name>` is the dense weight, made when it is read.
     """
 
     storage = "sparse"

@@ -130,8 +130,6 @@ def reassign(positions: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, 
 def resize(parameter: nn.Parameter, slots: int) -> None:
     """Give a parameter another number of slots. It stays the same object; new slots are 0."""
     more = slots - parameter.shape[1]
-    if not more:
-        return
     gradient, parameter.grad = parameter.grad, None
     longer = F.pad(parameter.data, (0, more))
 
@@ -189,9 +187,7 @@ class _DenseWeight(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        values: Tensor, positions: Tensor, layout: Layout, probe: Tensor | None = None
-    ) -> Tensor:
+    def forward(values: Tensor, positions: Tensor, layout: Layout, probe: Tensor | None) -> Tensor:
         return dense(values, positions, layout)
 
     @staticmethod

@@ -74,8 +74,8 @@ def memory(settings: Settings) -> Iterator[Measured]:
 def storages(settings: Settings) -> Iterator[Measured]:
     """Measure all that sparse training keeps of the weights, beside dense training.
 
-    That is the weights, their gradients, the optimizer's statistics, masks or positions, and what
-    R_s needs, after an update. The targets allow 1.3 times the density, 0.4 % for biases and norms,
+    It counts weights, gradients, optimizer statistics, positions and the bits of R_s, after an
+    update. The targets allow 1.3 times the density, 0.4 % for biases and norms,
     and a bit a weight for R_s.
     """
     optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = {

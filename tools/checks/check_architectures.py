@@ -35,7 +35,7 @@ from rich.progress import (
 )
 
 import itop_prune
-from itop_prune.layers.sparse_handle import Storage
+from itop_prune.layers.sparse_handle import STORAGES, Storage
 
 from . import architectures, exactness
 
@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--storage",
-        choices=("mask", "sparse"),
+        choices=tuple(STORAGES),
         default="mask",
         help="with --real, how the masked weights are stored",
     )

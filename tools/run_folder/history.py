@@ -11,6 +11,8 @@ import yaml
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from itop_prune.layers.sparse_storage import mask_of
+
 from .folder import CHECKPOINTS, RunError, in_a_line
 from .json_lines import JsonLines
 from .metrics import Metrics
@@ -135,7 +137,7 @@ class History:
             if not path.exists():
                 continue
             try:
-                with safe_open(path, framework="numpy") as file:
+                with safe_open(path, framework="pt") as file:
                     return name, _read_mask(file, name)
             except (OSError, SafetensorError) as error:
                 raise RunError(f"{path} can't be read: {error}") from None
@@ -145,11 +147,9 @@ class History:
 def _read_mask(file: Any, name: str) -> NDArray[np.bool_]:
     """Read the mask of a weight in either storage."""
     if f"{name}_mask" in file.keys():  # noqa: SIM118
-        return file.get_tensor(f"{name}_mask").astype(bool)
-    positions, shape = file.get_tensor(f"{name}_positions"), file.get_tensor(f"{name}_shape")
-    mask = np.zeros(shape.prod(), bool)
-    mask[positions[positions >= 0]] = True
-    return mask.reshape(shape)
+        return file.get_tensor(f"{name}_mask").bool().numpy()
+    shape = tuple(file.get_tensor(f"{name}_shape").tolist())
+    return mask_of(file.get_tensor(f"{name}_positions"), shape).numpy()
 
 
 def folders(given: Iterable[Path]) -> list[Path]:
