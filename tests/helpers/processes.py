@@ -108,8 +108,17 @@ def of_photos(folder: Path, batch_size: int = 4) -> tuple[str, ...]:
     )
 
 
+def output_of(process: subprocess.Popen[str]) -> str:
+    """Wait for a run to end, and return what it printed; one that hangs is ended."""
+    try:
+        return process.communicate(timeout=PATIENCE)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks
+        pytest.fail(f"still running after {PATIENCE} s:\n{process.communicate()[0]}")
+
+
 def finished(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=PATIENCE)
+    output = output_of(process)
     assert process.returncode == 0, output
     return output
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.processes import (
-    PATIENCE,
     QUICKSTART,
     SETTINGS,
     assert_same_end,
@@ -18,6 +17,7 @@ from helpers.processes import (
     metrics,
     of_photos,
     on_ranks,
+    output_of,
     photos,
     whole_checkpoints,
     without_last_checkpoint,
@@ -51,7 +51,7 @@ def failed(tmp_path: Path, change: str, *arguments: str) -> str:
     """Let two ranks run into a change, and return the one line that says what is wrong."""
     runner = changed_runner(tmp_path / "changed.py", change)
     process = on_ranks(*arguments, "--out", str(tmp_path / "run"), runner=runner)
-    output, _ = process.communicate(timeout=PATIENCE)
+    output = output_of(process)
     assert process.returncode == 1
     return one_error(output)
 
@@ -169,7 +169,7 @@ train.open_for = gone
     runner = changed_runner(tmp_path / "changed.py", change)
     settings = (*of_photos(photos(tmp_path / "photos")), "epochs=1", "--out", str(tmp_path / "run"))
     process = on_ranks(*settings, runner=runner)
-    output, _ = process.communicate(timeout=PATIENCE)
+    output = output_of(process)
     assert process.returncode == 1
     assert re.search(
         r"rank 1: error: .*png\.gone can't be read as an image: .*No such file", output
@@ -207,7 +207,7 @@ torch.nn.CrossEntropyLoss = Bad
 def test_a_folder_in_use_ends_both_ranks_with_one_line(copy: Path) -> None:
     with locked(copy):
         process = on_ranks("epochs=3", "--out", str(copy), "--resume")
-        output, _ = process.communicate(timeout=PATIENCE)
+        output = output_of(process)
     assert process.returncode == 1
     assert one_error(output).startswith(f"error: {copy} is in use by another run, and only one ")
 

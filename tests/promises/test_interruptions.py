@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from helpers.processes import (
-    PATIENCE,
     QUICKSTART,
     ROOT,
     SETTINGS,
@@ -25,6 +24,7 @@ from helpers.processes import (
     metrics,
     of_photos,
     on_ranks,
+    output_of,
     photos,
     start,
     wait_for,
@@ -70,7 +70,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process = on_ranks(*TWO, "--out", str(folder))
     wait_for(folder / "metrics.jsonl", process, lines=1)
     process.terminate()
-    output, _ = process.communicate(timeout=PATIENCE)
+    output = output_of(process)
     assert process.returncode != 0
     assert "the same command with --resume goes on from" in output
     return folder
@@ -115,7 +115,7 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_its_checkpoints_whole(tmp_path
         process.terminate()
         pytest.skip("processes are not listed under /proc here")
     os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=PATIENCE)
+    output = output_of(process)
     assert process.returncode != 0
     assert "SIGKILL" in output or "Signal 9" in output
     assert whole_checkpoints(folder)
@@ -159,7 +159,7 @@ def test_two_ranks_with_mixup_augmentation_and_workers_stopped_in_an_epoch_go_on
     )
     runner = changed_runner(tmp_path / "stopping.py", change)
     process = on_ranks(*settings, "--out", str(tmp_path / "stopped"), runner=runner)
-    output, _ = process.communicate(timeout=PATIENCE)
+    output = output_of(process)
     assert "stopped at step 5; the same command with --resume" in output
     assert [line["step"] for line in metrics(tmp_path / "stopped")] == [3]
     finished(on_ranks(*settings, "--out", str(tmp_path / "stopped"), "--resume"))
@@ -201,7 +201,7 @@ def test_sigterm_in_an_evaluation_stops_it_and_the_resumed_run_does_it_again(
     process = begin("stopped", runner=runner)
     wait_for(marker, process)
     process.terminate()
-    output, _ = process.communicate(timeout=PATIENCE)
+    output = output_of(process)
     assert "the same command with --resume goes on from" in output
     assert not (tmp_path / "stopped" / "metrics.jsonl").exists()
     finished(begin("stopped", "--resume"))
@@ -267,7 +267,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_step(tmp_path: Path) -> None:
     process = start(["tools/train.py", QUICKSTART, *SETTINGS, "epochs=400", "--out", str(folder)])
     wait_for(folder / "metrics.jsonl", process, lines=1)
     process.terminate()
-    output, _ = process.communicate(timeout=PATIENCE)
+    output = output_of(process)
     assert process.returncode == 130
     step = int(whole_checkpoints(folder)[-1].name.removeprefix("step-"))
     assert f"stopped at step {step}; the same command with --resume" in output
@@ -335,7 +335,7 @@ def test_a_second_process_on_a_run_is_one_clear_error_and_the_first_goes_on(
     assert f"error: {folder} exists; continue that run with --resume" in capsys.readouterr().err
 
     process.terminate()
-    process.communicate(timeout=PATIENCE)
+    output_of(process)
     assert process.returncode == 130
     assert run(folder, "epochs=400", "--resume") == 130
     epochs = [line["epoch"] for line in metrics(folder)]

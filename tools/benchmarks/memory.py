@@ -31,14 +31,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def live_bytes(device: torch.device) -> int:
-    """Count the bytes of all tensors that are alive."""
+    """Count the bytes of all tensors of a device that are alive."""
     gc.collect()
     if device.type == "cuda":
         return gpu_bytes("current")
 
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) in (Tensor, nn.Parameter):
+        if type(thing) in (Tensor, nn.Parameter) and thing.device == device:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import (
-    PATIENCE,
     QUICKSTART,
     ROOT,
     assert_same_end,
     finished,
     gloo,
     metrics,
+    output_of,
     start,
     stopped_at,
     wait_for,
@@ -147,7 +147,7 @@ def test_ctrl_c_in_a_pipe_leaves_plain_lines_and_a_checkpoint_that_resume_contin
     process = start([str(ROOT / "tools" / "train.py"), *arguments])
     wait_for(tmp_path / "metrics.jsonl", process, lines=1)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=PATIENCE)
+    out = output_of(process)
 
     assert process.returncode == 130
     assert out.splitlines()[0].startswith("epoch 1/400  loss ")
