@@ -1,8 +1,12 @@
-"""Linear layers and convolutions in sparse storage: the dense weight lives for one product.
+"""Linear layers and convolutions in sparse storage.
 
-Autograd would keep the weight of every layer from the forward to the backward. Here the backward
-makes the weight again, so at any time one layer's is there. Under torch.compile both directions are
-operators of their own. Otherwise the compiler could keep the weights after all.
+A linear layer that is sparse enough computes with its active weights, on a CPU with Numba
+(`itop_prune.kernels`). For all others the dense weight lives for one product. Autograd would keep
+the weight of every layer from the forward to the backward. Here the backward makes the weight
+again, so at any time one layer's is there.
+
+Under torch.compile both directions are operators of their own. Otherwise the compiler could keep
+the weights after all, and it can't look into kernels.
 """
 
 from collections.abc import Sequence
@@ -12,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from itop_prune.kernels import products
+from itop_prune.kernels.products import order_of
 from itop_prune.layers.names import layout_name, positions_name, probe_name, values_name
 from itop_prune.layers.sparse_storage import Layout, dense, gather
 
@@ -44,6 +50,9 @@ def forward(
     groups: int,
 ) -> Tensor:
     """Compute the output of a layer."""
+    if not stride and (order := order_of(x, values, positions, shape)):
+        return products.forward(x, values, order, bias)
+
     weight = dense(values, positions, Layout(tuple(shape), channels_last))
     if not stride:
         return F.linear(x, weight, bias)
@@ -65,32 +74,45 @@ def backward(
     dilation: Sequence[int],
     groups: int,
     needs_x: bool,
+    needs_values: bool,
     needs_weight: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of input, dense weight and bias; empty where not needed."""
-    for_x, for_weight, for_bias = (gradient.new_empty(0) for _ in range(3))
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients of input, values, dense weight and bias; empty where not needed."""
+    order = None
+    # A gradient that is to be differentiated again needs operations that torch can.
+    if not stride and not torch.is_grad_enabled():
+        order = order_of(x, values, positions, shape)
     layout = Layout(tuple(shape), channels_last)
-    if not stride:
+    for_x = for_values = for_weight = for_bias = None
+    if order:
+        needs = (needs_x, needs_values and not needs_weight, needs_bias)
+        for_x, for_values, for_bias = products.backward(gradient, x, values, order, needs)
+        if needs_weight:
+            for_weight = gradient.t().mm(x)
+    elif not stride:
         if needs_x:
             for_x = gradient.mm(dense(values, positions, layout))
-        if needs_weight:
+        if needs_weight or needs_values:
             for_weight = gradient.t().mm(x)
         if needs_bias:
             for_bias = gradient.sum(0)
-        return for_x, for_weight, for_bias
+    else:
+        # Without the input's gradient the weight's numbers are not read, only its shape.
+        weight = dense(values, positions, layout) if needs_x else values.new_empty(()).expand(shape)
+        nothing = [0] * len(stride)
+        needs = (needs_x, needs_weight or needs_values, needs_bias)
+        for_x, for_weight, for_bias = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [shape[0]], stride, padding, dilation, False, nothing, groups, needs
+        )
 
-    # Without the input's gradient the weight's numbers are not read, only its shape.
-    weight = dense(values, positions, layout) if needs_x else values.new_empty(()).expand(shape)
-    nothing = [0] * len(stride)
-    needs = [needs_x, needs_weight, needs_bias]
-    found = torch.ops.aten.convolution_backward(
-        gradient, x, weight, [shape[0]], stride, padding, dilation, False, nothing, groups, needs
-    )
-    return (
-        found[0] if needs_x else for_x,
-        found[1] if needs_weight else for_weight,
-        found[2] if needs_bias else for_bias,
+    if needs_values and for_values is None:
+        for_values = gather(for_weight, positions)
+    found = (for_x, for_values, for_weight, for_bias)
+    needed = (needs_x, needs_values, needs_weight, needs_bias)
+    return tuple(
+        tensor if need else gradient.new_empty(0)
+        for tensor, need in zip(found, needed, strict=True)
     )
 
 
@@ -101,7 +123,7 @@ _backward_op.register_fake(backward)
 
 
 class _Product(torch.autograd.Function):
-    """The output of a layer. Both gradients are made of differentiable operations."""
+    """The output of a layer, whose gradients can be differentiated again."""
 
     generate_vmap_rule = True
 
@@ -128,7 +150,7 @@ class _Product(torch.autograd.Function):
         x, values, positions = ctx.saved_tensors
         needs_x, needs_values, _, needs_bias, needs_probe, _, _ = ctx.needs_input_grad
         compute: Any = _backward_op if torch.compiler.is_compiling() else backward
-        for_x, for_weight, for_bias = compute(
+        for_x, for_values, for_weight, for_bias = compute(
             gradient,
             x,
             values,
@@ -136,12 +158,13 @@ class _Product(torch.autograd.Function):
             *ctx.layout,
             *ctx.geometry,
             needs_x,
-            needs_values or needs_probe,
+            needs_values,
+            needs_probe,
             needs_bias,
         )
         return (
             for_x if needs_x else None,
-            gather(for_weight, positions) if needs_values else None,
+            for_values if needs_values else None,
             None,
             for_bias if needs_bias else None,
             for_weight if needs_probe else None,
@@ -150,18 +173,45 @@ class _Product(torch.autograd.Function):
         )
 
 
+class _EagerProduct(torch.autograd.Function):
+    """The same in torch's older form, which costs less at a call and knows no `torch.func`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _Product.forward(*inputs)
+        _Product.setup_context(ctx, inputs, output)
+        return output
+
+    backward = _Product.backward
+
+
 def product(
     layer: nn.Module, x: Tensor, bias: Tensor | None, geometry: Geometry = LINEAR
 ) -> Tensor:
-    """Compute the output of a layer, in the type of autocast where that is on."""
+    """Compute the output of a layer, in the type of autocast where that is on.
+
+    Under autocast kernels compute in the type of the values, and their output is converted.
+    """
     values: Tensor = getattr(layer, values_name(NAME))
     probe = getattr(layer, probe_name(NAME)) if isinstance(values, nn.Parameter) else None
+    positions, layout = getattr(layer, positions_name(NAME)), getattr(layer, layout_name(NAME))
+    eager = not torch.compiler.is_compiling()
+
+    narrow = None
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
         narrow = torch.get_autocast_dtype(x.device.type)
-        x, values = x.to(narrow), values.to(narrow)
-        bias = None if bias is None else bias.to(narrow)
-    positions, layout = getattr(layer, positions_name(NAME)), getattr(layer, layout_name(NAME))
-    return _Product.apply(x, values, positions, bias, probe, layout, geometry)
+        wide = x.to(values.dtype)
+        if eager and not geometry.stride and order_of(wide, values, positions, layout.shape):
+            x = wide
+        else:
+            x, values = x.to(narrow), values.to(narrow)
+            bias = None if bias is None else bias.to(narrow)
+
+    function: Any = _Product
+    if eager and not torch._C._are_functorch_transforms_active():
+        function = _EagerProduct
+    output = function.apply(x, values, positions, bias, probe, layout, geometry)
+    return output if narrow is None else output.to(narrow)
 
 
 def linear_forward(layer: Any, x: Tensor) -> Tensor:

@@ -11,3 +11,9 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Let `apply` and `sparse` of `helpers.sparse_run` take this storage."""
     monkeypatch.setattr("helpers.sparse_run.STORAGE", request.param)
     return request.param
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let linear layers compute with their dense weight, which rounds as masks do."""
+    monkeypatch.setattr("itop_prune.kernels.products.uses_kernels", lambda shape, active: False)

@@ -818,6 +818,7 @@ def remove_by_torch(model: nn.Module) -> None:
                 prune.remove(layer, name.rpartition("_")[0])
 
 
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("remove", [itop_prune.remove, remove_by_torch])
 @pytest.mark.parametrize(
     ("build", "shape"), [(mlp, (20,)), (convnet, (3, 8, 8)), (encoder, (3, 8))]

@@ -247,6 +247,7 @@ def test_vmap_over_stacked_weights_computes_each_of_them(storage: str) -> None:
         assert torch.allclose(gradient, torch.func.grad(loss)(weight))
 
 
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["convolutions", "rows", "permuted", "images last"])
 def test_outputs_and_gradients_round_as_with_masks(kind: str, autocast: bool) -> None:
@@ -429,6 +430,7 @@ def test_a_state_that_is_no_sparse_weight_is_refused_and_the_model_is_as_it_was(
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_a_state_of_the_other_storage_is_refused_by_a_strict_load() -> None:
     for own, other in (("mask", "sparse"), ("sparse", "mask")):
         model, source = nn.Sequential(nn.Linear(6, 4)), nn.Sequential(nn.Linear(6, 4))

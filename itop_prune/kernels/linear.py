@@ -1,0 +1,337 @@
+"""Products of a linear layer with its active weights: Numba kernels.
+
+Rows of activations are taken in tiles. A tile is transposed, so that each feature is one vector
+with a number for each row. Then the product with an active weight is one line: add value times
+vector.
+
+    forward             output o:  bias[o] + the sum of value * x[input] over its weights
+    input's gradient    input i:   the sum of value * gradient[output] over its weights
+    values' gradient    weight:    gradient[output] · x[input], over all rows
+
+Results do not depend on the number of threads. Tensors come as addresses of contiguous numbers,
+which costs the least at a call. Nothing is checked here: `products.py` checks.
+"""
+
+# mypy: ignore-errors  # the types are Numba's
+
+from numba import njit, prange
+
+from itop_prune.kernels.vectors import (
+    LINE,
+    SQUARE,
+    add_product,
+    add_totals,
+    at,
+    empty,
+    full,
+    integers,
+    load,
+    numbers,
+    pointer,
+    put,
+    store,
+    total,
+    transpose,
+)
+
+CHUNKS = 8
+"""Rows are shared out over so many sums of the values' gradient, if there are as many tiles."""
+FAST = {"nogil": True, "cache": True, "error_model": "numpy"}
+PARALLEL = {"prange": True} | dict.fromkeys(
+    ("comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil"), False
+)
+
+
+@njit(**FAST)
+def read_tile(kind, source, row, rows, features, tile):
+    """tile[feature, i] = source[row + i, feature]; 0 where there are no more rows."""
+    tile_rows, side = numbers(kind, kind), numbers(kind, SQUARE)
+    n = min(tile_rows, rows - row)
+    if n < side or features < side:
+        for i in range(n):
+            for f in range(features):
+                put(tile, f * tile_rows + i, at(source, (row + i) * features + f))
+    else:
+        # The last squares overlap those before, where a side is no multiple.
+        for begin in range(0, n, side):
+            i = min(begin, n - side)
+            for first in range(0, features, side):
+                f = min(first, features - side)
+                start = (row + i) * features + f
+                transpose(source, start, features, tile, f * tile_rows + i, tile_rows)
+
+    if n < tile_rows:
+        for f in range(features):
+            for i in range(n, tile_rows):
+                put(tile, f * tile_rows + i, 0)
+
+
+@njit(**FAST)
+def multiply(
+    kind, tile, starts, others, values, biased, bias, first, last, result, row, rows, features, block
+):
+    """result[row + i, f] = bias[f] + the sum of value * tile[other, i], for f in first..last."""
+    tile_rows, side = numbers(kind, kind), numbers(kind, SQUARE)
+    n, m = min(tile_rows, rows - row), min(side, last - first)
+    for begin in range(first, last, side):
+        f = min(begin, last - m)
+        for j in range(m):
+            sums = full(kind, at(bias, f + j) if biased else 0, kind)
+            for k in range(at(starts, f + j), at(starts, f + j + 1)):
+                sums = add_product(sums, at(values, k), load(tile, at(others, k) * tile_rows, kind))
+            store(block, j * tile_rows, sums)
+
+        if n < side or m < side:
+            for i in range(n):
+                for j in range(m):
+                    put(result, (row + i) * features + f + j, at(block, j * tile_rows + i))
+        else:
+            for start in range(0, n, side):
+                i = min(start, n - side)
+                transpose(block, i, tile_rows, result, (row + i) * features + f, features)
+
+
+@njit(**FAST)
+def add_gradients(kind, x, gradient, starts, others, sums, begin, first, last):
+    """sums[begin + weight] += gradient[output] · x[input], for outputs in first..last."""
+    tile_rows, line = numbers(kind, kind), numbers(kind, LINE)
+    for o in range(first, last):
+        g = o * tile_rows
+        k, end = at(starts, o), at(starts, o + 1)
+        while k + 4 <= end:
+            a = b = c = d = full(kind, 0, LINE)
+            i, j = at(others, k) * tile_rows, at(others, k + 1) * tile_rows
+            m, n = at(others, k + 2) * tile_rows, at(others, k + 3) * tile_rows
+            for r in range(0, tile_rows, line):
+                factor = load(gradient, g + r, LINE)
+                a = add_product(a, factor, load(x, i + r, LINE))
+                b = add_product(b, factor, load(x, j + r, LINE))
+                c = add_product(c, factor, load(x, m + r, LINE))
+                d = add_product(d, factor, load(x, n + r, LINE))
+            add_totals(sums, begin + k, a, b, c, d)
+            k += 4
+        while k < end:
+            a = full(kind, 0, LINE)
+            i = at(others, k) * tile_rows
+            for r in range(0, tile_rows, line):
+                a = add_product(a, load(gradient, g + r, LINE), load(x, i + r, LINE))
+            put(sums, begin + k, at(sums, begin + k) + total(a))
+            k += 1
+
+
+@njit(**FAST)
+def add_columns(kind, gradient, sums, begin, first, last):
+    """sums[begin + output] += the sum of gradient[output], for outputs in first..last."""
+    tile_rows, line = numbers(kind, kind), numbers(kind, LINE)
+    ones = full(kind, 1, LINE)
+    for o in range(first, last):
+        a = full(kind, 0, LINE)
+        for r in range(0, tile_rows, line):
+            a = add_product(a, ones, load(gradient, o * tile_rows + r, LINE))
+        put(sums, begin + o, at(sums, begin + o) + total(a))
+
+
+@njit(**FAST)
+def zeros(kind, count):
+    """An array of zeros."""
+    result = empty(kind, count)
+    result[:] = 0
+    return result
+
+
+@njit(**FAST)
+def take(kind, values, slots, count):
+    """The values of slots."""
+    taken = empty(kind, count)
+    for k in range(count):
+        put(taken, k, at(values, at(slots, k)))
+    return taken
+
+
+@njit(**FAST)
+def collect(sums, chunks, count, slots, result):
+    """result[slots[k]] = the sum of sums[chunk, k] over all chunks."""
+    for k in range(count):
+        number = at(sums, k)
+        for chunk in range(1, chunks):
+            number += at(sums, chunk * count + k)
+        put(result, at(slots, k), number)
+
+
+@njit(parallel=PARALLEL, **FAST)
+def vector_forward(kind, x, starts, others, slots, values, bias, result, outputs):
+    """Compute the output of a layer for one row: bias + the sum of value * x[input].
+
+    Args:
+        kind: Of the numbers.
+        x: inputs.
+        starts, others, slots: `Order.by_output`.
+        values: slots.
+        bias: outputs; 0 if there is none.
+        result: outputs; it is written.
+        outputs: Number of features.
+    """
+    biased = bias != 0
+    x, values, bias = pointer(kind, x), pointer(kind, values), pointer(kind, bias)
+    starts, others, slots = integers(starts), integers(others), integers(slots)
+    result = pointer(kind, result)
+    for o in prange(outputs):
+        number = at(bias, o) if biased else 0
+        for k in range(at(starts, o), at(starts, o + 1)):
+            number += at(values, at(slots, k)) * at(x, at(others, k))
+        put(result, o, number)
+
+
+@njit(parallel=PARALLEL, **FAST)
+def forward(
+    kind,
+    x,
+    starts,
+    others,
+    slots,
+    values,
+    bias,
+    result,
+    rows,
+    inputs,
+    outputs,
+    active,
+    blocks,
+):
+    """Compute the output of a layer.
+
+    Args:
+        kind: Of the numbers; its size is that of a tile's rows.
+        x: rows * inputs.
+        starts, others, slots: `Order.by_output`.
+        values: slots.
+        bias: outputs; 0 if there is none.
+        result: rows * outputs; it is written.
+        rows: Number of rows.
+        inputs, outputs: Numbers of features.
+        active: Number of active weights.
+        blocks: In how many parts of the outputs a tile is computed, for more threads than tiles.
+    """
+    biased = bias != 0
+    source, target, bias = pointer(kind, x), pointer(kind, result), pointer(kind, bias)
+    starts, others = integers(starts), integers(others)
+    ordered = take(kind, pointer(kind, values), integers(slots), active)
+
+    tile_rows, side = numbers(kind, kind), numbers(kind, SQUARE)
+    tiles = -(-rows // tile_rows)
+    for task in prange(tiles * blocks):
+        row, part = task // blocks * tile_rows, task % blocks
+        first, last = outputs * part // blocks, outputs * (part + 1) // blocks
+        tile = empty(kind, inputs * tile_rows)
+        block = empty(kind, side * tile_rows)
+        read_tile(kind, source, row, rows, inputs, tile)
+        multiply(
+            kind,
+            tile,
+            starts,
+            others,
+            ordered,
+            biased,
+            bias,
+            first,
+            last,
+            target,
+            row,
+            rows,
+            outputs,
+            block,
+        )
+
+
+@njit(parallel=PARALLEL, **FAST)
+def backward(
+    kind,
+    gradient,
+    x,
+    starts,
+    others,
+    slots,
+    input_starts,
+    input_others,
+    input_slots,
+    values,
+    for_x,
+    for_values,
+    for_bias,
+    rows,
+    inputs,
+    outputs,
+    active,
+    blocks,
+):
+    """Compute the gradients of input, values and bias; one whose address is 0 is not computed.
+
+    Args:
+        kind: Of the numbers; its size is that of a tile's rows.
+        gradient: rows * outputs.
+        x: rows * inputs.
+        starts, others, slots: `Order.by_output`.
+        input_starts, input_others, input_slots: `Order.by_input`.
+        values: slots.
+        for_x: rows * inputs; it is written.
+        for_values: slots; written but for free slots.
+        for_bias: outputs; it is written.
+        rows: Number of rows, at least 1.
+        inputs, outputs: Numbers of features.
+        active: Number of active weights.
+        blocks: In how many parts of the features a tile is computed.
+    """
+    needs_x, needs_values, needs_bias = for_x != 0, for_values != 0, for_bias != 0
+    for_x, nothing = pointer(kind, for_x), pointer(kind, 0)
+    source, gradient = pointer(kind, x), pointer(kind, gradient)
+    starts, others, slots = integers(starts), integers(others), integers(slots)
+    input_starts, input_others = integers(input_starts), integers(input_others)
+    ordered = take(kind, pointer(kind, values), integers(input_slots), active if needs_x else 0)
+
+    tile_rows, side = numbers(kind, kind), numbers(kind, SQUARE)
+    tiles = -(-rows // tile_rows)
+    chunks = min(tiles, CHUNKS)
+    sums = zeros(kind, chunks * active if needs_values else 0)
+    bias_sums = zeros(kind, chunks * outputs if needs_bias else 0)
+    for task in prange(chunks * blocks):
+        chunk, part = task // blocks, task % blocks
+        gradients = empty(kind, outputs * tile_rows)
+        tile = empty(kind, inputs * tile_rows if needs_values else 0)
+        block = empty(kind, side * tile_rows)
+        for t in range(tiles * chunk // chunks, tiles * (chunk + 1) // chunks):
+            row = t * tile_rows
+            read_tile(kind, gradient, row, rows, outputs, gradients)
+            if needs_x:
+                first, last = inputs * part // blocks, inputs * (part + 1) // blocks
+                multiply(
+                    kind,
+                    gradients,
+                    input_starts,
+                    input_others,
+                    ordered,
+                    False,
+                    nothing,
+                    first,
+                    last,
+                    for_x,
+                    row,
+                    rows,
+                    inputs,
+                    block,
+                )
+            first, last = outputs * part // blocks, outputs * (part + 1) // blocks
+            if needs_values:
+                read_tile(kind, source, row, rows, inputs, tile)
+                begin = chunk * active
+                add_gradients(kind, tile, gradients, starts, others, sums, begin, first, last)
+            if needs_bias:
+                add_columns(kind, gradients, bias_sums, chunk * outputs, first, last)
+
+    if needs_values:
+        collect(sums, chunks, active, slots, pointer(kind, for_values))
+    if needs_bias:
+        for o in range(outputs):
+            number = at(bias_sums, o)
+            for chunk in range(1, chunks):
+                number += at(bias_sums, chunk * outputs + o)
+            put(pointer(kind, for_bias), o, number)

@@ -1,0 +1,54 @@
+"""In which order kernels take the weights of a matrix: by output and by input."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Direction(NamedTuple):
+    """The weights of a matrix, grouped by output or by input; contiguous int32."""
+
+    starts: NDArray[np.int32]
+    """Where the weights of each begin, and where the last ones end."""
+    others: NDArray[np.int32]
+    """The input of each weight that is grouped by output; the output of one grouped by input."""
+    slots: NDArray[np.int32]
+    """The slot of each weight."""
+
+
+class Order:
+    """Both directions, each sorted, so that sums do not depend on which weight has which slot.
+
+    Kernels take addresses. They are looked up once, here.
+    """
+
+    def __init__(self, by_output: Direction, by_input: Direction) -> None:
+        self.by_output, self.by_input = by_output, by_input
+        self.inputs, self.outputs = len(by_input.starts) - 1, len(by_output.starts) - 1
+        self.active = len(by_output.others)
+        self.output_addresses = tuple(array.ctypes.data for array in by_output)
+        self.input_addresses = tuple(array.ctypes.data for array in by_input)
+
+
+def make_order(positions: NDArray[np.integer], outputs: int, inputs: int) -> Order:
+    """Group the weights of a matrix; positions of -1 are left out.
+
+    >>> order = make_order(np.array([5, -1, 0, 3]), outputs=2, inputs=3)
+    >>> [array.tolist() for array in order.by_output]
+    [[0, 1, 3], [0, 0, 2], [2, 3, 0]]
+    >>> [array.tolist() for array in order.by_input]
+    [[0, 2, 2, 3], [0, 1, 1], [2, 3, 0]]
+    """
+    slots = np.flatnonzero(positions >= 0).astype(np.int32)
+    output, input = np.divmod(positions[slots].astype(np.int64), inputs)
+    return Order(_group(output, input, slots, outputs), _group(input, output, slots, inputs))
+
+
+def _group(
+    keys: NDArray[np.integer], others: NDArray[np.integer], slots: NDArray[np.int32], groups: int
+) -> Direction:
+    # No two are equal, so any sort is stable, and one of numbers is faster than one of pairs.
+    by_both = np.argsort(keys * (others.max(initial=0) + 1) + others)
+    starts = np.concatenate([[0], np.bincount(keys, minlength=groups).cumsum()])
+    return Direction(*(part.astype(np.int32) for part in (starts, others[by_both], slots[by_both])))

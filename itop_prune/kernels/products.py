@@ -1,0 +1,232 @@
+"""Linear layers that compute with their active weights: tensors in, tensors out.
+
+`order_of` decides whether a layer does, by its shape and density alone. So ranks and resumed runs
+decide alike, and round alike.
+"""
+
+import functools
+import importlib.util
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from itop_prune.kernels.orders import Order
+
+DENSEST = 0.25
+"""A layer with a larger share of active weights is about as fast with its dense weight."""
+FEW = 2048
+"""So many active weights take less time than it takes to make a dense weight."""
+ALONE = 1 << 20
+"""Products of two numbers that one thread computes as fast as several."""
+WIDTHS = (64, 128, 256)
+"""Bytes that a row of a tile may have: 16 to 64 numbers in float32."""
+
+
+def uses_kernels(shape: Sequence[int], active: int) -> bool:
+    """Tell whether a linear layer computes with its active weights, on a CPU with Numba.
+
+    Args:
+        shape: (outputs, inputs).
+        active: Number of active weights.
+    """
+    size = shape[0] * shape[1]
+    return 0 < size < 2**31 and active <= max(DENSEST * size, FEW)
+
+
+def forward(x: Tensor, values: Tensor, order: "Order", bias: Tensor | None) -> Tensor:
+    """Compute the output of a layer.
+
+    Args:
+        x: (rows, inputs).
+        values: (1, slots), of the type of x.
+        order: Of the layer's positions.
+        bias: (outputs,), of the type of x.
+
+    Returns:
+        (rows, outputs).
+    """
+    rows, outputs = x.shape[0], order.outputs
+    x, values = x.contiguous(), values.contiguous()
+    result = x.new_empty(rows, outputs)
+    pointers = (
+        x.data_ptr(),
+        *order.output_addresses,
+        values.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        result.data_ptr(),
+    )
+    threads = _threads(rows * order.active)
+    if rows == 1:
+        kind = _kind(x.dtype, WIDTHS[0])
+        _run(_kernels().vector_forward, threads, kind, *pointers, outputs)
+    elif rows:
+        kind, blocks = _parts(x, threads)
+        sizes = (rows, order.inputs, outputs, order.active)
+        _run(_kernels().forward, threads, kind, *pointers, *sizes, blocks)
+    return result
+
+
+def backward(
+    gradient: Tensor, x: Tensor, values: Tensor, order: "Order", needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Compute the gradients of input, values and bias.
+
+    Args:
+        gradient: (rows, outputs).
+        x: (rows, inputs), of the same type.
+        values: (1, slots), of the same type.
+        order: Of the layer's positions.
+        needs: Which of the three to compute; the others are None.
+    """
+    rows, outputs = gradient.shape
+    gradient, x, values = gradient.contiguous(), x.contiguous(), values.contiguous()
+    for_x = x.new_empty(x.shape) if needs[0] else None
+    for_values = values.new_zeros(values.shape) if needs[1] else None
+    for_bias = x.new_zeros(outputs) if needs[2] else None
+    if rows:
+        threads = _threads(rows * order.active)
+        kind, blocks = _parts(x, threads)
+        _run(
+            _kernels().backward,
+            threads,
+            kind,
+            gradient.data_ptr(),
+            x.data_ptr(),
+            *order.output_addresses,
+            *order.input_addresses,
+            values.data_ptr(),
+            *(0 if tensor is None else tensor.data_ptr() for tensor in (for_x, for_values, for_bias)),
+            rows,
+            order.inputs,
+            outputs,
+            order.active,
+            blocks,
+        )
+    return for_x, for_values, for_bias
+
+
+def _parts(x: Tensor, threads: int) -> tuple[Any, int]:
+    """Choose the rows of a tile, and in how many parts it is computed."""
+    size = x.shape[0] * x.element_size()
+    width = next((width for width in WIDTHS if width >= size), WIDTHS[-1])
+    return _kind(x.dtype, width), -(-threads // -(-size // width))
+
+
+def _threads(work: int) -> int:
+    return 1 if work < ALONE else min(torch.get_num_threads(), _most_threads())
+
+
+_parallel = threading.Lock()
+"""Numba's threads "workqueue" end the process if two threads of Python call them at once."""
+
+
+def _run(kernel: Any, threads: int, *arguments: Any) -> None:
+    import numba
+
+    with _parallel:
+        before = numba.get_num_threads()
+        if threads == before:
+            kernel(*arguments)
+            return
+        numba.set_num_threads(threads)
+        try:
+            kernel(*arguments)
+        finally:
+            numba.set_num_threads(before)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Import the kernels; they are compiled at their first call, once in an environment."""
+    from itop_prune.kernels import linear
+
+    return linear
+
+
+@functools.cache
+def _kind(dtype: torch.dtype, size: int) -> Any:
+    from itop_prune.kernels.vectors import Kind
+
+    return Kind("float32" if dtype is torch.float32 else "float64", size)
+
+
+@functools.cache
+def _most_threads() -> int:
+    import numba
+
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+class _Known(NamedTuple):
+    positions: Any
+    """A weak reference to them."""
+    version: int
+    order: "Order | None"
+    """None: the layer computes with its dense weight."""
+
+
+_known: dict[int, _Known] = {}
+
+
+def order_of(x: Tensor, values: Tensor, positions: Tensor, shape: Sequence[int]) -> "Order | None":
+    """Find the order of a layer's weights; None if its dense weight computes this input.
+
+    Args:
+        x: (rows, inputs).
+        values: (1, slots).
+        positions: (slots,).
+        shape: (outputs, inputs).
+    """
+    if x.dtype is not values.dtype or x.dtype not in (torch.float32, torch.float64):
+        return None
+    if x.device.type != "cpu" or x.shape[1] != shape[1] or not _is_plain(x):
+        return None
+
+    known = _known.get(id(positions))
+    if known and known.positions() is positions and known.version == positions._version:
+        return known.order
+    return _remember(positions, shape)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Tell whether what is done to a tensor is done at once: not recorded, mapped or faked."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.jit.is_tracing()
+    )
+
+
+def _remember(positions: Tensor, shape: Sequence[int]) -> "Order | None":
+    """Make the order of positions that are new or have changed; it is forgotten with them."""
+    order = None
+    if uses_kernels(shape, int((positions >= 0).sum())) and has_numba():
+        from itop_prune.kernels.orders import make_order
+
+        order = make_order(positions.numpy(), *shape)
+
+    if not positions.is_inference():  # changes of such tensors can't be seen
+        key = id(positions)
+        reference = weakref.ref(positions, lambda _: _known.pop(key, None))
+        _known[key] = _Known(reference, positions._version, order)
+    return order
+
+
+@functools.cache
+def has_numba() -> bool:
+    """Look for Numba, and warn once if it is missing."""
+    if importlib.util.find_spec("numba"):
+        return True
+    warnings.warn(
+        "linear layers in sparse storage compute with their dense weight, since Numba is not "
+        "installed; for faster ones: pip install 'itop_prune[sparse]'",
+        stacklevel=2,
+    )
+    return False
