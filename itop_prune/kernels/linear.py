@@ -12,7 +12,7 @@ Results do not depend on the number of threads. Tensors come as addresses of con
 which costs the least at a call. Nothing is checked here: `products.py` checks.
 """
 
-# mypy: ignore-errors  # the types are Numba's
+# mypy: disable-error-code=no-untyped-def
 
 from numba import njit, prange
 
@@ -68,7 +68,20 @@ def read_tile(kind, source, row, rows, features, tile):
 
 @njit(**FAST)
 def multiply(
-    kind, tile, starts, others, values, biased, bias, first, last, result, row, rows, features, block
+    kind,
+    tile,
+    starts,
+    others,
+    values,
+    biased,
+    bias,
+    first,
+    last,
+    result,
+    row,
+    rows,
+    features,
+    block,
 ):
     """result[row + i, f] = bias[f] + the sum of value * tile[other, i], for f in first..last."""
     tile_rows, side = numbers(kind, kind), numbers(kind, SQUARE)
@@ -165,7 +178,9 @@ def vector_forward(kind, x, starts, others, slots, values, bias, result, outputs
     Args:
         kind: Of the numbers.
         x: inputs.
-        starts, others, slots: `Order.by_output`.
+        starts: `Order.by_output.starts`.
+        others: `Order.by_output.others`.
+        slots: `Order.by_output.slots`.
         values: slots.
         bias: outputs; 0 if there is none.
         result: outputs; it is written.
@@ -203,12 +218,15 @@ def forward(
     Args:
         kind: Of the numbers; its size is that of a tile's rows.
         x: rows * inputs.
-        starts, others, slots: `Order.by_output`.
+        starts: `Order.by_output.starts`.
+        others: `Order.by_output.others`.
+        slots: `Order.by_output.slots`.
         values: slots.
         bias: outputs; 0 if there is none.
         result: rows * outputs; it is written.
         rows: Number of rows.
-        inputs, outputs: Numbers of features.
+        inputs: Number of features.
+        outputs: Number of features.
         active: Number of active weights.
         blocks: In how many parts of the outputs a tile is computed, for more threads than tiles.
     """
@@ -270,14 +288,19 @@ def backward(
         kind: Of the numbers; its size is that of a tile's rows.
         gradient: rows * outputs.
         x: rows * inputs.
-        starts, others, slots: `Order.by_output`.
-        input_starts, input_others, input_slots: `Order.by_input`.
+        starts: `Order.by_output.starts`.
+        others: `Order.by_output.others`.
+        slots: `Order.by_output.slots`.
+        input_starts: `Order.by_input.starts`.
+        input_others: `Order.by_input.others`.
+        input_slots: `Order.by_input.slots`.
         values: slots.
         for_x: rows * inputs; it is written.
         for_values: slots; written but for free slots.
         for_bias: outputs; it is written.
         rows: Number of rows, at least 1.
-        inputs, outputs: Numbers of features.
+        inputs: Number of features.
+        outputs: Number of features.
         active: Number of active weights.
         blocks: In how many parts of the features a tile is computed.
     """

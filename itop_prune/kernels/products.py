@@ -74,7 +74,7 @@ def forward(x: Tensor, values: Tensor, order: "Order", bias: Tensor | None) -> T
 
 def backward(
     gradient: Tensor, x: Tensor, values: Tensor, order: "Order", needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of input, values and bias.
 
     Args:
@@ -82,13 +82,13 @@ def backward(
         x: (rows, inputs), of the same type.
         values: (1, slots), of the same type.
         order: Of the layer's positions.
-        needs: Which of the three to compute; the others are None.
+        needs: Which of the three to compute; the others are empty.
     """
     rows, outputs = gradient.shape
     gradient, x, values = gradient.contiguous(), x.contiguous(), values.contiguous()
-    for_x = x.new_empty(x.shape) if needs[0] else None
-    for_values = values.new_zeros(values.shape) if needs[1] else None
-    for_bias = x.new_zeros(outputs) if needs[2] else None
+    for_x = x.new_empty(x.shape if needs[0] else 0)
+    for_values = values.new_zeros(values.shape if needs[1] else 0)
+    for_bias = x.new_zeros(outputs if needs[2] else 0)
     if rows:
         threads = _threads(rows * order.active)
         kind, blocks = _parts(x, threads)
@@ -101,7 +101,9 @@ def backward(
             *order.output_addresses,
             *order.input_addresses,
             values.data_ptr(),
-            *(0 if tensor is None else tensor.data_ptr() for tensor in (for_x, for_values, for_bias)),
+            for_x.data_ptr(),  # 0 if it is empty
+            for_values.data_ptr(),
+            for_bias.data_ptr(),
             rows,
             order.inputs,
             outputs,

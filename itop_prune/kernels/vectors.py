@@ -33,7 +33,7 @@ LOOSE = ("contract", "reassoc", "nsz")
 """Sums may be fused and reordered. NaN and infinities stay what they are."""
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """The type of a vector of numbers."""
 
     def __init__(self, element: Any, count: int) -> None:
@@ -42,7 +42,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class VectorModel(models.PrimitiveModel):
     """How LLVM holds it: as a vector."""
 
     def __init__(self, manager: Any, kind: Vector) -> None:
@@ -50,7 +50,7 @@ class VectorModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, kind, ir.VectorType(element, kind.count))
 
 
-class KindType(types.Opaque):  # type: ignore[misc]
+class KindType(types.Opaque):
     """The type of a `Kind`: functions are compiled once for each."""
 
     def __init__(self, dtype: Any, size: int) -> None:
@@ -159,7 +159,7 @@ def at(typing: Any, place: Any, index: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = signature.args[0]
         element = context.get_value_type(kind.dtype)
-        return builder.load(_address(context, builder, kind, *arguments, element))
+        return builder.load(_address(context, builder, kind, arguments[0], arguments[1], element))
 
     return place.dtype(place, types.intp), code
 
@@ -205,8 +205,9 @@ def load(typing: Any, place: Any, index: Any, size: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = signature.args[0]
+        place, index, _ = arguments
         vector = context.get_value_type(signature.return_type)
-        address = _address(context, builder, kind, *arguments[:2], vector)
+        address = _address(context, builder, kind, place, index, vector)
         return builder.load(address, align=_aligned(kind))
 
     return Vector(place.dtype, count)(place, types.intp, size), code
@@ -217,9 +218,10 @@ def store(typing: Any, place: Any, index: Any, vector: Any) -> Any:
     """Write a vector at an index."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, index, vector = arguments
         kind = signature.args[0]
-        address = _address(context, builder, kind, *arguments[:2], arguments[2].type)
-        builder.store(arguments[2], address, align=_aligned(kind))
+        address = _address(context, builder, kind, place, index, vector.type)
+        builder.store(vector, address, align=_aligned(kind))
         return context.get_dummy_value()
 
     return types.none(place, types.intp, vector), code

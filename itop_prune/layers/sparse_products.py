@@ -79,13 +79,11 @@ def backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of input, values, dense weight and bias; empty where not needed."""
-    order = None
-    # A gradient that is to be differentiated again needs operations that torch can.
-    if not stride and not torch.is_grad_enabled():
-        order = order_of(x, values, positions, shape)
+    for_x, for_values, for_weight, for_bias = (gradient.new_empty(0) for _ in range(4))
     layout = Layout(tuple(shape), channels_last)
-    for_x = for_values = for_weight = for_bias = None
-    if order:
+    # A gradient that is to be differentiated again needs operations that torch knows.
+    once = not torch.is_grad_enabled()
+    if not stride and once and (order := order_of(x, values, positions, shape)):
         needs = (needs_x, needs_values and not needs_weight, needs_bias)
         for_x, for_values, for_bias = products.backward(gradient, x, values, order, needs)
         if needs_weight:
@@ -100,20 +98,21 @@ def backward(
     else:
         # Without the input's gradient the weight's numbers are not read, only its shape.
         weight = dense(values, positions, layout) if needs_x else values.new_empty(()).expand(shape)
-        nothing = [0] * len(stride)
+        zeros = [0] * len(stride)
         needs = (needs_x, needs_weight or needs_values, needs_bias)
-        for_x, for_weight, for_bias = torch.ops.aten.convolution_backward(
-            gradient, x, weight, [shape[0]], stride, padding, dilation, False, nothing, groups, needs
+        found = torch.ops.aten.convolution_backward(
+            gradient, x, weight, [shape[0]], stride, padding, dilation, False, zeros, groups, needs
+        )
+        for_x, for_weight, for_bias = (
+            tensor if need else gradient.new_empty(0)
+            for tensor, need in zip(found, needs, strict=True)
         )
 
-    if needs_values and for_values is None:
+    if needs_values and not for_values.numel():
         for_values = gather(for_weight, positions)
-    found = (for_x, for_values, for_weight, for_bias)
-    needed = (needs_x, needs_values, needs_weight, needs_bias)
-    return tuple(
-        tensor if need else gradient.new_empty(0)
-        for tensor, need in zip(found, needed, strict=True)
-    )
+    if not needs_weight:
+        for_weight = gradient.new_empty(0)
+    return for_x, for_values, for_weight, for_bias
 
 
 _forward_op = torch.library.custom_op("itop_prune::product", forward, mutates_args=())
