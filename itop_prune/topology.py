@@ -26,10 +26,10 @@ class NaNScores(ValueError):
 
 
 class ActiveScores(NamedTuple):
-    """Scores of the active positions alone."""
+    """Scores of the active positions alone, in any order."""
 
     positions: Tensor
-    """In the flattened mask, rising."""
+    """In the flattened mask; what is scored at a position of -1 is passed over."""
     scores: Tensor
 
 
@@ -104,9 +104,10 @@ def prune(
         if isinstance(scores, Tensor):
             return mask ^ select(-as_float(scores), mask, count, generator)
 
-        everywhere = torch.ones_like(scores.positions, dtype=torch.bool)
-        gone = select(-as_float(scores.scores), everywhere, count, generator)
-        kept = mask.flatten().index_fill(0, scores.positions[gone].long(), False)
+        positions = scores.positions
+        gone = select(-as_float(scores.scores), positions >= 0, count, generator, positions)
+        gone = positions.index_select(0, true_positions(gone)).long()
+        kept = mask.flatten().index_fill(0, gone, False)
         return kept.view(mask.shape)
     except NaNScores:
         raise NaNScores("prune") from None
@@ -163,7 +164,11 @@ def _count_inactive(mask: Tensor, count: int) -> int:
 
 
 def select(
-    scores: Tensor, allowed: Tensor, count: int, generator: torch.Generator | None = None
+    scores: Tensor,
+    allowed: Tensor,
+    count: int,
+    generator: torch.Generator | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Select exactly `count` allowed positions: those with the largest scores.
 
@@ -176,6 +181,7 @@ def select(
         count: How many positions to select.
         generator: Draws among ties, on the device of `scores`. None takes tied positions in index
             order.
+        order: Numbers that stand for the indices in the order of ties, for 1-d `scores`.
 
     Returns:
         A bool tensor of the shape of `scores`.
@@ -192,7 +198,8 @@ def select(
     flat = as_float(scores).flatten()
     certain, candidates, rest = _split_search(flat, allowed.flatten(), count)
     values = flat.index_select(0, candidates)
-    chosen = candidates.index_select(0, _top(values, rest, generator))
+    order = candidates if order is None else order.index_select(0, candidates)
+    chosen = candidates.index_select(0, _top(values, rest, generator, order))
     return certain.index_fill_(0, chosen, True).view(allowed.shape)
 
 
@@ -237,8 +244,11 @@ def true_positions(mask: Tensor) -> Tensor:
     return 8 * words.index_select(0, found >> 3) + (found & 7)
 
 
-def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Find the indices of the `count` largest values of a 1-d tensor, exactly; draw among ties."""
+def _top(values: Tensor, count: int, generator: torch.Generator | None, order: Tensor) -> Tensor:
+    """Find the indices of the `count` largest values of a 1-d tensor, exactly; draw among ties.
+
+    Tied values are drawn by what `order` has for them, so that their own order plays no part.
+    """
     largest = values.topk(count, sorted=False)
     threshold = largest.values.amin()  # topk ranks NaN above all numbers, and amin passes it on
     if threshold.isnan():
@@ -249,6 +259,7 @@ def _top(values: Tensor, count: int, generator: torch.Generator | None) -> Tenso
 
     above = (values > threshold).nonzero().squeeze(1)
     tied = (values == threshold).nonzero().squeeze(1)
+    tied = tied[order[tied].argsort()]
     if generator is not None:
         tied = tied[torch.randperm(len(tied), generator=generator, device=values.device)]
     return torch.cat([above, tied[: count - len(above)]])

@@ -139,7 +139,7 @@ class ITOP(prune.BasePruningMethod):
         return math.prod(self.shape)
 
     def active_values(self) -> tuple[Tensor, Tensor] | None:
-        """Look up positions of active weights, rising, and their values, where they are stored."""
+        """Look up positions and values as they are stored; None where a dense tensor is."""
         return None
 
     @property

@@ -54,15 +54,13 @@ class SparseITOP(ITOP):
         return getattr(self._layer, layout_name(self._tensor_name))
 
     def active_values(self) -> tuple[Tensor, Tensor] | None:
-        """Look up positions of active weights, rising, and their values.
+        """Look up positions and values of all slots; free ones have the position -1.
 
         None for standardized layers: what they use is not what is stored.
         """
         if is_standardized(type(self._layer)):
             return None
-        positions, order = self.positions.sort()
-        free = len(positions) - self.active
-        return positions[free:], self.parameter.detach()[0].index_select(0, order[free:])
+        return self.positions, self.parameter.detach()[0]
 
     @classmethod
     def place(cls, module: nn.Module, name: str) -> ITOP:

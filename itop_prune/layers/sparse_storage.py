@@ -84,8 +84,9 @@ def mask_of(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
             [False,  True]])
     """
     size = math.prod(shape)
+    # One place more than the mask has: free slots fill it, since -1 is the last one.
     flat = torch.zeros(size + 1, dtype=torch.bool, device=positions.device)
-    return flat.index_fill_(0, _places(positions, size), True)[:size].view(shape)
+    return flat.index_fill_(0, positions.long(), True)[:size].view(shape)
 
 
 def _places(positions: Tensor, size: int) -> Tensor:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ SETTINGS = (
     "regrow={every: 7, grow: gradient}",
     "ema={decay: 0.9}",
 )
-PATIENCE = 180.0
+PATIENCE = 600.0  # a busy disk may take minutes to flush a checkpoint
 
 gloo = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()),
@@ -54,7 +55,12 @@ def without_last_checkpoint(whole: Path, folder: Path) -> Path:
 
 
 def start(command: Sequence[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(
         [sys.executable, *command], env=environment, cwd=ROOT, text=True, **pipes
@@ -109,11 +115,14 @@ def of_photos(folder: Path, batch_size: int = 4) -> tuple[str, ...]:
 
 
 def output_of(process: subprocess.Popen[str]) -> str:
-    """Wait for a run to end, and return what it printed; one that hangs is ended."""
+    """Wait for a run to end, and return what it printed; one that hangs ends with its stacks."""
     try:
         return process.communicate(timeout=PATIENCE)[0]
     except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun ends its ranks
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        for rank in ranks.read_text().split() if ranks.exists() else ():
+            os.kill(int(rank), signal.SIGABRT)  # faulthandler prints where each thread is
+        process.terminate()
         pytest.fail(f"still running after {PATIENCE} s:\n{process.communicate()[0]}")
 
 
