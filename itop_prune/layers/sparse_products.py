@@ -23,6 +23,8 @@ from itop_prune.layers.sparse_storage import Layout, dense, gather
 
 NAME = "weight"
 """The weight that a linear layer or a convolution multiplies with."""
+VALUES, POSITIONS = values_name(NAME), positions_name(NAME)
+LAYOUT, PROBE = layout_name(NAME), probe_name(NAME)
 
 
 class Geometry(NamedTuple):
@@ -79,37 +81,38 @@ def backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of input, values, dense weight and bias; empty where not needed."""
-    for_x, for_values, for_weight, for_bias = (gradient.new_empty(0) for _ in range(4))
-    layout = Layout(tuple(shape), channels_last)
     # A gradient that is to be differentiated again needs operations that torch knows.
-    once = not torch.is_grad_enabled()
-    if not stride and once and (order := order_of(x, values, positions, shape)):
-        needs = (needs_x, needs_values and not needs_weight, needs_bias)
-        for_x, for_values, for_bias = products.backward(gradient, x, values, order, needs)
-        if needs_weight:
+    if not stride and not torch.is_grad_enabled():
+        order = order_of(x, values, positions, shape)
+        if order:
+            needs = (needs_x, needs_values and not needs_weight, needs_bias)
+            for_x, for_values, for_bias = products.backward(gradient, x, values, order, needs)
+            if not needs_weight:
+                return for_x, for_values, gradient.new_empty(0), for_bias
             for_weight = gradient.t().mm(x)
-    elif not stride:
-        if needs_x:
-            for_x = gradient.mm(dense(values, positions, layout))
-        if needs_weight or needs_values:
-            for_weight = gradient.t().mm(x)
-        if needs_bias:
-            for_bias = gradient.sum(0)
+            if needs_values:
+                for_values = gather(for_weight, positions)
+            return for_x, for_values, for_weight, for_bias
+
+    layout = Layout(tuple(shape), channels_last)
+    needs = (needs_x, needs_weight or needs_values, needs_bias)
+    if not stride:
+        found = (
+            gradient.mm(dense(values, positions, layout)) if needs_x else None,
+            gradient.t().mm(x) if needs[1] else None,
+            gradient.sum(0) if needs_bias else None,
+        )
     else:
         # Without the input's gradient the weight's numbers are not read, only its shape.
         weight = dense(values, positions, layout) if needs_x else values.new_empty(()).expand(shape)
         zeros = [0] * len(stride)
-        needs = (needs_x, needs_weight or needs_values, needs_bias)
         found = torch.ops.aten.convolution_backward(
             gradient, x, weight, [shape[0]], stride, padding, dilation, False, zeros, groups, needs
         )
-        for_x, for_weight, for_bias = (
-            tensor if need else gradient.new_empty(0)
-            for tensor, need in zip(found, needs, strict=True)
-        )
-
-    if needs_values and not for_values.numel():
-        for_values = gather(for_weight, positions)
+    for_x, for_weight, for_bias = (
+        tensor if need else gradient.new_empty(0) for tensor, need in zip(found, needs, strict=True)
+    )
+    for_values = gather(for_weight, positions) if needs_values else gradient.new_empty(0)
     if not needs_weight:
         for_weight = gradient.new_empty(0)
     return for_x, for_values, for_weight, for_bias
@@ -191,9 +194,9 @@ def product(
 
     Under autocast kernels compute in the type of the values, and their output is converted.
     """
-    values: Tensor = getattr(layer, values_name(NAME))
-    probe = getattr(layer, probe_name(NAME)) if isinstance(values, nn.Parameter) else None
-    positions, layout = getattr(layer, positions_name(NAME)), getattr(layer, layout_name(NAME))
+    values: Tensor = getattr(layer, VALUES)
+    probe = getattr(layer, PROBE) if isinstance(values, nn.Parameter) else None
+    positions, layout = getattr(layer, POSITIONS), getattr(layer, LAYOUT)
     eager = not torch.compiler.is_compiling()
 
     narrow = None
@@ -233,7 +236,7 @@ def convolution_forward(layer: Any, x: Tensor) -> Tensor:
     a whole tensor.
     """
     plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    if not plain or x.ndim != len(getattr(layer, layout_name(NAME)).shape):
+    if not plain or x.ndim != len(getattr(layer, LAYOUT).shape):
         return layer._conv_forward(x, layer.weight, layer.bias)
     geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
     return product(layer, x, layer.bias, geometry)
