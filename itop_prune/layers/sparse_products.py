@@ -97,10 +97,11 @@ def backward(
     layout = Layout(tuple(shape), channels_last)
     needs = (needs_x, needs_weight or needs_values, needs_bias)
     if not stride:
+        nothing = gradient.new_empty(0)
         found = (
-            gradient.mm(dense(values, positions, layout)) if needs_x else None,
-            gradient.t().mm(x) if needs[1] else None,
-            gradient.sum(0) if needs_bias else None,
+            gradient.mm(dense(values, positions, layout)) if needs_x else nothing,
+            gradient.t().mm(x) if needs[1] else nothing,
+            gradient.sum(0) if needs_bias else nothing,
         )
     else:
         # Without the input's gradient the weight's numbers are not read, only its shape.
