@@ -210,7 +210,9 @@ def order_of(
         return None
     if x.shape[1:] != (shape[1],) or not (_is_plain(x) and _is_plain(values) and positions.is_cpu):
         return None
-    if bias is not None and (bias.shape != (shape[0],) or bias.dtype is not x.dtype):
+    if bias is not None and not (
+        bias.shape == (shape[0],) and bias.dtype is x.dtype and _is_plain(bias)
+    ):
         return None
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return None
