@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+_REPAIR = "load the model again, and move weights with ITOP.write_mask alone"
+
 
 class Direction(NamedTuple):
     """The weights of a matrix, grouped by output or by input; contiguous int32."""
@@ -34,15 +36,32 @@ class Order:
 def make_order(positions: NDArray[np.integer], outputs: int, inputs: int) -> Order:
     """Group the weights of a matrix; positions of -1 are left out.
 
+    Raises:
+        ValueError: If a position is outside of the matrix, or has two slots. Kernels would read
+            and write what is not theirs.
+
     >>> order = make_order(np.array([5, -1, 0, 3]), outputs=2, inputs=3)
     >>> [array.tolist() for array in order.by_output]
     [[0, 1, 3], [0, 0, 2], [2, 3, 0]]
     >>> [array.tolist() for array in order.by_input]
     [[0, 2, 2, 3], [0, 1, 1], [2, 3, 0]]
     """
+    size = outputs * inputs
+    for bound in (positions.min(initial=-1), positions.max(initial=-1)):
+        if not -1 <= bound < size:
+            raise ValueError(
+                f"position {bound} is outside of a weight of {size}; allowed are -1 to {size - 1}; "
+                f"{_REPAIR}"
+            )
+
     slots = np.flatnonzero(positions >= 0).astype(np.int32)
     output, input = np.divmod(positions[slots].astype(np.int64), inputs)
-    return Order(_group(output, input, slots, outputs), _group(input, output, slots, inputs))
+    by_output = _group(output, input, slots, outputs)
+    ordered = positions[by_output.slots]
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise ValueError(f"position {twice[0]} has two slots; allowed is one; {_REPAIR}")
+    return Order(by_output, _group(input, output, slots, inputs))
 
 
 def _group(

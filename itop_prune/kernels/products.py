@@ -52,7 +52,8 @@ def forward(x: Tensor, values: Tensor, order: "Order", bias: Tensor | None) -> T
         (rows, outputs).
     """
     rows, outputs = x.shape[0], order.outputs
-    x, values = x.contiguous(), values.contiguous()
+    x, values = _stored(x), _stored(values)
+    bias = None if bias is None else _stored(bias)
     result = x.new_empty(rows, outputs)
     pointers = (
         x.data_ptr(),
@@ -85,7 +86,7 @@ def backward(
         needs: Which of the three to compute; the others are empty.
     """
     rows, outputs = gradient.shape
-    gradient, x, values = gradient.contiguous(), x.contiguous(), values.contiguous()
+    gradient, x, values = _stored(gradient), _stored(x), _stored(values)
     for_x = x.new_empty(x.shape if needs[0] else 0)
     for_values = values.new_zeros(values.shape if needs[1] else 0)
     for_bias = x.new_zeros(outputs if needs[2] else 0)
@@ -111,6 +112,12 @@ def backward(
             blocks,
         )
     return for_x, for_values, for_bias
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """Make a tensor whose numbers lie in memory one after the other, as they are."""
+    # A view of the imaginary part of conjugate numbers has a flag: its numbers are to be negated.
+    return tensor.resolve_neg().contiguous()
 
 
 def _parts(x: Tensor, threads: int) -> tuple[Any, int]:
@@ -169,6 +176,8 @@ class _Known(NamedTuple):
     positions: Any
     """A weak reference to them."""
     version: int
+    sizes: tuple[int, ...]
+    """Number of values, outputs, inputs."""
     order: "Order | None"
     """None: the layer computes with its dense weight."""
 
@@ -176,39 +185,61 @@ class _Known(NamedTuple):
 _known: dict[int, _Known] = {}
 
 
-def order_of(x: Tensor, values: Tensor, positions: Tensor, shape: Sequence[int]) -> "Order | None":
+def order_of(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    shape: Sequence[int],
+    bias: Tensor | None = None,
+) -> "Order | None":
     """Find the order of a layer's weights; None if its dense weight computes this input.
+
+    Inputs and biases that do not fit are left to the dense weight, for torch's own errors.
 
     Args:
         x: (rows, inputs).
         values: (1, slots).
         positions: (slots,).
         shape: (outputs, inputs).
+        bias: (outputs,).
+
+    Raises:
+        ValueError: If positions are outside of the weight, or one has two slots.
     """
     if x.dtype is not values.dtype or x.dtype not in (torch.float32, torch.float64):
         return None
-    if x.device.type != "cpu" or x.shape[1] != shape[1] or not _is_plain(x):
+    if x.shape[1:] != (shape[1],) or not (_is_plain(x) and _is_plain(values) and positions.is_cpu):
+        return None
+    if bias is not None and not (
+        bias.shape == (shape[0],) and bias.dtype is x.dtype and _is_plain(bias)
+    ):
+        return None
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return None
+    if torch.jit.is_tracing():
         return None
 
+    sizes = (values.numel(), *shape)
     known = _known.get(id(positions))
-    if known and known.positions() is positions and known.version == positions._version:
-        return known.order
-    return _remember(positions, shape)
+    if known is None or known.positions() is not positions or known.sizes != sizes:
+        return _remember(positions, sizes)
+    return known.order if known.version == positions._version else _remember(positions, sizes)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Tell whether what is done to a tensor is done at once: not recorded, mapped or faked."""
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether the numbers of a tensor are in memory, each at its place."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch.jit.is_tracing()
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
     )
 
 
-def _remember(positions: Tensor, shape: Sequence[int]) -> "Order | None":
+def _remember(positions: Tensor, sizes: tuple[int, ...]) -> "Order | None":
     """Make the order of positions that are new or have changed; it is forgotten with them."""
-    order = None
+    order, (slots, *shape) = None, sizes
+    if positions.shape != (slots,):
+        return None
     if uses_kernels(shape, int((positions >= 0).sum())) and has_numba():
         from itop_prune.kernels.orders import make_order
 
@@ -217,7 +248,7 @@ def _remember(positions: Tensor, shape: Sequence[int]) -> "Order | None":
     if not positions.is_inference():  # changes of such tensors can't be seen
         key = id(positions)
         reference = weakref.ref(positions, lambda _: _known.pop(key, None))
-        _known[key] = _Known(reference, positions._version, order)
+        _known[key] = _Known(reference, positions._version, sizes, order)
     return order
 
 

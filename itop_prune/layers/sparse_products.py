@@ -52,7 +52,7 @@ def forward(
     groups: int,
 ) -> Tensor:
     """Compute the output of a layer."""
-    if not stride and (order := order_of(x, values, positions, shape)):
+    if not stride and (order := order_of(x, values, positions, shape, bias)):
         return products.forward(x, values, order, bias)
 
     weight = dense(values, positions, Layout(tuple(shape), channels_last))
@@ -201,7 +201,8 @@ def product(
     eager = not torch.compiler.is_compiling()
 
     narrow = None
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+    # Of the type "meta" autocast knows nothing.
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
         narrow = torch.get_autocast_dtype(x.device.type)
         wide = x.to(values.dtype)
         if eager and not geometry.stride and order_of(wide, values, positions, layout.shape):
@@ -219,7 +220,7 @@ def product(
 
 def linear_forward(layer: Any, x: Tensor) -> Tensor:
     """Stand in for `nn.Linear.forward`; any leading dimensions are rows."""
-    if x.ndim == 2:
+    if x.ndim == 2 or not x.ndim:
         return product(layer, x, layer.bias)
 
     rows = x.reshape(-1, x.shape[-1])

@@ -1,5 +1,6 @@
 """Sparse storage trains as masks do: equal masks, and weights equal up to rounding, in float64."""
 
+import collections
 import copy
 import functools
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import itop_prune
+from itop_prune.kernels import products
 
 STEPS, EVERY = 300, 28  # ten updates
 
@@ -135,6 +137,27 @@ def assert_same_training(**arguments: Any) -> None:
         assert itop.storage == "sparse", name
         free = itop.positions < 0
         assert not itop.parameter[:, free].any()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_linear_layers_of_these_runs_compute_with_kernels(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: collections.Counter[str] = collections.Counter()
+
+    def counting(name: str) -> Callable[..., Any]:
+        function = getattr(products, name)
+
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            return function(*arguments)
+
+        return call
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(products, name, counting(name))
+    trained("sparse", steps=30, grow="gradient", checkpointing=checkpointing)
+    assert calls == {"forward": 30 * (5 if checkpointing else 3), "backward": 30 * 3}
 
 
 def slow_but(fast: set[str], names: Iterable[str]) -> list[Any]:
