@@ -19,7 +19,7 @@ from itop_prune.layers.sparse_handle import Storage
 
 from .measure import CPU, Measured, Settings, seconds
 from .memory import NETWORKS, mlp
-from .steps import Training
+from .steps import SGD, Training
 
 Step = Callable[[], float]
 """Takes a step and returns its seconds."""
@@ -29,23 +29,24 @@ AT_LEAST = 0.05
 """Seconds that a turn measures; two steps if they take longer."""
 
 
+@dataclass(frozen=True)
 class Network:
     """Builds networks of one kind, dense or sparse, and their training steps."""
 
-    def __init__(
-        self,
-        build: Callable[[], nn.Module],
-        shape: tuple[int, ...],
-        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
-    ) -> None:
-        self.build = build
-        self.shape = shape
-        self.options = {} if optimizer is None else {"optimizer": optimizer}
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    """Of a batch."""
+    optimizer: Callable[..., torch.optim.Optimizer] = SGD
 
     def step(self, sparsity: float | None, storage: Storage, settings: Settings) -> Step:
         """Build a network and its training step; a sparsity of None is dense."""
         training = Training(
-            self.build(), self.shape, sparsity, settings, storage=storage, **self.options
+            self.build(),
+            self.shape,
+            sparsity,
+            settings,
+            storage=storage,
+            optimizer=self.optimizer,
         )
         return functools.partial(training.take, 1)
 
