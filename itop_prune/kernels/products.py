@@ -139,6 +139,7 @@ def _run(kernel: Any, threads: int, *arguments: Any) -> None:
     import numba
 
     with _parallel:
+        _start_threads()
         before = numba.get_num_threads()
         if threads == before:
             kernel(*arguments)
@@ -148,6 +149,16 @@ def _run(kernel: Any, threads: int, *arguments: Any) -> None:
             kernel(*arguments)
         finally:
             numba.set_num_threads(before)
+
+
+@functools.cache
+def _start_threads() -> None:
+    """Start Numba's threads; that sets the number of OpenMP's, so torch gets its own back."""
+    import numba
+
+    threads = torch.get_num_threads()
+    numba.get_num_threads()
+    torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Measure what the masks cost, as ratios: our code alternates with what it is compared with.
 
-  python tools/bench.py                                    # everything, ten minutes on two cores
+  python tools/bench.py                                    # everything, twenty minutes on two cores
   python tools/bench.py --quick --only update,step         # smaller models, fewer rounds
+  python tools/bench.py --only sparse --picture steps.svg   # sparse training on a CPU, drawn too
   python tools/bench.py --json new.json --against old.json
   python tools/bench.py --profile                          # the costliest operations of a step
   python tools/bench.py --deploy                           # deployed models, as a Markdown table
@@ -18,6 +19,7 @@ import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -29,12 +31,14 @@ from .file_sizes import files
 from .measure import Measured, Settings
 from .memory import memory
 from .runner import images, imports, run
+from .sparse_training import sparse
 from .steps import profile, step
 from .updates import scaling, update
 
 BENCHMARKS = {
     "update": update,
     "step": step,
+    "sparse": sparse,
     "memory": memory,
     "scaling": scaling,
     "images": images,
@@ -57,6 +61,8 @@ class Row:
     ratio: float
     target: str
     met: bool
+    masked: float | None = None
+    """The median with masks, in `unit`, where that is measured too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         found = {"machine": machine, "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.picture:
+        from .sparse_figure import draw  # needs matplotlib, which the table does without
+
+        draw(rows, args.picture)
     return 0 if all(row.met for row in rows) else 1
 
 
@@ -131,6 +141,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to a file")
     parser.add_argument(
+        "--picture", type=Path, metavar="FILE", help="draw what `sparse` found: .png, .svg or .pdf"
+    )
+    parser.add_argument(
         "--against", type=Path, metavar="FILE", help="show the ratios of such a file beside the new"
     )
     args = parser.parse_args(argv)
@@ -141,6 +154,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in args.only if name not in BENCHMARKS]
     if unknown:
         parser.error(f"--only has {', '.join(unknown)}; known are {', '.join(BENCHMARKS)}")
+    if args.picture and ("sparse" not in args.only or args.quick):
+        parser.error("--picture draws the full rows of sparse; use --only sparse without --quick")
     if args.against and not args.against.is_file():
         parser.error(f"--against {args.against} is not there; give a file that --json wrote")
     return args
@@ -164,13 +179,17 @@ def row_of(measured: Measured) -> Row:
 
     other = statistics.median(measured.other) if measured.other else None
     ours = statistics.median(measured.ours)
-    return Row(measured.name, ours, other, measured.unit, ratio, target, met)
+    masked = statistics.median(measured.masked) if measured.masked else None
+    return Row(measured.name, ours, other, measured.unit, ratio, target, met, masked)
 
 
 def table(rows: Sequence[Row], before: dict[str, float]) -> Table:
     """Build the table, with the ratios of a former run if there is one."""
     shown = Table("what", header_style="bold")
     headings = ["ours", "compared with", "ratio", "target", ""]
+    with_masks = any(row.masked is not None for row in rows)
+    if with_masks:
+        headings.insert(2, "with masks")
     if before:
         headings.insert(0, "ratio before")
     for heading in headings:
@@ -178,28 +197,44 @@ def table(rows: Sequence[Row], before: dict[str, float]) -> Table:
 
     for row in rows:
         cells = [
-            f"{row.ours:.4g} {row.unit}",
-            f"{row.other:.4g} {row.unit}" if row.other is not None else "",
+            in_unit(row.ours, row.unit),
+            in_unit(row.other, row.unit),
             f"{row.ratio:.3g}",
             row.target,
             "[green]met[/]" if row.met else "[red]missed[/]",
         ]
+        if with_masks:
+            cells.insert(2, in_unit(row.masked, row.unit))
         if before:
             cells.insert(0, f"{before[row.name]:.3g}" if row.name in before else "")
         shown.add_row(row.name, *cells)
     return shown
 
 
+def in_unit(value: float | None, unit: str) -> str:
+    """Format a number with its unit; nothing for None."""
+    return "" if value is None else f"{value:.4g} {unit}"
+
+
 def describe(device: torch.device) -> str:
-    """Describe chip, cores and torch, without the name of the machine."""
+    """Describe chip, cores, torch and Numba, without the name of the machine."""
     chip = platform.processor() or platform.machine()
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                chip = line.partition(":")[2].strip()
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                chip = value.strip()
+            elif key.strip() == "flags":
+                wide = "avx512f" in value.split()
                 break
 
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    threads = torch.get_num_threads()
-    return f"{chip}, {os.cpu_count()} cores, {threads} threads{gpu}; torch {torch.__version__}"
+    try:
+        numba = f"numba {version('numba')}"
+    except PackageNotFoundError:
+        numba = "no numba"
+    vectors = "with AVX-512" if wide else "without AVX-512"
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{chip} {vectors}, {threads}{gpu}; torch {torch.__version__}, {numba}"

@@ -35,6 +35,8 @@ class Measured:
     ours: list[float] = field(default_factory=list)
     other: list[float] = field(default_factory=list)
     """Empty if the target is about our number alone."""
+    masked: list[float] = field(default_factory=list)
+    """The same with masks, where that is measured too."""
 
     def take(
         self, rounds: int, ours: Callable[[], float], other: Callable[[], float] | None = None

@@ -16,8 +16,8 @@ from .steps import Training
 from .updates import Updates
 
 
-def _mlp() -> nn.Module:
-    sizes = (784, 1568, 1568, 1568, 10)
+def mlp(*sizes: int) -> nn.Sequential:
+    """Build linear layers of these sizes with ReLU between them."""
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
@@ -25,7 +25,7 @@ def _mlp() -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "mlp": (_mlp, (8, 784)),
+    "mlp": (functools.partial(mlp, 784, 1568, 1568, 1568, 10), (8, 784)),
     "vit-small": (lambda: timm.create_model("vit_small_patch16_224"), (1, 3, 224, 224)),
 }
 

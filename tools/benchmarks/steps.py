@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import timm
@@ -25,6 +25,7 @@ CPU_STEPS: Steps = {
     "resnet50": ((32, 3, 128, 128), 1.03, 1),
 }
 GPU_STEPS: Steps = {"resnet50": ((256, 3, 224, 224), 1.02, 10)}
+SGD = functools.partial(torch.optim.SGD, lr=0.001, momentum=0.9)
 
 
 class Training:
@@ -38,6 +39,7 @@ class Training:
         settings: Settings,
         compiled: bool = False,
         storage: Storage = "mask",
+        optimizer: Callable[..., torch.optim.Optimizer] = SGD,
     ) -> None:
         self.device = settings.device
         layout: torch.memory_format = torch.contiguous_format
@@ -49,7 +51,7 @@ class Training:
         self.model = model.to(self.device).to(memory_format=layout).train()
         masks = itop_prune.apply(self.model, sparsity, storage=storage) if sparsity else {}
         self.called: Any = torch.compile(self.model) if compiled else self.model
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.001, momentum=0.9)
+        self.optimizer = optimizer(self.model.parameters())
         self.regrow = None
         if masks:
             self.regrow = itop_prune.MaskScheduler(

@@ -1,0 +1,77 @@
+"""The figure of sparse training: the time of a step, dense, with masks, and in sparse storage."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from matplotlib.axes import Axes
+
+from ..reports import style
+from .sparse_training import CASES, MLP, VIT, title
+
+SHARE = 0.27
+"""Width of a bar, of the distance between two sparsities."""
+CORES = 1
+
+
+class Found(Protocol):
+    """A row of the benchmark's table; times are medians in ms."""
+
+    @property
+    def name(self) -> str:
+        """As `title` writes it."""
+
+    @property
+    def ours(self) -> float:
+        """Of a step in sparse storage."""
+
+    @property
+    def other(self) -> float | None:
+        """Of a dense step."""
+
+    @property
+    def masked(self) -> float | None:
+        """Of a step with masks."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as dense."""
+
+
+def draw(rows: Iterable[Found], path: Path) -> None:
+    """Draw the steps of the MLP and of the ViT on one core as bars.
+
+    Args:
+        rows: All rows of the benchmark; others do not count.
+        path: The file; its ending decides the format.
+
+    Raises:
+        OSError, ValueError: The file can't be written.
+    """
+    found = {row.name: row for row in rows}
+    with style.look():
+        figure, axes = style.panels(2, width=style.WIDE, height=4.0)
+        for axis, case in zip(axes, (MLP, VIT), strict=True):
+            draw_case(axis, case, found)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        figure.savefig(path, dpi=160)
+
+
+def draw_case(axis: Axes, case: str, found: dict[str, Found]) -> None:
+    """Draw one network: three bars for each sparsity."""
+    sparsities = list(CASES[case].targets[CORES])
+    rows = [found[title(case, sparsity, CORES)] for sparsity in sparsities]
+    kinds = {
+        "dense": (style.GREY, [row.other or 0.0 for row in rows]),
+        "with masks": (style.SKY, [row.masked or 0.0 for row in rows]),
+        "sparse storage": (style.VERMILLION, [row.ours for row in rows]),
+    }
+    for place, (label, (color, heights)) in enumerate(kinds.items()):
+        positions = [at + SHARE * (place - 1) for at in range(len(rows))]
+        bars = axis.bar(positions, heights, SHARE, color=color, label=label)
+    axis.bar_label(bars, [f"{row.ratio:.2g} ×" for row in rows], padding=2)
+
+    labels = [f"{100 * sparsity:g} %" for sparsity in sparsities]
+    axis.set_xticks(range(len(rows)), labels)
+    axis.set(title=case, ylabel="training step, ms", xlabel="sparsity")
+    axis.grid(visible=False, axis="x")
