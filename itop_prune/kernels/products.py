@@ -185,9 +185,7 @@ def order_of(x: Tensor, values: Tensor, positions: Tensor, shape: Sequence[int])
         positions: (slots,).
         shape: (outputs, inputs).
     """
-    if x.dtype is not values.dtype or x.dtype not in (torch.float32, torch.float64):
-        return None
-    if x.device.type != "cpu" or x.shape[1] != shape[1] or not _is_plain(x):
+    if x.dtype is not values.dtype or x.shape[1] != shape[1] or not computes(x):
         return None
 
     known = _known.get(id(positions))
@@ -196,10 +194,16 @@ def order_of(x: Tensor, values: Tensor, positions: Tensor, shape: Sequence[int])
     return _remember(positions, shape)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Tell whether what is done to a tensor is done at once: not recorded, mapped or faked."""
+def computes(x: Tensor) -> bool:
+    """Tell whether kernels can take a tensor.
+
+    It must be of one of their types, on the CPU, and there must be numbers: operations must not be
+    recorded, mapped or faked.
+    """
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        x.dtype in (torch.float32, torch.float64)
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
         and not torch.jit.is_tracing()
@@ -221,10 +225,15 @@ def _remember(positions: Tensor, shape: Sequence[int]) -> "Order | None":
     return order
 
 
+def is_installed() -> bool:
+    """Look for Numba."""
+    return importlib.util.find_spec("numba") is not None
+
+
 @functools.cache
 def has_numba() -> bool:
     """Look for Numba, and warn once if it is missing."""
-    if importlib.util.find_spec("numba"):
+    if is_installed():
         return True
     warnings.warn(
         "linear layers in sparse storage compute with their dense weight, since Numba is not "
