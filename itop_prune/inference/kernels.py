@@ -102,11 +102,16 @@ def numba(active: Active) -> Product:
     def by_columns(x: Tensor, bias: Tensor | None) -> Tensor:
         return bag(x.t().contiguous(), bias).t().contiguous()
 
-    if not products.computes(active.values) or not _is_inside(active):
+    if not products.computes(active.values):
         return by_columns
-    order = _order(active)
+    order, inside = _order(active), _is_inside(active)
 
     def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        if not inside:  # kernels do not look
+            raise RuntimeError(
+                "weights of this layer lie outside of its matrix; allowed are those of one state "
+                "dict: load that of the same deployed model"
+            )
         if torch.compiler.is_compiling():  # the compiler can't look into kernels
             return torch.compiler.disable(products.forward)(x, active.values, order, bias)
         if not products.computes(x):
@@ -117,7 +122,7 @@ def numba(active: Active) -> Product:
 
 
 def _is_inside(active: Active) -> bool:
-    """Tell whether all weights lie in the matrix: kernels do not look, and embedding_bag does."""
+    """Tell whether all weights lie in the matrix; half a state dict may have been loaded."""
     count = min(len(active.inputs), len(active.values))
     for places, end in ((active.starts, count + 1), (active.inputs, active.shape[1])):
         if len(places) and (int(places.min()) < 0 or int(places.max()) >= end):
