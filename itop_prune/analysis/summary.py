@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from itop_prune.analysis.flops import FLOPs, flops
-from itop_prune.layers.handle import active_weights, find_masks
+from itop_prune.kernels import products
+from itop_prune.layers.handle import ITOP, active_weights, find_masks
 from itop_prune.layers.maskable import refuse_deployed, unwrap, walk
+from itop_prune.layers.sparse_products import NAME, linear_forward
 from itop_prune.topology import count_true
 
 
@@ -24,6 +26,8 @@ class Row:
     explored: int | None
     """How many were active at least once; None if it was not recorded."""
     masked: bool = True
+    computes: str = ""
+    """How a weight in sparse storage is computed with: "kernel" or "dense". With masks: ""."""
 
     @property
     def density(self) -> float:
@@ -88,12 +92,13 @@ class Summary:
             lines.append((name, shape, f"{row.weights:,}", f"{row.active:,}", f"{row.density:.4f}"))
         lines.append(("total", "", f"{self.weights:,}", f"{self.active:,}", f"{self.density:.4f}"))
 
-        if self.exploration_rate is None:
-            return lines
-        column = ["R_s"]
-        for rate in (*(row.exploration_rate for row in self.rows), self.exploration_rate):
-            column.append("" if rate is None else f"{rate:.4f}")
-        return [(*line, rate) for line, rate in zip(lines, column, strict=True)]
+        columns = []
+        if self.exploration_rate is not None:
+            rates = [*(row.exploration_rate for row in self.rows), self.exploration_rate]
+            columns.append(["R_s", *("" if rate is None else f"{rate:.4f}" for rate in rates)])
+        if any(row.computes for row in self.rows):
+            columns.append(["computes", *(row.computes for row in self.rows), ""])
+        return [(*line, *more) for line, *more in zip(lines, *columns, strict=True)]
 
     def __str__(self) -> str:
         lines = self.cells()
@@ -102,7 +107,7 @@ class Summary:
         text = []
         for name, *cells in lines:
             numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-            text.append("  ".join([name.ljust(widths[0]), *numbers]))
+            text.append("  ".join([name.ljust(widths[0]), *numbers]).rstrip())
 
         others = self.parameters - self.weights
         text.append(f"sparsity {self.sparsity:.4f}; {others:,} other parameters are dense")
@@ -124,6 +129,16 @@ class Summary:
         return [f"forward {sparse:.4g} FLOPs, {share:.4f} of the {dense:.4g} of the dense model"]
 
 
+def _computes(itop: ITOP, active: int) -> str:
+    """Tell how a layer computes with a masked weight: "kernel", "dense", or "" with a mask."""
+    if itop.storage == "mask":
+        return ""
+    takes_kernels = type(itop._layer).forward is linear_forward and itop._tensor_name == NAME
+    if not takes_kernels or not products.can_compute(itop.parameter) or not products.is_installed():
+        return "dense"
+    return "kernel" if products.uses_kernels(itop.shape, active) else "dense"
+
+
 def summarize(
     model: nn.Module, explored: Mapping[str, Tensor] | None = None, example_inputs: Any = None
 ) -> Summary:
@@ -132,6 +147,10 @@ def summarize(
     Weights without a mask are counted by their zeros. In a model with masks only those with 1 % of
     zeros or more are listed, as fusing masked branches leaves them (timm's
     `reparameterize_model`). A weight of zeros alone is left out: it was not trained yet.
+
+    In sparse storage a column says how each layer computes: with a "kernel", which takes the active
+    weights alone, or with its "dense" weight. It is what holds on this machine, for inputs of the
+    weight's type.
 
     Args:
         model: Masked by `itop_prune.apply`; wrapped (DDP, torch.compile, AveragedModel) or not.
@@ -162,7 +181,9 @@ def summarize(
     for name, layer, tensor in walk(model):
         if name in masks:
             shape = masks[name].shape
-            rows.append(Row(name, shape, math.prod(shape), active[name], seen.get(name)))
+            computes = _computes(masks[name], active[name])
+            weights = math.prod(shape)
+            rows.append(Row(name, shape, weights, active[name], seen.get(name), computes=computes))
             continue
 
         weight = layer._parameters.get(tensor)

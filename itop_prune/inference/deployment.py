@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.analysis.flops import run
-from itop_prune.inference.kernels import KERNELS
+from itop_prune.inference.kernels import KERNELS, ROW_KERNELS
 from itop_prune.inference.measurement import (
     Choice,
     Report,
@@ -22,12 +22,19 @@ from itop_prune.inference.measurement import (
     relative_error,
     tensors_in,
 )
-from itop_prune.inference.sparse_layers import SparseLinear, obstacle, replace, sparse
+from itop_prune.inference.sparse_layers import (
+    SparseLinear,
+    kernels_for,
+    obstacle,
+    replace,
+    sparse,
+)
+from itop_prune.kernels.products import is_installed
 from itop_prune.layers.handle import find_masks, remove
 from itop_prune.layers.maskable import Target, unwrap
 from itop_prune.messages import nearest
 
-CHOICES = ("dense", *KERNELS)
+CHOICES = ("dense", *KERNELS, *ROW_KERNELS)
 TOLERANCE = 1e-5
 """The largest relative error of outputs."""
 CLEARLY = 1.05
@@ -36,7 +43,9 @@ HOPELESS = 3.0
 """A kernel that takes so many times as long in its first calls is not measured closer."""
 
 
-def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CHOICES) -> nn.Module:
+def deploy(
+    model: nn.Module, example_inputs: Any, *, choices: Sequence[str] | None = None
+) -> nn.Module:
     """Copy a masked model for inference, each layer computed in the fastest way measured.
 
     A linear layer or a convolution takes a sparse kernel if that is clearly faster on the inputs
@@ -44,15 +53,17 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
     layers always stay dense: grouped, transposed and weight-standardized convolutions, recurrent
     layers, and subclasses. So do weights that a parent reads or that are not float32.
 
-    The kernels are "csr" and "embedding_bag".
+    The kernels are "csr", "embedding_bag" and "numba". The last one is for linear layers on the
+    CPU, and needs Numba (`pip install 'itop_prune[sparse]'`). Numba compiles it at the first use in
+    an environment, which takes some seconds. Its calls from several threads take turns.
 
     Args:
         model: Masked by `itop_prune.apply` or `load`, on the CPU or a GPU; wrapped or not. It is
             left as it was.
         example_inputs: What its forward takes, a tensor or a tuple of arguments, of the sizes that
             should be fast.
-        choices: What each layer may choose from. Without "dense" every layer takes a kernel if it
-            can, even a slower one.
+        choices: What each layer may choose from; None: "dense" and all kernels that are installed.
+            Without "dense" every layer takes a kernel if it can, even a slower one.
 
     Returns:
         The copy, without masks, in evaluation mode; no parameter requires a gradient. It computes
@@ -63,7 +74,7 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
 
     Raises:
         ValueError: The model has no masks, is not on one device or can't be run with these inputs;
-            or a choice is unknown.
+            or a choice is unknown or not installed.
 
     >>> import itop_prune
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -72,7 +83,8 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
     >>> [choice.kernel for choice in deployed.report.choices]
     ['csr', 'csr']
     """
-    _check(model, choices)
+    choices = _checked(choices)
+    _check(model)
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     deployed = copy.deepcopy(unwrap(model)).eval().requires_grad_(False)
     deployed.zero_grad()
@@ -122,7 +134,10 @@ def deploy(model: nn.Module, example_inputs: Any, *, choices: Sequence[str] = CH
     return deployed
 
 
-def _check(model: nn.Module, choices: Sequence[str]) -> None:
+def _checked(choices: Sequence[str] | None) -> Sequence[str]:
+    """Check choices; None stands for all that are installed."""
+    if choices is None:
+        return CHOICES if is_installed() else ("dense", *KERNELS)
     if isinstance(choices, str) or not choices:
         raise ValueError(
             f"choices is {choices!r}; allowed are some of {', '.join(CHOICES)}, as a tuple"
@@ -133,7 +148,15 @@ def _check(model: nn.Module, choices: Sequence[str]) -> None:
                 f"unknown choice {choice!r}; known are {', '.join(CHOICES)}"
                 f"{nearest(choice, CHOICES)}"
             )
+        if choice in ROW_KERNELS and not is_installed():
+            raise ValueError(
+                f"choice {choice!r} needs Numba, which is not installed; allowed without it are "
+                f"dense, {', '.join(KERNELS)}: leave it out, or pip install 'itop_prune[sparse]'"
+            )
+    return choices
 
+
+def _check(model: nn.Module) -> None:
     kind = type(unwrap(model)).__name__
     if not find_masks(model):
         raise ValueError(
@@ -214,7 +237,7 @@ def _seconds(
 ) -> dict[str, float]:
     """Time one call of a layer, dense and with each kernel that gives the same output."""
     functions = {"dense": functools.partial(layer.forward, *inputs)}
-    for kernel in KERNELS:
+    for kernel in kernels_for(layer):
         if kernel not in choices:
             continue
         with contextlib.suppress(RuntimeError):  # this torch has no such product for this layer
@@ -246,7 +269,7 @@ def _keep_transposed(model: nn.Module, arguments: tuple[Any, ...]) -> None:
     left out. All layers try it, and those keep it whose output arrives transposed. It is done only
     for inputs of the shapes in the example.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, SparseLinear)]
+    layers = [layer for layer in model.modules() if type(layer) is SparseLinear]
     if not layers:
         return
 

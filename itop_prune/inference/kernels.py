@@ -1,13 +1,22 @@
-"""Products of a sparse with a dense matrix that torch has; `deploy` measures which is fastest."""
+"""Products of a sparse with a dense matrix; `deploy` measures which is fastest.
+
+torch's take x in columns, [inputs, columns]. Numba's takes rows, [rows, inputs], as a linear layer
+has them.
+"""
 
 import functools
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from itop_prune.kernels import products
+
+if TYPE_CHECKING:
+    from itop_prune.kernels.orders import Order
 
 
 class Active(NamedTuple):
@@ -23,7 +32,10 @@ class Active(NamedTuple):
 
 
 Product = Callable[[Tensor, Tensor | None], Tensor]
-"""(x, bias) -> matrix @ x + bias; x is [inputs, columns] or [inputs], bias [outputs] or None."""
+"""(x, bias) -> y; bias is [outputs] or None.
+
+By columns it computes matrix @ x + bias; x is [inputs, columns] or [inputs]. By rows it computes
+x @ matrix.T + bias; x is [rows, inputs]."""
 
 
 def csr(active: Active) -> Product:
@@ -72,4 +84,65 @@ def _add(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias[:, None])
 
 
+def numba(active: Active) -> Product:
+    """Make the product of `itop_prune.kernels`, by rows.
+
+    Tensors that these kernels can't take, such as those on a GPU, are computed by `embedding_bag`.
+
+    Raises:
+        RuntimeError: Numba is not installed.
+    """
+    if not products.is_installed():
+        raise RuntimeError(
+            "this layer was deployed with the kernel 'numba', and Numba is not installed here: "
+            "pip install 'itop_prune[sparse]', or deploy the model again"
+        )
+    bag = embedding_bag(active)
+
+    def by_columns(x: Tensor, bias: Tensor | None) -> Tensor:
+        return bag(x.t().contiguous(), bias).t().contiguous()
+
+    if not products.can_compute(active.values):
+        return by_columns
+    order, inside = _order(active), _is_inside(active)
+
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        if not inside:  # kernels do not look
+            raise RuntimeError(
+                "weights of this layer lie outside of its matrix; allowed are those of one state "
+                "dict: load that of the same deployed model"
+            )
+        if torch.compiler.is_compiling():  # the compiler can't look into kernels
+            return torch.compiler.disable(products.forward)(x, active.values, order, bias)
+        if not products.can_compute(x):
+            return by_columns(x, bias)
+        return products.forward(x, active.values, order, bias)
+
+    return product
+
+
+def _is_inside(active: Active) -> bool:
+    """Tell whether all weights lie in the matrix; half a state dict may have been loaded."""
+    count = min(len(active.inputs), len(active.values))
+    for places, end in ((active.starts, count + 1), (active.inputs, active.shape[1])):
+        if len(places) and (int(places.min()) < 0 or int(places.max()) >= end):
+            return False
+    return True
+
+
+def _order(active: Active) -> "Order":
+    """Make the order of the weights by output; a forward needs no other."""
+    import numpy as np
+
+    from itop_prune.kernels.orders import Direction, Order
+
+    starts, inputs = (places.int().contiguous() for places in (active.starts, active.inputs))
+    slots = np.arange(len(active.values), dtype=np.int32)
+    by_input = Direction(np.zeros(active.shape[1] + 1, np.int32), slots[:0], slots[:0])
+    return Order(Direction(starts.numpy(), inputs.numpy(), slots), by_input)
+
+
 KERNELS: dict[str, Callable[[Active], Product]] = {"csr": csr, "embedding_bag": embedding_bag}
+"""Products by columns, for linear layers and convolutions."""
+ROW_KERNELS: dict[str, Callable[[Active], Product]] = {"numba": numba}
+"""Products by rows, for linear layers on the CPU."""

@@ -1,8 +1,9 @@
 """Layers for inference that compute with their active weights alone.
 
 Each is a sparse matrix times a dense one, [outputs, inputs] @ [inputs, columns]. A linear layer has
-a column for each row of its input. A convolution has a column for each place of its kernel on the
-image, with the pixels under the kernel; kernels larger than 1 by 1 need the image unfolded.
+a column for each row of its input, unless its kernel takes rows. A convolution has a column for
+each place of its kernel on the image, with the pixels under the kernel; kernels larger than 1 by 1
+need the image unfolded.
 
 torch.export takes no CSR tensors, so it gets `embedding_bag` in place of any kernel. ONNX has no
 product for sparse weights: it gets dense layers, whose weight is made of the active ones.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from itop_prune.inference.kernels import KERNELS, Active, Product
+from itop_prune.inference.kernels import KERNELS, ROW_KERNELS, Active, Product
 
 
 def obstacle(layer: nn.Module, tensor: str) -> str:
@@ -32,10 +33,16 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
     return ""
 
 
+def kernels_for(layer: nn.Module) -> tuple[str, ...]:
+    """List the kernels that can compute a layer without an `obstacle`."""
+    by_rows = type(layer) is nn.Linear and layer.weight.device.type == "cpu"
+    return (*KERNELS, *ROW_KERNELS) if by_rows else tuple(KERNELS)
+
+
 def sparse(layer: nn.Module, kernel: str) -> Any:
-    """Make a sparse layer of a plain one with one of `KERNELS`; both share bias and hooks."""
+    """Make a sparse layer of a plain one with one of `kernels_for`; both share bias and hooks."""
     new = copy.copy(layer)
-    new.__class__ = SPARSE[type(layer)]
+    new.__class__ = RowLinear if kernel in ROW_KERNELS else SPARSE[type(layer)]
     new.__dict__ |= {
         "_parameters": dict(layer._parameters),
         "_buffers": dict(layer._buffers),
@@ -91,7 +98,7 @@ class SparseLayer(nn.Module):
     def product(self, kernel: str) -> Product:
         """Make a product with a kernel over the present buffers."""
         shape = (self.weight_shape[0], math.prod(self.weight_shape[1:]))
-        return KERNELS[kernel](
+        return (KERNELS | ROW_KERNELS)[kernel](
             Active(self.weight_starts, self.weight_inputs, self.weight_values, shape)
         )
 
@@ -176,6 +183,19 @@ class SparseLinear(SparseLayer, nn.Linear):  # type: ignore[override]  # of weig
             input.reshape(-1, self.in_features).t().contiguous(), self.bias
         )
         return y.t().contiguous().view(*input.shape[:-1], self.out_features)
+
+
+class RowLinear(SparseLinear):
+    """nn.Linear with its active weights alone, whose kernel takes rows and gives rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute [..., outputs] of [..., inputs]."""
+        if input.dtype is not self._dtype or input.requires_grad:
+            self.check(input)
+        if torch.compiler.is_exporting():
+            return self.exported(input)
+        rows = self._product(input.reshape(-1, self.in_features), self._parameters["bias"])
+        return rows.view(*input.shape[:-1], self.out_features)
 
 
 def _added(tensor: Tensor, more: Tensor | int) -> Tensor:

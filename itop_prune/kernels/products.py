@@ -217,17 +217,8 @@ def order_of(
     Raises:
         ValueError: If positions are outside of the weight, or one has two slots.
     """
-    if x.dtype is not values.dtype or x.dtype not in (torch.float32, torch.float64):
-        return None
-    if x.shape[1:] != (shape[1],) or not (_is_plain(x) and _is_plain(values) and positions.is_cpu):
-        return None
-    if bias is not None and not (
-        bias.shape == (shape[0],) and bias.dtype is x.dtype and _is_plain(bias)
-    ):
-        return None
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return None
-    if torch.jit.is_tracing():
+    fits = x.shape[1:] == (shape[1],) and (bias is None or bias.shape == (shape[0],))
+    if not fits or not can_compute(*((x, values) if bias is None else (x, values, bias))):
         return None
 
     sizes = (values.numel(), *shape)
@@ -237,19 +228,31 @@ def order_of(
     return known.order if known.version == positions._version else _remember(positions, sizes)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Tell whether the numbers of a tensor are in memory, each at its place."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
+def can_compute(*tensors: Tensor) -> bool:
+    """Tell whether kernels can take tensors together.
+
+    All must be of one type that kernels have, and their numbers in memory on the CPU. Operations on
+    them must not be recorded, mapped or faked.
+    """
+    dtype = tensors[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype is not dtype:
+            return False
+        if not tensor.is_cpu or tensor.layout is not torch.strided:
+            return False
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.jit.is_tracing()
     )
 
 
 def _remember(positions: Tensor, sizes: tuple[int, ...]) -> "Order | None":
     """Make the order of positions that are new or have changed; it is forgotten with them."""
     order, (slots, *shape) = None, sizes
-    if positions.shape != (slots,):
+    if positions.shape != (slots,) or not positions.is_cpu:
         return None
     if uses_kernels(shape, int((positions >= 0).sum())) and has_numba():
         from itop_prune.kernels.orders import make_order
@@ -263,10 +266,15 @@ def _remember(positions: Tensor, sizes: tuple[int, ...]) -> "Order | None":
     return order
 
 
+def is_installed() -> bool:
+    """Look for Numba."""
+    return importlib.util.find_spec("numba") is not None
+
+
 @functools.cache
 def has_numba() -> bool:
     """Look for Numba, and warn once if it is missing."""
-    if importlib.util.find_spec("numba"):
+    if is_installed():
         return True
     warnings.warn(
         "linear layers in sparse storage compute with their dense weight, since Numba is not "

@@ -1,5 +1,7 @@
 """The numbers of a sparse model and their table."""
 
+import importlib.util
+
 import pytest
 import torch
 from helpers.toys import convnet, mlp
@@ -138,6 +140,63 @@ def test_a_model_without_masks() -> None:
         None,
     )
     assert str(summary).splitlines()[-1] == "sparsity 0.0000; 32 other parameters are dense"
+
+
+def ways(model: nn.Module) -> list[str]:
+    return [row.computes for row in summarize(model).rows]
+
+
+def test_layers_in_sparse_storage_say_how_they_compute() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(800, 10), nn.Linear(10, 100))
+    itop_prune.apply(model, 0.75, storage="sparse", method="uniform")
+    summary = summarize(model, half_explored(itop_prune.find_masks(model)))
+    assert [line[-2:] for line in summary.cells()] == [
+        ("R_s", "computes"),
+        ("0.5000", "dense"),
+        ("0.5000", "kernel"),
+        ("0.5000", "kernel"),
+        ("0.5000", ""),
+    ]
+    lines = str(summary).splitlines()
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert lines[1].endswith("  0.5000     dense")
+    assert lines[4].endswith("  0.5000")
+
+
+def test_dense_layers_large_enough_and_other_types_compute_with_the_dense_weight() -> None:
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 10))
+    itop_prune.apply(model, 0.5, storage="sparse", method="uniform")
+    assert ways(model) == ["dense", "kernel"]  # 5,000 active weights, 500
+    assert ways(model.double()) == ["dense", "kernel"]
+    assert ways(model.bfloat16()) == ["dense", "dense"]
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(input)
+
+
+def test_layers_with_a_forward_of_their_own_compute_with_the_dense_weight() -> None:
+    model = nn.Sequential(Scaled(20, 20), nn.LSTM(20, 20))
+    itop_prune.apply(model, 0.9, storage="sparse")
+    assert ways(model) == ["dense"] * 3
+
+
+def test_without_numba_all_compute_with_the_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.9, storage="sparse")
+    assert ways(model) == ["kernel"] * 3
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert ways(model) == ["dense"] * 3
+
+
+def test_with_masks_there_is_no_such_column() -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.9)
+    assert ways(model) == [""] * 3
+    assert "computes" not in str(summarize(model))
 
 
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel])

@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import functools
+import importlib.util
 import pickle
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 import itop_prune
 from itop_prune.inference import deployment
 from itop_prune.inference.deployment import CHOICES, deploy
-from itop_prune.inference.kernels import KERNELS, Active, Product, embedding_bag
-from itop_prune.inference.sparse_layers import SparseConv2d, SparseLinear
+from itop_prune.inference.kernels import KERNELS, ROW_KERNELS, Active, Product, embedding_bag
+from itop_prune.inference.sparse_layers import RowLinear, SparseConv2d, SparseLinear
 
 # timm scripts functions and uses parts of torch that torch deprecates; nothing of ours warns.
 pytestmark = pytest.mark.filterwarnings(
@@ -57,6 +59,9 @@ QUICK = (
     "nf_resnet26",
 )
 """Families that are tried always: convolutions, tokens, weights read by a parent, standardized."""
+
+
+EVERY = (*KERNELS, *ROW_KERNELS)
 
 
 def images(size: int, count: int = 1) -> Tensor:
@@ -124,6 +129,21 @@ def test_every_choice_gives_the_outputs_of_the_masked_model(name: str, kernel: s
         )
 
 
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_numba_gives_linear_layers_the_outputs_of_the_masked_model(name: str) -> None:
+    model, size = family(name), FAMILIES[name][1]
+    deployed = deploy(model, images(size), choices=("numba",))
+    for row in deployed.report.choices:
+        layer = deployed.get_submodule(row.name.removesuffix(".weight"))
+        linear = len(row.shape) == 2
+        assert row.kernel == ("numba" if linear else "dense")
+        assert type(layer) is (RowLinear if linear else nn.Conv2d)
+    for number in (1, 3):
+        x = images(size, number)
+        assert apart(output(deployed, x), output(model, x)) <= 1e-5
+
+
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
 def test_what_is_chosen_by_time_gives_the_outputs_of_the_masked_model(name: str) -> None:
     model, x = family(name), images(FAMILIES[name][1], 2)
@@ -164,7 +184,7 @@ def reader() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.usefixtures("hurried")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY)
 def test_layers_are_used_as_a_model_likes(kernel: str) -> None:
     model, arguments = reader()
     deployed = deploy(model, arguments, choices=(kernel,))
@@ -256,7 +276,7 @@ class Telling(nn.Module):
 
 
 @pytest.mark.usefixtures("hurried")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY)
 def test_a_model_that_writes_into_its_input_and_rules_classes_out_is_deployed(kernel: str) -> None:
     torch.manual_seed(0)
     model = Telling()
@@ -380,7 +400,7 @@ def test_the_copy_is_for_inference() -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY)
 def test_copies_and_pickles_compute_and_report_the_same(kernel: str) -> None:
     model = mlp()
     itop_prune.apply(model, 0.5)
@@ -409,7 +429,7 @@ def test_a_model_in_a_wrapper_comes_back_without_it() -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY)
 def test_outputs_are_those_of_any_number_of_threads(kernel: str) -> None:
     model = family("vit_tiny_patch16_224")
     deployed = deploy(model, images(32), choices=(kernel,))
@@ -421,7 +441,7 @@ def test_outputs_are_those_of_any_number_of_threads(kernel: str) -> None:
 
 
 @pytest.mark.usefixtures("hurried")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERY)
 def test_a_deployed_model_can_be_compiled_and_sums_of_embeddings_in_one_graph(kernel: str) -> None:
     model, graphs = convnet(), []
     itop_prune.apply(model, 0.5)
@@ -435,6 +455,33 @@ def test_a_deployed_model_can_be_compiled_and_sums_of_embeddings_in_one_graph(ke
     compiled = torch.compile(deployed, backend=backend)
     assert apart(output(compiled, x), output(model, x)) <= 1e-5
     assert kernel != "embedding_bag" or len(graphs) == 1
+
+
+@pytest.mark.usefixtures("hurried")
+def test_calls_from_several_threads_give_each_its_own_output() -> None:
+    model = family("vit_tiny_patch16_224")
+    deployed = deploy(model, images(32), choices=("numba",))
+    inputs = [images(32, count) for count in (1, 2, 3, 4)] * 5
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(functools.partial(output, deployed), inputs))
+    for x, y in zip(inputs, found, strict=True):
+        assert apart(y, output(model, x)) <= 1e-5
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_model_in_sparse_storage_is_deployed_as_one_with_masks() -> None:
+    x, found = torch.randn(3, 20), {}
+    for storage in ("mask", "sparse"):
+        torch.manual_seed(0)
+        model = mlp()
+        itop_prune.apply(model, 0.5, storage=storage)
+        deployed = deploy(model, x, choices=("numba",))
+        assert {row.kernel for row in deployed.report.choices} == {"numba"}
+        assert apart(output(deployed, x), output(model, x)) <= 1e-5
+        found[storage] = deployed.state_dict()
+    assert found["mask"].keys() == found["sparse"].keys()
+    for name, tensor in found["mask"].items():
+        assert torch.equal(tensor, found["sparse"][name])
 
 
 # --- choosing -------------------------------------------------------------------------------------
@@ -452,23 +499,28 @@ def timed(
     monkeypatch.setattr(deployment, "interleaved_times", told)
 
 
+TORCH = ("dense", *KERNELS)
 FASTER = {"dense": 2.0, "deployed": 1.0}
 
 
 @pytest.mark.parametrize(
     ("seconds", "choices", "chosen"),
     [
-        ({"dense": 3.0, "csr": 2.0, "embedding_bag": 1.0}, CHOICES, "embedding_bag"),
-        ({"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0}, CHOICES, "csr"),
+        ({"dense": 3.0, "csr": 2.0, "embedding_bag": 1.0, "numba": 2.5}, CHOICES, "embedding_bag"),
+        ({"dense": 3.0, "csr": 2.0, "embedding_bag": 2.0, "numba": 1.0}, CHOICES, "numba"),
+        ({"dense": 3.0, "csr": 2.0, "embedding_bag": 2.0, "numba": 1.0}, None, "numba"),
+        ({"dense": 1.04, "csr": 2.0, "embedding_bag": 2.0, "numba": 1.0}, None, "dense"),
+        ({"dense": 1.0, "numba": 2.0}, ("numba",), "numba"),
+        ({"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0}, TORCH, "csr"),
         (
             {"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0},
             ("dense", "embedding_bag"),
             "embedding_bag",
         ),
-        ({"dense": 1.0, "csr": 2.0, "embedding_bag": 3.0}, CHOICES, "dense"),
+        ({"dense": 1.0, "csr": 2.0, "embedding_bag": 3.0}, TORCH, "dense"),
         # faster, but not clearly; and clearly
-        ({"dense": 1.04, "csr": 1.0, "embedding_bag": 3.0}, CHOICES, "dense"),
-        ({"dense": 1.06, "csr": 1.0, "embedding_bag": 3.0}, CHOICES, "csr"),
+        ({"dense": 1.04, "csr": 1.0, "embedding_bag": 3.0}, TORCH, "dense"),
+        ({"dense": 1.06, "csr": 1.0, "embedding_bag": 3.0}, TORCH, "csr"),
         # forced
         ({"dense": 1.0, "csr": 2.0, "embedding_bag": 3.0}, ("embedding_bag", "csr"), "csr"),
         ({"dense": 1.0, "csr": 2.0, "embedding_bag": 3.0}, ["embedding_bag"], "embedding_bag"),
@@ -477,7 +529,7 @@ FASTER = {"dense": 2.0, "deployed": 1.0}
 )
 def test_a_layer_takes_the_fastest_of_its_choices_and_dense_unless_another_is_clearly_faster(
     seconds: dict[str, float],
-    choices: tuple[str, ...],
+    choices: tuple[str, ...] | None,
     chosen: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -501,7 +553,7 @@ def test_a_layer_that_is_called_twice_counts_twice(monkeypatch: pytest.MonkeyPat
     timed(monkeypatch, {"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0}, FASTER)
     rows = {
         row.name: (row.dense_seconds, row.seconds)
-        for row in deploy(model, arguments).report.choices
+        for row in deploy(model, arguments, choices=TORCH).report.choices
     }
     twice, once = (6.0, 2.0), (3.0, 1.0)
     assert rows == {
@@ -513,7 +565,7 @@ def test_a_layer_that_is_called_twice_counts_twice(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("choices", "falls_back"), [(CHOICES, True), (("csr", "embedding_bag"), False)]
+    ("choices", "falls_back"), [(TORCH, True), (("csr", "embedding_bag"), False)]
 )
 def test_a_model_that_is_slower_in_the_end_stays_dense_unless_its_choices_are_forced(
     choices: tuple[str, ...], falls_back: bool, monkeypatch: pytest.MonkeyPatch
@@ -547,7 +599,8 @@ def test_a_kernel_that_is_wrong_here_is_not_chosen(
     model = mlp()
     itop_prune.apply(model, 0.5)
     timed(monkeypatch, {"dense": 3.0, "csr": 2.0, "embedding_bag": 1.0}, FASTER)
-    assert {row.kernel for row in deploy(model, torch.randn(1, 20)).report.choices} == kernels
+    rows = deploy(model, torch.randn(1, 20), choices=TORCH).report.choices
+    assert {row.kernel for row in rows} == kernels
 
 
 def test_a_kernel_that_torch_was_built_without_is_not_chosen(
@@ -563,9 +616,9 @@ def test_a_kernel_that_torch_was_built_without_is_not_chosen(
     model = mlp()
     itop_prune.apply(model, 0.5)
     timed(monkeypatch, {"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0}, FASTER)
-    assert {row.kernel for row in deploy(model, torch.randn(1, 20)).report.choices} == {
-        "embedding_bag"
-    }
+    assert {
+        row.kernel for row in deploy(model, torch.randn(1, 20), choices=TORCH).report.choices
+    } == {"embedding_bag"}
     assert {
         row.kernel for row in deploy(model, torch.randn(1, 20), choices=("csr",)).report.choices
     } == {"dense"}
@@ -585,10 +638,28 @@ def test_a_model_whose_outputs_would_differ_stays_dense(monkeypatch: pytest.Monk
     model = Restless(*mlp())
     itop_prune.apply(model, 0.5)
     timed(monkeypatch, {"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0}, FASTER)
-    report = deploy(model, torch.randn(1, 20)).report
+    report = deploy(model, torch.randn(1, 20), choices=TORCH).report
     assert {row.kernel for row in report.choices} == {"dense"}
     assert report.fallback.startswith("all of it dense: the outputs would differ by")
     assert report.difference == 0.0
+
+
+@pytest.fixture
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "numba" else find(name, *more),
+    )
+
+
+@pytest.mark.usefixtures("without_numba")
+def test_without_numba_its_kernel_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    timed(monkeypatch, {"dense": 3.0, "csr": 1.0, "embedding_bag": 2.0, "numba": 0.1}, FASTER)
+    assert {row.kernel for row in deploy(model, torch.randn(1, 20)).report.choices} == {"csr"}
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -632,8 +703,14 @@ def test_a_model_elsewhere_than_on_the_cpu_is_refused() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        (("csc",), r"unknown choice 'csc'; known are dense, csr, embedding_bag \(nearest: 'csr'\)"),
-        ("csr", "choices is 'csr'; allowed are some of dense, csr, embedding_bag, as a tuple"),
+        (
+            ("csc",),
+            r"unknown choice 'csc'; known are dense, csr, embedding_bag, numba \(nearest: 'csr'\)",
+        ),
+        (
+            "csr",
+            "choices is 'csr'; allowed are some of dense, csr, embedding_bag, numba, as a tuple",
+        ),
         ((), r"choices is \(\); allowed"),
     ],
 )
@@ -642,6 +719,34 @@ def test_choices_that_are_none_are_refused(choices: tuple[str, ...], message: st
     itop_prune.apply(model, 0.5)
     with pytest.raises(ValueError, match=message):
         deploy(model, torch.zeros(1, 20), choices=choices)
+
+
+@pytest.mark.usefixtures("without_numba")
+def test_without_numba_its_kernel_is_refused_with_what_to_install() -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    with pytest.raises(
+        ValueError,
+        match=r"choice 'numba' needs Numba, which is not installed; allowed without it are dense, "
+        r"csr, embedding_bag: leave it out, or pip install 'itop_prune\[sparse\]'",
+    ):
+        deploy(model, torch.zeros(1, 20), choices=("dense", "numba"))
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_pickle_that_needs_numba_says_so_where_there_is_none(
+    request: pytest.FixtureRequest,
+) -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5)
+    pickled = pickle.dumps(deploy(model, torch.zeros(1, 20), choices=("numba",)))
+    request.getfixturevalue("without_numba")
+    with pytest.raises(
+        RuntimeError,
+        match=r"deployed with the kernel 'numba', and Numba is not installed here: pip install "
+        r"'itop_prune\[sparse\]', or deploy the model again",
+    ):
+        pickle.loads(pickled)
 
 
 @pytest.mark.parametrize("choices", [("dense", "embedding_bag"), ("embedding_bag",)])
@@ -679,7 +784,7 @@ def test_a_deployed_model_has_no_masks_to_count_or_export() -> None:
         lambda model: itop_prune.flops(model, x),
     )
     for call in calls:
-        for kernel in KERNELS:
+        for kernel in EVERY:
             with pytest.raises(
                 ValueError, match=r"this Sequential is for inference alone: .* ask the one that was"
             ):

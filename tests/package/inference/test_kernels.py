@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from itop_prune.inference.kernels import KERNELS, Active
+from itop_prune.inference.kernels import KERNELS, ROW_KERNELS, Active
 
 
 def matrix(density: float = 0.2) -> tuple[Tensor, Active]:
@@ -64,6 +64,37 @@ def test_the_values_are_those_of_the_tensors_given(kernel: str) -> None:
     active.values.mul_(2.0)
     x = torch.randn(20, 4)
     torch.testing.assert_close(product(x, None), 2.0 * dense @ x)
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+@pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_product_by_rows_is_that_of_the_dense_matrix(
+    kernel: str, density: float, with_bias: bool
+) -> None:
+    dense, active = matrix(density)
+    product, bias = ROW_KERNELS[kernel](active), torch.randn(30) if with_bias else None
+    for rows in (0, 1, 7, 100):
+        x = torch.randn(rows, 20)
+        torch.testing.assert_close(product(x, bias), F.linear(x, dense, bias))
+        wide = torch.randn(20, rows).t()
+        torch.testing.assert_close(product(wide, bias), F.linear(wide, dense, bias))
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+@pytest.mark.parametrize("wrong", [{"inputs": 20}, {"inputs": -1}, {"starts": 1}, {"starts": -1}])
+def test_weights_outside_of_the_matrix_are_refused_by_products_by_rows(
+    kernel: str, wrong: dict[str, int]
+) -> None:
+    _, active = matrix()
+    for name, number in wrong.items():
+        places = getattr(active, name).clone()
+        places[-1] = number if number < 1 or name == "inputs" else number + len(active.values)
+        active = active._replace(**{name: places})
+    product = ROW_KERNELS[kernel](active)
+    for rows in (1, 7):
+        with pytest.raises(RuntimeError, match=r"outside of its matrix; allowed .*: load that of"):
+            product(torch.randn(rows, 20), None)
 
 
 PROGRAM = """

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from itop_prune.inference.kernels import KERNELS
-from itop_prune.inference.sparse_layers import SparseConv2d, SparseLinear, obstacle, replace, sparse
+from itop_prune.inference.kernels import KERNELS, ROW_KERNELS
+from itop_prune.inference.sparse_layers import (
+    RowLinear,
+    SparseConv2d,
+    SparseLinear,
+    kernels_for,
+    obstacle,
+    replace,
+    sparse,
+)
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(12, 7),
@@ -28,6 +36,14 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "reflecting": lambda: nn.Conv2d(12, 7, 3, padding=2, padding_mode="reflect"),
     "patches": lambda: nn.Conv2d(12, 7, 4, stride=4),
 }
+
+
+LINEAR = [name for name in LAYERS if name.startswith("linear")]
+CASES = [
+    *((name, kernel) for name in LAYERS for kernel in KERNELS),
+    *((name, kernel) for name in LINEAR for kernel in ROW_KERNELS),
+]
+"""All layers, each with all kernels that can compute it."""
 
 
 def built(name: str, density: float = 0.3) -> nn.Module:
@@ -64,12 +80,11 @@ def inputs(layer: nn.Module) -> list[Tensor]:
 
 # torch warns about its own layer
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "kernel"), CASES)
 def test_outputs_are_those_of_the_dense_layer(name: str, kernel: str) -> None:
     layer = built(name)
     new = sparse(layer, kernel)
-    assert type(new) in (SparseLinear, SparseConv2d)
+    assert type(new) in (RowLinear, SparseLinear, SparseConv2d)
     for x in inputs(layer):
         expected = layer(x)
         found = new(x)
@@ -124,8 +139,9 @@ def test_a_layer_that_is_replaced_is_so_wherever_it_is_held() -> None:
     assert [name for name, _ in model.named_parameters()] == ["one.bias"]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("name", ["linear", "3x3"])
+@pytest.mark.parametrize(
+    ("name", "kernel"), [case for case in CASES if case[0] in ("linear", "3x3")]
+)
 def test_copies_are_independent(name: str, kernel: str) -> None:
     layer = built(name)
     x = inputs(layer)[-3]
@@ -144,7 +160,7 @@ def test_copies_are_independent(name: str, kernel: str) -> None:
         torch.testing.assert_close(other(x), layer(x))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, *ROW_KERNELS])
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_dict_is_loaded_into_a_layer_with_as_many_weights(
     kernel: str, assign: bool
@@ -163,7 +179,7 @@ def test_a_state_dict_is_loaded_into_a_layer_with_as_many_weights(
         new.load_state_dict(sparse(other, kernel).state_dict())
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [*KERNELS, pytest.param("numba", marks=pytest.mark.slow)])
 def test_it_computes_in_another_type_when_converted(kernel: str) -> None:
     layer = built("linear")
     new = sparse(layer, kernel).double()
@@ -183,16 +199,60 @@ def test_gradients_and_other_types_are_refused() -> None:
             new(x)
 
 
-def test_inputs_that_do_not_fit_are_refused() -> None:
-    for kernel in KERNELS:
-        for name, shapes in {
-            "linear": [(5, 13), (2, 24), (12, 1), (6, 2)],
-            "3x3": [(1, 13, 9, 9), (1, 11, 9, 9)],
-        }.items():
-            new = sparse(built(name), kernel)
-            for shape in shapes:
-                with pytest.raises(RuntimeError):
-                    new(torch.randn(shape))
+@pytest.mark.parametrize(
+    ("name", "kernel"), [case for case in CASES if case[0] in ("linear", "3x3")]
+)
+def test_inputs_that_do_not_fit_are_refused(name: str, kernel: str) -> None:
+    new = sparse(built(name), kernel)
+    for shape in {
+        "linear": [(5, 13), (2, 24), (12, 1), (6, 2)],
+        "3x3": [(1, 13, 9, 9), (1, 11, 9, 9)],
+    }[name]:
+        with pytest.raises(RuntimeError):
+            new(torch.randn(shape))
+
+
+def test_numba_computes_linear_layers_on_the_cpu_alone() -> None:
+    assert kernels_for(nn.Linear(4, 4)) == ("csr", "embedding_bag", "numba")
+    assert kernels_for(nn.Conv2d(4, 4, 1)) == ("csr", "embedding_bag")
+    assert kernels_for(nn.Linear(4, 4, device="meta")) == ("csr", "embedding_bag")
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # of vmap
+def test_what_numba_can_not_take_is_computed_all_the_same() -> None:
+    layer = built("linear")
+    new, x = sparse(layer, "numba"), torch.randn(5, 12)
+    expected = layer(x)
+    narrow = copy.deepcopy(new).bfloat16()(x.bfloat16())
+    torch.testing.assert_close(narrow.float(), expected, atol=0.05, rtol=0.05)
+    assert copy.deepcopy(new).to("meta")(x.to("meta")).shape == (5, 7)
+    assert new(x.to("meta")).is_meta
+    torch.testing.assert_close(torch.func.vmap(new)(x[None])[0], expected)
+
+
+def test_autocast_leaves_numba_s_layer_in_float32() -> None:
+    layer = built("linear")
+    new, x = sparse(layer, "numba"), torch.randn(5, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = new(x)
+    torch.testing.assert_close(found, layer(x))
+
+
+@pytest.mark.filterwarnings(r"ignore:`torch\.jit.*is deprecated", "ignore::torch.jit.TracerWarning")
+def test_a_trace_of_numba_s_layer_computes_other_inputs() -> None:
+    layer = built("linear")
+    traced = torch.jit.trace(sparse(layer, "numba"), torch.randn(3, 12))
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_a_layer_that_took_half_a_state_dict_refuses_to_compute() -> None:
+    new, x = sparse(built("linear"), "numba"), torch.randn(5, 12)
+    with pytest.raises(RuntimeError, match="size mismatch for weight_values"):
+        new.load_state_dict(sparse(built("linear", density=0.9), "numba").state_dict())
+    for rows in (x, x[0]):
+        with pytest.raises(RuntimeError, match="outside of its matrix"):
+            new(rows)
 
 
 class Scaled(nn.Linear):
@@ -263,8 +323,7 @@ def test_hooks_are_called() -> None:
 @pytest.mark.filterwarnings(
     "ignore:Using padding='same' with even kernel lengths", "ignore::DeprecationWarning:torch.*"
 )
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("name", "kernel"), CASES)
 def test_what_torch_exports_computes_with_the_active_weights_alone_for_any_batch(
     name: str, kernel: str
 ) -> None:
