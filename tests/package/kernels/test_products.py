@@ -217,9 +217,14 @@ def test_results_are_the_same_to_the_last_bit_for_any_number_of_threads(
     assert_close(expected, layer.expected(), 1e-9)
 
 
+def in_fresh_interpreter(program: str, **environment: str) -> None:
+    """Numba reads its settings once in a process."""
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), **environment}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
+
+
 @pytest.mark.slow
 def test_more_threads_than_tiles_and_cores_give_the_same_bits() -> None:
-    """Numba reads how many there may be once in a process."""
     program = """
 import torch
 from test_products import LARGE, layer_of
@@ -232,9 +237,23 @@ for size in LARGE.values():
     for found in results:
         assert all(map(torch.equal, found, results[0]))
 """
-    folder = os.path.dirname(__file__)
-    environment = {**os.environ, "NUMBA_NUM_THREADS": "8", "PYTHONPATH": folder}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    in_fresh_interpreter(program, NUMBA_NUM_THREADS="8")
+
+
+@pytest.mark.slow
+def test_threads_of_python_may_call_at_once_where_numba_has_only_its_simplest_threads() -> None:
+    """Those end the process if two of its threads call them at once."""
+    program = """
+from test_products import *
+torch.set_num_threads(2)
+several = [layer_of(*LARGE["many rows"], seed=seed) for seed in range(8)]
+expected = [layer.computed() for layer in several]
+assert numba.threading_layer() == "workqueue"
+with ThreadPoolExecutor(8) as pool:
+    for found, one in zip(pool.map(Layer.computed, several * 8), expected * 8, strict=True):
+        assert all(map(torch.equal, found, one))
+"""
+    in_fresh_interpreter(program, NUMBA_THREADING_LAYER="workqueue")
 
 
 @pytest.mark.usefixtures("threads_of_torch")
