@@ -79,7 +79,6 @@ def compare(
     for name, replace in libraries.items():
         model = mlp(*SIZES)
         itop_prune.apply(model, sparsity)
-        itop_prune.remove(model)
         replaced = [replace(layer) if isinstance(layer, nn.Linear) else layer for layer in model]
         trainings[name] = Training(nn.Sequential(*replaced), shape, None, settings)
 

@@ -19,6 +19,8 @@ from itop_prune_tools.benchmarks.sparse_training import (
     Case,
     Layer,
     Network,
+    Step,
+    compare,
     sparse,
     title,
     turn,
@@ -61,14 +63,14 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str, int]]:
 
 def test_a_turn_warms_up_and_takes_two_steps_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_training, "AT_LEAST", 10.0)
-    long, short = iter([99.0, 8.0, 12.0, 99.0]), iter([99.0, *[3.0] * 9])
-    assert turn(lambda: next(long))() == 10.0
+    long, short = iter([99.0, 20.0, 30.0, 99.0]), iter([99.0, *[3.0] * 9])
+    assert turn(lambda: next(long))() == 25.0
     assert turn(lambda: next(short))() == 3.0
     assert len(list(short)) == 5  # four steps were needed
 
 
 def test_each_sparsity_is_a_row_with_all_three_versions(applied: list[object]) -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(3)
     rows = list(sparse(QUICK))
     assert [(row.name, row.target) for row in rows] == [
         ("net, 90 %, cores: 1", 2.0),
@@ -83,7 +85,22 @@ def test_each_sparsity_is_a_row_with_all_three_versions(applied: list[object]) -
     storages = ("mask", "sparse")
     asked = [(0.9, 1), (0.98, 1), (0.9, 1), (0.9, 2)]
     assert applied == [(share, one, cores) for share, cores in asked for one in storages]
-    assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 3
+
+
+class Known(Layer):
+    """Steps of known seconds."""
+
+    def step(self, sparsity: float | None, storage: str, settings: Settings) -> Step:
+        dense = 0.1
+        return lambda: dense if sparsity is None else sparsity * (2 if storage == "mask" else 1)
+
+
+def test_a_row_holds_the_milliseconds_of_its_sparsity() -> None:
+    case = Case(Known(1, 1, 1), {1: TARGETS})
+    for row, sparsity in zip(compare("known", case, 1, QUICK), TARGETS, strict=True):
+        assert (row.ours[0], row.masked[0]) == (1000 * sparsity, 2000 * sparsity)
+        assert row.other[0] == pytest.approx(100.0)
 
 
 def test_cores_that_torch_may_not_use_are_left_out(applied: list[object]) -> None:
