@@ -180,7 +180,7 @@ def test_tensors_of_any_strides_are_read_as_they_are(rows: int) -> None:
 
 LARGE = {
     "many rows": (600, 128, 150, 0.3),
-    "few rows": (16, 512, 640, 0.4),  # threads share outputs
+    "few rows": (16, 509, 643, 0.4),  # threads share outputs
     "one row": (1, 2048, 2100, 0.5),
 }
 
