@@ -256,6 +256,17 @@ with ThreadPoolExecutor(8) as pool:
     in_fresh_interpreter(program, NUMBA_THREADING_LAYER="workqueue")
 
 
+def test_the_first_call_leaves_the_threads_of_torch_as_they_are() -> None:
+    in_fresh_interpreter("""
+import torch
+from test_products import layer_of
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    layer_of(3, 4, 5).computed()
+    assert torch.get_num_threads() == threads
+""")
+
+
 @pytest.mark.usefixtures("threads_of_torch")
 def test_the_threads_of_numba_are_as_many_after_a_call_as_before() -> None:
     large, small = layer_of(*LARGE["few rows"]), layer_of(3, 4, 5)
