@@ -164,8 +164,15 @@ def _start_threads() -> None:
 @functools.cache
 def _kernels() -> Any:
     """Import the kernels; they are compiled at their first call, once in an environment."""
+    import numba
+
     from itop_prune.kernels import linear
 
+    # Numba starts its threads here. With OpenMP this sets how many torch uses, so set it back.
+    threads = torch.get_num_threads()
+    numba.get_num_threads()
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     return linear
 
 
