@@ -139,7 +139,6 @@ def _run(kernel: Any, threads: int, *arguments: Any) -> None:
     import numba
 
     with _parallel:
-        _start_threads()
         before = numba.get_num_threads()
         if threads == before:
             kernel(*arguments)
@@ -152,16 +151,6 @@ def _run(kernel: Any, threads: int, *arguments: Any) -> None:
 
 
 @functools.cache
-def _start_threads() -> None:
-    """Start Numba's threads; that sets the number of OpenMP's, so torch gets its own back."""
-    import numba
-
-    threads = torch.get_num_threads()
-    numba.get_num_threads()
-    torch.set_num_threads(threads)
-
-
-@functools.cache
 def _kernels() -> Any:
     """Import the kernels; they are compiled at their first call, once in an environment."""
     import numba
@@ -171,8 +160,7 @@ def _kernels() -> Any:
     # Numba starts its threads here. With OpenMP this sets how many torch uses, so set it back.
     threads = torch.get_num_threads()
     numba.get_num_threads()
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     return linear
 
 
