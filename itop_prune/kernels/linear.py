@@ -85,8 +85,9 @@ def multiply(
 ):
     """result[row + i, f] = bias[f] + the sum of value * tile[other, i], for f in first..last."""
     tile_rows, side = numbers(kind, kind), numbers(kind, SQUARE)
-    n, m = min(tile_rows, rows - row), min(side, last - first)
-    for begin in range(first, last, side):
+    line = numbers(kind, LINE)
+    n, m = min(tile_rows, rows - row), min(line, last - first)
+    for begin in range(first, last, line):
         f = min(begin, last - m)
         for j in range(m):
             sums = full(kind, at(bias, f + j) if biased else 0, kind)
@@ -99,9 +100,13 @@ def multiply(
                 for j in range(m):
                     put(result, (row + i) * features + f + j, at(block, j * tile_rows + i))
         else:
+            # Whole cache lines of each row, one after the other.
             for start in range(0, n, side):
                 i = min(start, n - side)
-                transpose(block, i, tile_rows, result, (row + i) * features + f, features)
+                for next_column in range(0, m, side):
+                    j = min(next_column, m - side)
+                    place = (row + i) * features + f + j
+                    transpose(block, j * tile_rows + i, tile_rows, result, place, features)
 
 
 @njit(**FAST)
@@ -142,6 +147,15 @@ def add_columns(kind, gradient, sums, begin, first, last):
         for r in range(0, tile_rows, line):
             a = add_product(a, ones, load(gradient, o * tile_rows + r, LINE))
         put(sums, begin + o, at(sums, begin + o) + total(a))
+
+
+@njit(**FAST)
+def scratch(kind, count):
+    """An array of numbers that begins with a cache line, so that vectors touch no more than fit."""
+    line = numbers(kind, LINE)
+    array = empty(kind, count + line)
+    first = -(array.ctypes.data // (LINE // line)) % line
+    return array[first : first + count]
 
 
 @njit(**FAST)
@@ -235,13 +249,13 @@ def forward(
     starts, others = integers(starts), integers(others)
     ordered = take(kind, pointer(kind, values), integers(slots), active)
 
-    tile_rows, side = numbers(kind, kind), numbers(kind, SQUARE)
+    tile_rows = numbers(kind, kind)
     tiles = -(-rows // tile_rows)
     for task in prange(tiles * blocks):
         row, part = task // blocks * tile_rows, task % blocks
         first, last = outputs * part // blocks, outputs * (part + 1) // blocks
-        tile = empty(kind, inputs * tile_rows)
-        block = empty(kind, side * tile_rows)
+        tile = scratch(kind, inputs * tile_rows)
+        block = scratch(kind, numbers(kind, LINE) * tile_rows)
         read_tile(kind, source, row, rows, inputs, tile)
         multiply(
             kind,
@@ -311,16 +325,16 @@ def backward(
     input_starts, input_others = integers(input_starts), integers(input_others)
     ordered = take(kind, pointer(kind, values), integers(input_slots), active if needs_x else 0)
 
-    tile_rows, side = numbers(kind, kind), numbers(kind, SQUARE)
+    tile_rows = numbers(kind, kind)
     tiles = -(-rows // tile_rows)
     chunks = min(tiles, CHUNKS)
     sums = zeros(kind, chunks * active if needs_values else 0)
     bias_sums = zeros(kind, chunks * outputs if needs_bias else 0)
     for task in prange(chunks * blocks):
         chunk, part = task // blocks, task % blocks
-        gradients = empty(kind, outputs * tile_rows)
-        tile = empty(kind, inputs * tile_rows if needs_values else 0)
-        block = empty(kind, side * tile_rows)
+        gradients = scratch(kind, outputs * tile_rows)
+        tile = scratch(kind, inputs * tile_rows if needs_values else 0)
+        block = scratch(kind, numbers(kind, LINE) * tile_rows)
         for t in range(tiles * chunk // chunks, tiles * (chunk + 1) // chunks):
             row = t * tile_rows
             read_tile(kind, gradient, row, rows, outputs, gradients)
