@@ -22,10 +22,13 @@ from torch.nn import functional as F
 
 import itop_prune
 
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()),
-    reason="this torch has no gloo",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (distributed.is_available() and distributed.is_gloo_available()),
+        reason="this torch has no gloo",
+    ),
+]
 
 RANKS, STEPS, EVERY = 2, 6, 2
 WHOLE = StateDictOptions(full_state_dict=True)

@@ -466,6 +466,7 @@ def in_fresh_interpreter(program: str, **environment: str) -> subprocess.Complet
     )
 
 
+@pytest.mark.slow
 def test_numba_is_imported_by_the_first_product_of_sparse_storage_and_not_before() -> None:
     in_fresh_interpreter("""
 import sys, torch, itop_prune

@@ -328,7 +328,7 @@ TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 @pytest.fixture(
     scope="module",
-    params=[2, pytest.param(4, marks=pytest.mark.slow)],
+    params=[pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 4)],
     ids="{} ranks".format,
 )
 def results(

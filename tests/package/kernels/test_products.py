@@ -112,6 +112,7 @@ def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Layer:
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(layers())
 @example(layer_of(5, 6, 7, 0.0, free=4))  # all slots are free
@@ -256,6 +257,7 @@ with ThreadPoolExecutor(8) as pool:
     in_fresh_interpreter(program, NUMBA_THREADING_LAYER="workqueue")
 
 
+@pytest.mark.slow
 def test_the_first_call_leaves_the_threads_of_torch_as_they_are() -> None:
     in_fresh_interpreter("""
 import torch

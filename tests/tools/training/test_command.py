@@ -142,6 +142,7 @@ def test_missing_data_are_one_clear_line(tmp_path, capsys):
 # In a process of its own
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_pipe_leaves_plain_lines_and_a_checkpoint_that_resume_continues(tmp_path):
     arguments = [QUICKSTART, "epochs=400", "--out", str(tmp_path)]
     process = start([str(ROOT / "tools" / "train.py"), *arguments])
