@@ -82,7 +82,7 @@ class Case:
     built: Network | Layer
     targets: Mapping[int, Mapping[float, float]]
     """By number of cores and by sparsity."""
-    rounds: int = 15
+    rounds: int = 7
 
 
 WIDE_TARGETS = {0.9: 4.5, 0.95: 8.0, 0.98: 16.0, 0.99: 22.0}
