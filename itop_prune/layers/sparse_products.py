@@ -188,6 +188,13 @@ class _EagerProduct(torch.autograd.Function):
     backward = _Product.backward
 
 
+def _takes_kernels(x: Tensor, values: Tensor, positions: Tensor, layout: Layout) -> bool:
+    """Tell whether kernels compute an input, converted to the type of the values."""
+    if not x.is_cpu:
+        return False
+    return order_of(x.to(values.dtype), values, positions, layout.shape) is not None
+
+
 def product(
     layer: nn.Module, x: Tensor, bias: Tensor | None, geometry: Geometry = LINEAR
 ) -> Tensor:
@@ -204,9 +211,8 @@ def product(
     # Of the type "meta" autocast knows nothing.
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
         narrow = torch.get_autocast_dtype(x.device.type)
-        wide = x.to(values.dtype)
-        if eager and not geometry.stride and order_of(wide, values, positions, layout.shape):
-            x = wide
+        if eager and not geometry.stride and _takes_kernels(x, values, positions, layout):
+            x = x.to(values.dtype)
         else:
             x, values = x.to(narrow), values.to(narrow)
             bias = None if bias is None else bias.to(narrow)
