@@ -81,7 +81,7 @@ def test_each_sparsity_is_a_row_with_all_three_versions(applied: list[object]) -
     for row in rows:
         assert row.faster
         assert row.unit == "ms"
-        assert len(row.ours) == len(row.other) == len(row.masked) == QUICK.rounds(15)
+        assert len(row.ours) == len(row.other) == len(row.masked) == QUICK.rounds(Case.rounds)
     storages = ("mask", "sparse")
     asked = [(0.9, 1), (0.98, 1), (0.9, 1), (0.9, 2)]
     assert applied == [(share, one, cores) for share, cores in asked for one in storages]
