@@ -33,7 +33,7 @@ import itop_prune
 QUICK = Settings(quick=True, device=torch.device("cpu"))
 TARGETS = {0.9: 2.0, 0.98: 3.0}
 SMALL = {
-    "net": Case(Network(lambda: mlp(20, 16, 10), (3, 20), torch.optim.AdamW), {1: TARGETS}, 15),
+    "net": Case(Network(lambda: mlp(20, 16, 10), (3, 20), torch.optim.AdamW), {1: TARGETS}),
     "layer": Case(Layer(20, 16, 3), {1: {0.9: 2.0}, 2: {0.9: 4.0}}),
 }
 
