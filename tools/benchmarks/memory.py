@@ -38,7 +38,9 @@ def live_bytes(device: torch.device) -> int:
 
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) in (Tensor, nn.Parameter) and thing.device == device:
+        if type(thing) not in (Tensor, nn.Parameter) or thing.device != device:
+            continue
+        if thing.layout is torch.strided:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
