@@ -203,7 +203,10 @@ def _lowest_of_all(
         mask = layer.itop.mask
         most[name] = max(0, active[name] - minimum(rules, layer.itop.size))
         found = layer.prune_scores(rules.prune, mask)
-        active_scores = found[mask] if isinstance(found, Tensor) else found.scores
+        if isinstance(found, Tensor):
+            active_scores = found[mask]
+        else:
+            active_scores = found.scores[found.positions >= 0]  # the rest are free slots
         scores[name] = -topology.as_float(active_scores)
 
     total = min(total, sum(most.values()))
