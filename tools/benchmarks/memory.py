@@ -1,5 +1,6 @@
 """What masks cost in memory, between updates and during one."""
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -40,7 +41,7 @@ def live_bytes(device: torch.device) -> int:
     for thing in gc.get_objects():
         if type(thing) not in (Tensor, nn.Parameter) or thing.device != device:
             continue
-        if thing.layout is torch.strided:
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse, or of a compiler
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
