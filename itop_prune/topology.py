@@ -32,6 +32,11 @@ class ActiveScores(NamedTuple):
     """In the flattened mask; what is scored at a position of -1 is passed over."""
     scores: Tensor
 
+    @property
+    def scored(self) -> Tensor:
+        """Bool: which are not passed over."""
+        return self.positions >= 0
+
 
 def prune_and_regrow(
     mask: Tensor,
@@ -105,7 +110,7 @@ def prune(
             return mask ^ select(-as_float(scores), mask, count, generator)
 
         positions = scores.positions
-        gone = select(-as_float(scores.scores), positions >= 0, count, generator, positions)
+        gone = select(-as_float(scores.scores), scores.scored, count, generator, positions)
         gone = positions.index_select(0, true_positions(gone)).long()
         kept = mask.flatten().index_fill(0, gone, False)
         return kept.view(mask.shape)

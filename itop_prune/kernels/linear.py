@@ -37,6 +37,7 @@ from itop_prune.kernels.vectors import (
 CHUNKS = 8
 """Rows are shared out over so many sums of the values' gradient, if there are as many tiles."""
 FAST = {"nogil": True, "cache": True, "error_model": "numpy"}
+# Numba would make a parallel loop of all that fills an array, and compile each for a second.
 PARALLEL = {"prange": True} | dict.fromkeys(
     ("comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil"), False
 )
@@ -176,13 +177,11 @@ def take(kind, values, slots, count):
 
 
 @njit(**FAST)
-def collect(sums, chunks, count, slots, result):
-    """result[slots[k]] = the sum of sums[chunk, k] over all chunks."""
+def add_chunks(sums, chunks, count):
+    """sums[0, k] becomes the sum of sums[chunk, k] over all chunks."""
     for k in range(count):
-        number = at(sums, k)
         for chunk in range(1, chunks):
-            number += at(sums, chunk * count + k)
-        put(result, at(slots, k), number)
+            put(sums, k, at(sums, k) + at(sums, chunk * count + k))
 
 
 @njit(parallel=PARALLEL, **FAST)
@@ -365,10 +364,10 @@ def backward(
                 add_columns(kind, gradients, bias_sums, chunk * outputs, first, last)
 
     if needs_values:
-        collect(sums, chunks, active, slots, pointer(kind, for_values))
+        add_chunks(sums, chunks, active)
+        for k in range(active):
+            put(pointer(kind, for_values), at(slots, k), at(sums, k))
     if needs_bias:
+        add_chunks(bias_sums, chunks, outputs)
         for o in range(outputs):
-            number = at(bias_sums, o)
-            for chunk in range(1, chunks):
-                number += at(bias_sums, chunk * outputs + o)
-            put(pointer(kind, for_bias), o, number)
+            put(pointer(kind, for_bias), o, at(bias_sums, o))

@@ -1,7 +1,7 @@
 """Linear layers that compute with their active weights: tensors in, tensors out.
 
-`order_of` decides whether a layer does, by its shape and density alone. So ranks and resumed runs
-decide alike, and round alike.
+`order_of` decides whether a layer does, by its shape and density alone. So all ranks decide the
+same, a resumed run does too, and both round the same.
 """
 
 import functools
@@ -218,9 +218,10 @@ def order_of(
 
     sizes = (values.numel(), *shape)
     known = _known.get(id(positions))
-    if known is None or known.positions() is not positions or known.sizes != sizes:
-        return _remember(positions, sizes)
-    return known.order if known.version == positions._version else _remember(positions, sizes)
+    same = known is not None and known.positions() is positions and known.sizes == sizes
+    if known and same and known.version == positions._version:
+        return known.order
+    return _remember(positions, sizes)
 
 
 def can_compute(*tensors: Tensor) -> bool:

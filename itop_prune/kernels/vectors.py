@@ -108,6 +108,20 @@ def _exchange(builder: Any, a: Any, b: Any, step: int) -> tuple[Any, Any]:
     return _shuffle(builder, a, b, even), _shuffle(builder, a, b, odd)
 
 
+def _add(builder: Any, a: Any, b: Any) -> Any:
+    return builder.fadd(a, b, flags=LOOSE)
+
+
+def _fold(builder: Any, vector: Any, count: int) -> Any:
+    """Add the halves of a vector until so many numbers are left."""
+    while vector.type.count > count:
+        half = vector.type.count // 2
+        low = _shuffle(builder, vector, vector, list(range(half)))
+        high = _shuffle(builder, vector, vector, list(range(half, 2 * half)))
+        vector = _add(builder, low, high)
+    return vector
+
+
 @intrinsic
 def pointer(typing: Any, kind: Any, address: Any) -> Any:
     """The place of a kind's numbers at an address."""
@@ -229,14 +243,14 @@ def store(typing: Any, place: Any, index: Any, vector: Any) -> Any:
 
 @intrinsic
 def add_product(typing: Any, vector: Any, factor: Any, other: Any) -> Any:
-    """Vector + factor * other; the factor is a number or a vector."""
+    """Add factor * other to a vector; the factor is a number or a vector."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         vector, factor, other = arguments
         if not isinstance(signature.args[1], Vector):
             factor = _full(builder, factor, vector.type)
         product = builder.fmul(factor, other, flags=LOOSE)
-        return builder.fadd(product, vector, flags=LOOSE)
+        return _add(builder, product, vector)
 
     return vector(vector, factor, other), code
 
@@ -246,13 +260,8 @@ def total(typing: Any, vector: Any) -> Any:
     """The sum of a vector's numbers."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v = arguments[0]
-        while v.type.count > 1:
-            half = v.type.count // 2
-            low = _shuffle(builder, v, v, list(range(half)))
-            high = _shuffle(builder, v, v, list(range(half, 2 * half)))
-            v = builder.fadd(low, high, flags=LOOSE)
-        return builder.extract_element(v, ir.Constant(ir.IntType(32), 0))
+        one = _fold(builder, arguments[0], 1)
+        return builder.extract_element(one, ir.Constant(ir.IntType(32), 0))
 
     return vector.element(vector), code
 
@@ -262,24 +271,17 @@ def add_totals(typing: Any, place: Any, index: Any, a: Any, b: Any, c: Any, d: A
     """place[index : index + 4] += the sums of four vectors, together faster than one by one."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        place, index, *vectors = arguments
-
-        def add(x: Any, y: Any) -> Any:
-            return builder.fadd(x, y, flags=LOOSE)
+        place, index, a, b, c, d = arguments
 
         def mix(x: Any, y: Any, step: int) -> Any:
-            return add(*_exchange(builder, x, y, step))
+            return _add(builder, *_exchange(builder, x, y, step))
 
-        v = mix(mix(vectors[0], vectors[1], 1), mix(vectors[2], vectors[3], 1), 2)
-        while v.type.count > 4:
-            half = v.type.count // 2
-            low = _shuffle(builder, v, v, list(range(half)))
-            v = add(low, _shuffle(builder, v, v, list(range(half, 2 * half))))
-
+        sums = _fold(builder, mix(mix(a, b, 1), mix(c, d, 1), 2), 4)
         kind = signature.args[0]
-        address = _address(context, builder, kind, place, index, v.type)
+        address = _address(context, builder, kind, place, index, sums.type)
         align = _aligned(kind)
-        builder.store(add(builder.load(address, align=align), v), address, align=align)
+        before = builder.load(address, align=align)
+        builder.store(_add(builder, before, sums), address, align=align)
         return context.get_dummy_value()
 
     return types.none(place, types.intp, a, b, c, d), code

@@ -7,6 +7,9 @@ again, so at any time one layer's is there.
 
 Under torch.compile both directions are operators of their own. Otherwise the compiler could keep
 the weights after all, and it can't look into kernels.
+
+NaN and infinities pass through active weights alone in kernels. A dense weight makes NaN of a whole
+row, since 0 times NaN is NaN.
 """
 
 from collections.abc import Sequence
@@ -82,17 +85,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the gradients of input, values, dense weight and bias; empty where not needed."""
     # A gradient that is to be differentiated again needs operations that torch knows.
-    if not stride and not torch.is_grad_enabled():
-        order = order_of(x, values, positions, shape)
-        if order:
-            needs = (needs_x, needs_values and not needs_weight, needs_bias)
-            for_x, for_values, for_bias = products.backward(gradient, x, values, order, needs)
-            if not needs_weight:
-                return for_x, for_values, gradient.new_empty(0), for_bias
-            for_weight = gradient.t().mm(x)
-            if needs_values:
-                for_values = gather(for_weight, positions)
-            return for_x, for_values, for_weight, for_bias
+    once = not torch.is_grad_enabled()
+    if not stride and once and (order := order_of(x, values, positions, shape)):
+        needs = (needs_x, needs_values and not needs_weight, needs_bias)
+        for_x, for_values, for_bias = products.backward(gradient, x, values, order, needs)
+        if not needs_weight:
+            return for_x, for_values, gradient.new_empty(0), for_bias
+        for_weight = gradient.t().mm(x)
+        if needs_values:
+            for_values = gather(for_weight, positions)
+        return for_x, for_values, for_weight, for_bias
 
     layout = Layout(tuple(shape), channels_last)
     needs = (needs_x, needs_weight or needs_values, needs_bias)

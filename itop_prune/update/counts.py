@@ -203,10 +203,7 @@ def _lowest_of_all(
         mask = layer.itop.mask
         most[name] = max(0, active[name] - minimum(rules, layer.itop.size))
         found = layer.prune_scores(rules.prune, mask)
-        if isinstance(found, Tensor):
-            active_scores = found[mask]
-        else:
-            active_scores = found.scores[found.positions >= 0]  # the rest are free slots
+        active_scores = found[mask] if isinstance(found, Tensor) else found.scores[found.scored]
         scores[name] = -topology.as_float(active_scores)
 
     total = min(total, sum(most.values()))

@@ -2,7 +2,7 @@
 
   python tools/bench.py                                    # everything, twenty minutes on two cores
   python tools/bench.py --quick --only update,step         # smaller models, fewer rounds
-  python tools/bench.py --only sparse --picture steps.svg   # sparse training on a CPU, drawn too
+  python tools/bench.py --only sparse --picture steps.svg  # sparse training on a CPU, drawn too
   python tools/bench.py --json new.json --against old.json
   python tools/bench.py --profile                          # the costliest operations of a step
   python tools/bench.py --deploy                           # deployed models, as a Markdown table
@@ -18,7 +18,7 @@ import os
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from rich.table import Table
 
 from . import deployed
 from .file_sizes import files
-from .measure import Measured, Settings
+from .measure import Measured, Row, Settings
 from .memory import memory
 from .runner import images, imports, run
 from .sparse_training import sparse
@@ -46,23 +46,6 @@ BENCHMARKS = {
     "import": imports,
     "files": files,
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table."""
-
-    name: str
-    ours: float
-    """The median, in `unit`."""
-    other: float | None
-    """The median of what ours is compared with; None if the target is about ours alone."""
-    unit: str
-    ratio: float
-    target: str
-    met: bool
-    masked: float | None = None
-    """The median with masks, in `unit`, where that is measured too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -219,15 +202,11 @@ def in_unit(value: float | None, unit: str) -> str:
 def describe(device: torch.device) -> str:
     """Describe chip, cores, torch and Numba, without the name of the machine."""
     chip = platform.processor() or platform.machine()
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                chip = value.strip()
-            elif key.strip() == "flags":
-                wide = "avx512f" in value.split()
+            if line.startswith("model name"):
+                chip = line.partition(":")[2].strip()
                 break
 
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
@@ -235,6 +214,7 @@ def describe(device: torch.device) -> str:
         numba = f"numba {version('numba')}"
     except PackageNotFoundError:
         numba = "no numba"
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     vectors = "with AVX-512" if wide else "without AVX-512"
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return f"{chip} {vectors}, {threads}{gpu}; torch {torch.__version__}, {numba}"

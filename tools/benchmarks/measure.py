@@ -52,6 +52,23 @@ class Measured:
         return self
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    name: str
+    ours: float
+    """The median, in `unit`."""
+    other: float | None
+    """The median of what ours is compared with; None if the target is about ours alone."""
+    unit: str
+    ratio: float
+    target: str
+    met: bool
+    masked: float | None = None
+    """The median with masks, in `unit`, where that is measured too."""
+
+
 def seconds(call: Callable[[], object], device: torch.device = CPU) -> float:
     """Measure the seconds of a call, until the device has finished its work."""
     began = clock(device)

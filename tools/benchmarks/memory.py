@@ -41,7 +41,7 @@ def live_bytes(device: torch.device) -> int:
     for thing in gc.get_objects():
         if type(thing) not in (Tensor, nn.Parameter) or thing.device != device:
             continue
-        with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse, or of a compiler
+        with contextlib.suppress(RuntimeError):  # sparse, or of a compiler
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
@@ -78,8 +78,8 @@ def storages(settings: Settings) -> Iterator[Measured]:
     """Measure all that sparse training keeps of the weights, beside dense training.
 
     It counts weights, gradients, optimizer statistics, positions and the bits of R_s, after an
-    update. The targets allow 1.3 times the density, 0.4 % for biases and norms,
-    and a bit a weight for R_s.
+    update. The targets allow 1.3 times the density, 0.4 % for biases and norms, and a bit a weight
+    for R_s.
     """
     optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "SGD": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9),

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 from matplotlib.axes import Axes
 
 from ..reports import style
+from .measure import Row
 from .sparse_training import CASES, MLP, VIT, title
 
 SHARE = 0.27
@@ -14,31 +14,7 @@ SHARE = 0.27
 CORES = 1
 
 
-class Found(Protocol):
-    """A row of the benchmark's table; times are medians in ms."""
-
-    @property
-    def name(self) -> str:
-        """As `title` writes it."""
-
-    @property
-    def ours(self) -> float:
-        """Of a step in sparse storage."""
-
-    @property
-    def other(self) -> float | None:
-        """Of a dense step."""
-
-    @property
-    def masked(self) -> float | None:
-        """Of a step with masks."""
-
-    @property
-    def ratio(self) -> float:
-        """How many times as fast as dense."""
-
-
-def draw(rows: Iterable[Found], path: Path) -> None:
+def draw(rows: Iterable[Row], path: Path) -> None:
     """Draw the steps of the MLP and of the ViT on one core as bars.
 
     Args:
@@ -57,7 +33,7 @@ def draw(rows: Iterable[Found], path: Path) -> None:
         figure.savefig(path, dpi=160)
 
 
-def draw_case(axis: Axes, case: str, found: dict[str, Found]) -> None:
+def draw_case(axis: Axes, case: str, found: dict[str, Row]) -> None:
     """Draw one network: three bars for each sparsity."""
     sparsities = list(CASES[case].targets[CORES])
     rows = [found[title(case, sparsity, CORES)] for sparsity in sparsities]
