@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DENSEST = 0.25
 """A layer with a larger share of active weights is about as fast with its dense weight."""
-FEW = 2048
+FEW = 8192
 """So many active weights take less time than it takes to make a dense weight."""
 ALONE = 1 << 20
 """Products of two numbers that one thread computes as fast as several."""
@@ -136,8 +136,7 @@ _parallel = threading.Lock()
 
 
 def _run(kernel: Any, threads: int, *arguments: Any) -> None:
-    import numba
-
+    numba = _numba()
     with _parallel:
         before = numba.get_num_threads()
         if threads == before:
@@ -153,15 +152,21 @@ def _run(kernel: Any, threads: int, *arguments: Any) -> None:
 @functools.cache
 def _kernels() -> Any:
     """Import the kernels; they are compiled at their first call, once in an environment."""
-    import numba
-
     from itop_prune.kernels import linear
 
-    # Numba starts its threads here. With OpenMP this sets how many torch uses, so set it back.
+    return linear
+
+
+@functools.cache
+def _numba() -> Any:
+    """Import Numba and start its threads."""
+    import numba
+
+    # With OpenMP this sets how many threads torch uses, so set them back.
     threads = torch.get_num_threads()
     numba.get_num_threads()
     torch.set_num_threads(threads)
-    return linear
+    return numba
 
 
 @functools.cache
@@ -173,9 +178,7 @@ def _kind(dtype: torch.dtype, size: int) -> Any:
 
 @functools.cache
 def _most_threads() -> int:
-    import numba
-
-    return int(numba.config.NUMBA_NUM_THREADS)
+    return int(_numba().config.NUMBA_NUM_THREADS)
 
 
 class _Known(NamedTuple):

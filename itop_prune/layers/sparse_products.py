@@ -13,7 +13,7 @@ row, since 0 times NaN is NaN.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from itop_prune.kernels import products
 from itop_prune.kernels.products import order_of
 from itop_prune.layers.names import layout_name, positions_name, probe_name, values_name
 from itop_prune.layers.sparse_storage import Layout, dense, gather
+
+if TYPE_CHECKING:
+    from itop_prune.kernels.orders import Order
 
 NAME = "weight"
 """The weight that a linear layer or a convolution multiplies with."""
@@ -42,7 +45,93 @@ class Geometry(NamedTuple):
 LINEAR = Geometry()
 
 
+class Needs(NamedTuple):
+    """Which gradients to compute."""
+
+    x: bool
+    values: bool
+    weight: bool
+    """The dense weight's."""
+    bias: bool
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of input, values, dense weight and bias; empty where not needed."""
+
+
 def forward(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    layout: Layout,
+    geometry: Geometry,
+    order: "Order | None",
+) -> Tensor:
+    """Compute the output of a layer: by kernels if there is an order, else by the dense weight."""
+    if order is not None:
+        return products.forward(x, values, order, bias)
+
+    weight = dense(values, positions, layout)
+    if not geometry.stride:
+        return F.linear(x, weight, bias)
+    stride, padding, dilation, groups = geometry
+    nothing = [0] * len(stride)
+    return torch.ops.aten.convolution(
+        x, weight, bias, stride, padding, dilation, False, nothing, groups
+    )
+
+
+def backward(
+    gradient: Tensor,
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    layout: Layout,
+    geometry: Geometry,
+    order: "Order | None",
+    needs: Needs,
+) -> Gradients:
+    """Compute the gradients of a layer, likewise."""
+    nothing = gradient.new_empty(0)
+    if order is not None:
+        # The dense weight's gradient holds that of the values.
+        for_sums = (needs.x, needs.values and not needs.weight, needs.bias)
+        for_x, for_values, for_bias = products.backward(gradient, x, values, order, for_sums)
+        for_weight = gradient.t().mm(x) if needs.weight else nothing
+        if needs.weight and needs.values:
+            for_values = gather(for_weight, positions)
+        return for_x, for_values, for_weight, for_bias
+
+    needs_weight = needs.weight or needs.values
+    if not geometry.stride:
+        for_x = gradient.mm(dense(values, positions, layout)) if needs.x else nothing
+        for_weight = gradient.t().mm(x) if needs_weight else nothing
+        for_bias = gradient.sum(0) if needs.bias else nothing
+    else:
+        stride, padding, dilation, groups = geometry
+        # Without the input's gradient the weight's numbers are not read, only its shape.
+        nowhere = values.new_empty(()).expand(layout.shape)
+        found = torch.ops.aten.convolution_backward(
+            gradient,
+            x,
+            dense(values, positions, layout) if needs.x else nowhere,
+            [layout.shape[0]],
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            (needs.x, needs_weight, needs.bias),
+        )
+        for_x, for_weight, for_bias = (nothing if tensor is None else tensor for tensor in found)
+    for_values = gather(for_weight, positions) if needs.values else nothing
+    return for_x, for_values, for_weight if needs.weight else nothing, for_bias
+
+
+@torch.library.custom_op("itop_prune::product", mutates_args=())
+def _forward_op(
     x: Tensor,
     values: Tensor,
     positions: Tensor,
@@ -54,20 +143,14 @@ def forward(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """Compute the output of a layer."""
-    if not stride and (order := order_of(x, values, positions, shape, bias)):
-        return products.forward(x, values, order, bias)
-
-    weight = dense(values, positions, Layout(tuple(shape), channels_last))
-    if not stride:
-        return F.linear(x, weight, bias)
-    nothing = [0] * len(stride)
-    return torch.ops.aten.convolution(
-        x, weight, bias, stride, padding, dilation, False, nothing, groups
-    )
+    layout = Layout(tuple(shape), channels_last)
+    geometry = Geometry(stride, padding, dilation, groups)
+    order = None if stride else order_of(x, values, positions, shape, bias)
+    return forward(x, values, positions, bias, layout, geometry, order)
 
 
-def backward(
+@torch.library.custom_op("itop_prune::product_backward", mutates_args=())
+def _backward_op(
     gradient: Tensor,
     x: Tensor,
     values: Tensor,
@@ -82,53 +165,21 @@ def backward(
     needs_values: bool,
     needs_weight: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of input, values, dense weight and bias; empty where not needed."""
-    # A gradient that is to be differentiated again needs operations that torch knows.
-    once = not torch.is_grad_enabled()
-    if not stride and once and (order := order_of(x, values, positions, shape)):
-        needs = (needs_x, needs_values and not needs_weight, needs_bias)
-        for_x, for_values, for_bias = products.backward(gradient, x, values, order, needs)
-        if not needs_weight:
-            return for_x, for_values, gradient.new_empty(0), for_bias
-        for_weight = gradient.t().mm(x)
-        if needs_values:
-            for_values = gather(for_weight, positions)
-        return for_x, for_values, for_weight, for_bias
-
+) -> Gradients:
     layout = Layout(tuple(shape), channels_last)
-    needs = (needs_x, needs_weight or needs_values, needs_bias)
-    if not stride:
-        nothing = gradient.new_empty(0)
-        found = (
-            gradient.mm(dense(values, positions, layout)) if needs_x else nothing,
-            gradient.t().mm(x) if needs[1] else nothing,
-            gradient.sum(0) if needs_bias else nothing,
-        )
-    else:
-        # Without the input's gradient the weight's numbers are not read, only its shape.
-        weight = dense(values, positions, layout) if needs_x else values.new_empty(()).expand(shape)
-        zeros = [0] * len(stride)
-        found = torch.ops.aten.convolution_backward(
-            gradient, x, weight, [shape[0]], stride, padding, dilation, False, zeros, groups, needs
-        )
-    for_x, for_weight, for_bias = (
-        tensor if need else gradient.new_empty(0) for tensor, need in zip(found, needs, strict=True)
-    )
-    for_values = gather(for_weight, positions) if needs_values else gradient.new_empty(0)
-    if not needs_weight:
-        for_weight = gradient.new_empty(0)
-    return for_x, for_values, for_weight, for_bias
+    geometry = Geometry(stride, padding, dilation, groups)
+    order = None if stride else order_of(x, values, positions, shape)
+    needs = Needs(needs_x, needs_values, needs_weight, needs_bias)
+    return backward(gradient, x, values, positions, layout, geometry, order, needs)
 
 
-_forward_op = torch.library.custom_op("itop_prune::product", forward, mutates_args=())
-_backward_op = torch.library.custom_op("itop_prune::product_backward", backward, mutates_args=())
-_forward_op.register_fake(forward)
-_backward_op.register_fake(backward)
+# What the operators do with tensors of no numbers, the functions do as well.
+_forward_op.register_fake(_forward_op._init_fn)
+_backward_op.register_fake(_backward_op._init_fn)
 
 
 class _Product(torch.autograd.Function):
-    """The output of a layer, whose gradients can be differentiated again."""
+    """The output of a layer under torch.compile and `torch.func`."""
 
     generate_vmap_rule = True
 
@@ -142,8 +193,9 @@ class _Product(torch.autograd.Function):
         layout: Layout,
         geometry: Geometry,
     ) -> Tensor:
-        compute: Any = _forward_op if torch.compiler.is_compiling() else forward
-        return compute(x, values, positions, bias, *layout, *geometry)
+        if torch.compiler.is_compiling():
+            return _forward_op(x, values, positions, bias, *layout, *geometry)
+        return forward(x, values, positions, bias, layout, geometry, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -152,49 +204,62 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        layout, geometry, needs = ctx.layout, ctx.geometry, _needs(ctx)
         x, values, positions = ctx.saved_tensors
-        needs_x, needs_values, _, needs_bias, needs_probe, _, _ = ctx.needs_input_grad
-        compute: Any = _backward_op if torch.compiler.is_compiling() else backward
-        for_x, for_values, for_weight, for_bias = compute(
-            gradient,
-            x,
-            values,
-            positions,
-            *ctx.layout,
-            *ctx.geometry,
-            needs_x,
-            needs_values,
-            needs_probe,
-            needs_bias,
-        )
-        return (
-            for_x if needs_x else None,
-            for_values if needs_values else None,
-            None,
-            for_bias if needs_bias else None,
-            for_weight if needs_probe else None,
-            None,
-            None,
-        )
+        if torch.compiler.is_compiling():
+            found = _backward_op(gradient, x, values, positions, *layout, *geometry, *needs)
+        else:
+            found = backward(gradient, x, values, positions, layout, geometry, None, needs)
+        return _for_inputs(found, needs)
 
 
 class _EagerProduct(torch.autograd.Function):
     """The same in torch's older form, which costs less at a call and knows no `torch.func`."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _Product.forward(*inputs)
-        _Product.setup_context(ctx, inputs, output)
-        return output
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        bias: Tensor | None,
+        probe: Tensor | None,
+        layout: Layout,
+        geometry: Geometry,
+        order: "Order | None",
+    ) -> Tensor:
+        ctx.layout, ctx.geometry, ctx.order = layout, geometry, order
+        ctx.save_for_backward(x, values, positions)
+        return forward(x, values, positions, bias, layout, geometry, order)
 
-    backward = _Product.backward
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        layout, geometry, order, needs = ctx.layout, ctx.geometry, ctx.order, _needs(ctx)
+        x, values, positions = ctx.saved_tensors
+        # A gradient that is to be differentiated again needs operations that torch knows.
+        if torch.is_grad_enabled() or not products.can_compute(gradient):
+            order = None
+        found = backward(gradient, x, values, positions, layout, geometry, order, needs)
+        return (*_for_inputs(found, needs), None)
 
 
-def _takes_kernels(x: Tensor, values: Tensor, positions: Tensor, layout: Layout) -> bool:
-    """Tell whether kernels compute an input, converted to the type of the values."""
-    if not x.is_cpu:
-        return False
-    return order_of(x.to(values.dtype), values, positions, layout.shape) is not None
+def _needs(ctx: Any) -> Needs:
+    x, values, _, bias, probe, *_ = ctx.needs_input_grad
+    return Needs(x, values, probe, bias)
+
+
+def _for_inputs(gradients: Gradients, needs: Needs) -> tuple[Tensor | None, ...]:
+    """Put gradients in the order of the inputs; None where not needed."""
+    x, values, weight, bias = gradients
+    return (
+        x if needs.x else None,
+        values if needs.values else None,
+        None,
+        bias if needs.bias else None,
+        weight if needs.weight else None,
+        None,
+        None,
+    )
 
 
 def product(
@@ -213,30 +278,37 @@ def product(
     # Of the type "meta" autocast knows nothing.
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
         narrow = torch.get_autocast_dtype(x.device.type)
-        if eager and not geometry.stride and _takes_kernels(x, values, positions, layout):
-            x = x.to(values.dtype)
-        else:
-            x, values = x.to(narrow), values.to(narrow)
-            bias = None if bias is None else bias.to(narrow)
 
-    function: Any = _Product
+    order = None
+    if eager and not geometry.stride and x.is_cpu:
+        wide = x if narrow is None else x.to(values.dtype)
+        order = order_of(wide, values, positions, layout.shape, bias)
+    if order is not None:
+        x = wide
+    elif narrow is not None:
+        x, values = x.to(narrow), values.to(narrow)
+        bias = None if bias is None else bias.to(narrow)
+
+    inputs = (x, values, positions, bias, probe, layout, geometry)
     if eager and not torch._C._are_functorch_transforms_active():
-        function = _EagerProduct
-    output = function.apply(x, values, positions, bias, probe, layout, geometry)
+        output = _EagerProduct.apply(*inputs, order)
+    else:
+        output = _Product.apply(*inputs)
     return output if narrow is None else output.to(narrow)
 
 
 def linear_forward(layer: Any, x: Tensor) -> Tensor:
     """Stand in for `nn.Linear.forward`; any leading dimensions are rows."""
+    bias = layer.bias
     if x.ndim == 2 or not x.ndim:
-        return product(layer, x, layer.bias)
+        return product(layer, x, bias)
 
     rows = x.reshape(-1, x.shape[-1])
     fused = x.is_contiguous()
-    output = product(layer, rows, layer.bias if fused else None)
+    output = product(layer, rows, bias if fused else None)
     output = output.view(*x.shape[:-1], output.shape[-1])
     # As torch does, so that both round alike.
-    return output if fused or layer.bias is None else output + layer.bias.to(output.dtype)
+    return output if fused or bias is None else output + bias.to(output.dtype)
 
 
 def convolution_forward(layer: Any, x: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from itop_prune.layers.names import positions_name, values_name
 from itop_prune.topology import count_true, true_positions
 
+LINE = 64
+"""Numbers that take a cache line or more, in any type."""
+
 
 class Layout(NamedTuple):
     """The dense weight's shape, and whether its channels are stored last."""
@@ -59,10 +62,10 @@ def dense(values: Tensor, positions: Tensor, layout: Layout) -> Tensor:
     tensor([[7., 0.],
             [0., 5.]])
     """
-    # One number more than the weight has: free slots write their 0 there.
-    flat = values.new_zeros(layout.size + 1)
-    flat = torch.scatter(flat, 0, _places(positions, layout.size), values.squeeze(0))
-    weight = flat[: layout.size].view(layout.shape)
+    # Free slots write their 0 in front of the weight, which begins with a cache line.
+    flat = values.new_zeros(LINE + layout.size)
+    flat = torch.scatter(flat, 0, positions.long() + LINE, values.squeeze(0))
+    weight = flat[LINE:].view(layout.shape)
     return weight.contiguous(memory_format=layout.memory_format)
 
 
@@ -73,7 +76,7 @@ def gather(tensor: Tensor, positions: Tensor) -> Tensor:
     tensor([[5., 0., 7.]])
     """
     taken = tensor.reshape(-1).index_select(0, positions.clamp(min=0))
-    return torch.where(positions < 0, torch.zeros_like(taken), taken).unsqueeze(0)
+    return taken.masked_fill(positions < 0, 0.0).unsqueeze(0)
 
 
 def mask_of(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -87,11 +90,6 @@ def mask_of(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
     # One place more than the mask has: free slots fill it, since -1 is the last one.
     flat = torch.zeros(size + 1, dtype=torch.bool, device=positions.device)
     return flat.index_fill_(0, positions.long(), True)[:size].view(shape)
-
-
-def _places(positions: Tensor, size: int) -> Tensor:
-    """Convert positions to indices, in which that of free slots is one past the weight."""
-    return torch.where(positions < 0, size, positions.long())
 
 
 def reassign(positions: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

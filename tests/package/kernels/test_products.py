@@ -376,10 +376,11 @@ def test_what_does_not_fit_is_left_to_the_dense_weight(what: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "active", "sparse"),
     [
-        ((100, 100), 2500, True),
-        ((100, 100), 2501, False),
+        ((200, 200), 10_000, True),
+        ((200, 200), 10_001, False),
         ((10, 20), 200, True),
-        ((64, 64), 2048, True),
+        ((10, 1000), 8192, True),
+        ((10, 1000), 8193, False),
         ((0, 5), 0, False),
         ((2**16, 2**15), 10, False),
     ],
