@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 SAMPLE = 1 << 14
-"""About how many scores are sorted to bracket the last score that is selected."""
+"""At most about so many scores are sorted to bracket the last score that is selected."""
+STRIDE = 16
+"""At most one in about so many is."""
+FEW = 1 << 13
+"""So many scores are sorted without a bracket."""
+BYTE = 255
+"""The largest number in a byte."""
 
 
 class NaNScores(ValueError):
@@ -111,7 +117,7 @@ def prune(
 
         positions = scores.positions
         gone = select(-as_float(scores.scores), scores.scored, count, generator, positions)
-        gone = positions.index_select(0, true_positions(gone)).long()
+        gone = positions.masked_select(gone).long()
         kept = mask.flatten().index_fill(0, gone, False)
         return kept.view(mask.shape)
     except NaNScores:
@@ -215,8 +221,8 @@ def _split_search(scores: Tensor, allowed: Tensor, count: int) -> tuple[Tensor, 
     where the scores are few, all allowed positions are candidates. NaN is always a candidate.
     """
     size = len(scores)
-    stride = (size // SAMPLE) | 1  # odd: an even stride could follow a dimension of the weight
-    if stride > 1:
+    if size > FEW:
+        stride = max(size // SAMPLE, STRIDE) | 1  # odd: an even one could follow a dimension
         sample = scores[::stride][allowed[::stride]]
         share = count / size
         margin = 4.0 * math.sqrt(size / stride * share * (1.0 - share))  # four standard deviations
@@ -323,7 +329,20 @@ def _shares_of_best(scores: Mapping[str, Tensor], count: int) -> dict[str, float
 
 def count_true(mask: Tensor) -> int:
     """Count the True positions of a bool tensor."""
-    return int(mask.count_nonzero())
+    return int(true_count(mask))
+
+
+def true_count(mask: Tensor) -> Tensor:
+    """Count the True positions of a bool tensor, as a tensor on its device.
+
+    Eight positions are one whole number. The bytes of a sum of 255 of these do not overflow.
+    """
+    counted = mask.numel() // (8 * BYTE) * 8 * BYTE
+    if not counted or mask.storage_offset() % 8 or not mask.is_contiguous():
+        return mask.count_nonzero()
+    flat = mask.view(-1)
+    sums = flat[:counted].view(torch.int64).view(-1, BYTE).sum(1)
+    return sums.view(torch.uint8).sum() + flat[counted:].count_nonzero()
 
 
 def as_float(scores: Tensor) -> Tensor:

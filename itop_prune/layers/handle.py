@@ -23,6 +23,7 @@ from itop_prune.layers.masked_layer import (
 from itop_prune.layers.names import mask_name, parameter_name, pattern_name, positions_name
 from itop_prune.patterns import Pattern, holds
 from itop_prune.sharding import is_sharded, like, zero_off_mask
+from itop_prune.topology import true_count
 
 
 class ITOP(prune.BasePruningMethod):
@@ -169,7 +170,7 @@ class ITOP(prune.BasePruningMethod):
 
     def count(self) -> Tensor:
         """Count the active weights, as a tensor on their device: the host need not wait."""
-        return self.used.count_nonzero()
+        return true_count(self.used)
 
     def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
         """Restrict `default_mask` to the present mask; part of torch's contract."""

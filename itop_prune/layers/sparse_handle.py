@@ -12,6 +12,7 @@ from itop_prune.layers.handle import ITOP
 from itop_prune.layers.masked_layer import attach_sparse, detach_sparse, effective, is_standardized
 from itop_prune.layers.names import layout_name, positions_name, probe_name, values_name
 from itop_prune.layers.sparse_storage import Layout
+from itop_prune.sharding import zero_off_mask
 
 
 class SparseITOP(ITOP):
@@ -94,8 +95,9 @@ class SparseITOP(ITOP):
         positions, stayed = sparse_storage.reassign(positions, before, after)
         sparse_storage.resize_layer(self._layer, self._tensor_name, len(positions))
         self.positions.copy_(positions)
-        parameter.masked_fill_(~stayed, 0)
-        return stayed.unsqueeze(0)
+        stayed = stayed.unsqueeze(0)
+        zero_off_mask(parameter, stayed)
+        return stayed
 
     @torch.no_grad()
     def follow(self, other: ITOP, changed: Tensor | None) -> None:

@@ -119,9 +119,10 @@ def reassign(positions: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, 
         more = min(needed + needed // 4, after.numel()) - len(positions)
         positions, stayed = F.pad(positions, (0, more), value=-1), F.pad(stayed, (0, more))
 
-    free = true_positions(~stayed)[: len(entered)]
-    moved = torch.where(stayed, positions, -1)
-    moved[free] = entered.to(moved.dtype)
+    # The k-th free slot gets the k-th weight that entered; the last ones may get none.
+    owners = F.pad(entered.to(positions.dtype), (0, 1), value=-1)
+    nth = (~stayed).cumsum(0, dtype=torch.int32).sub_(1).clamp_(0, len(entered))
+    moved = torch.where(stayed, positions, owners.index_select(0, nth))
     return moved, stayed
 
 
