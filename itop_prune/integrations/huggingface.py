@@ -28,7 +28,7 @@ DENSE_FOLDER = "dense"
 
 
 class SparseTrainingCallback(SparseTraining, TrainerCallback):
-    """Trains a model sparse in the Trainer: `Trainer(..., callbacks=[SparseTrainingCallback(...)])`.
+    """Trains a model sparse: `Trainer(model, ..., callbacks=[SparseTrainingCallback(...)])`.
 
     Masks are placed when the Trainer is built, before its optimizer. They move after each optimizer
     step that a gradient scaler did not skip. Checkpoints hold weights, masks and the state of the
@@ -131,8 +131,9 @@ class SparseTrainingCallback(SparseTraining, TrainerCallback):
             return
 
         folder, model = Path(args.output_dir, DENSE_FOLDER), unwrap(model)
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained(folder, state_dict=weights)
+        save_pretrained: Any = getattr(model, "save_pretrained", None)
+        if save_pretrained is not None:
+            save_pretrained(folder, state_dict=weights)
         else:  # a module of the user's own
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(weights, folder / "pytorch_model.bin")
@@ -158,8 +159,8 @@ class SparseTrainingCallback(SparseTraining, TrainerCallback):
             found = "FSDP1"
         if found:
             raise ValueError(
-                f"the Trainer uses {found}, which flattens parameters: masks can't follow; use DDP, "
-                'or FSDP2 with fsdp_config={"version": 2} and storage="mask"'
+                f"the Trainer uses {found}, which flattens parameters, and masks can't follow; use "
+                'DDP, or FSDP2 (fsdp_config={"version": 2}) with storage="mask"'
             )
 
 
