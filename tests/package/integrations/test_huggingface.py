@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from helpers.processes import finished, gloo, start
 from torch import nn
 from transformers import (
     BertConfig,
@@ -115,13 +116,12 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # --- training ------------------------------------------------------------------------------------
 
 CONV1D = pytest.mark.skip(reason="Conv1D of transformers can't be masked yet")
-EXPERTS = pytest.mark.skip(reason="experts as 3-D tensors can't be masked yet")
 
 
 @pytest.mark.parametrize("storage", ["mask", "sparse"])
 @pytest.mark.parametrize(
     "model",
-    [bert, llama, pytest.param(gpt2, marks=CONV1D), pytest.param(mixtral, marks=EXPERTS)],
+    [bert, llama, pytest.param(gpt2, marks=CONV1D), mixtral],
 )
 def test_a_model_trains_sparse_and_leaves_a_dense_copy(
     model: Callable[[], nn.Module], storage: str, tmp_path: Path
@@ -219,6 +219,51 @@ def test_a_model_that_has_masks_keeps_them(tmp_path: Path) -> None:
     run.train()
     assert callback.masks == masks
     assert callback.scheduler.updates == 4
+
+
+ON_A_RANK = """
+import sys
+
+import torch
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from itop_prune.integrations.huggingface import SparseTrainingCallback
+
+folder, storage = sys.argv[1:]
+torch.manual_seed(0)
+sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+model = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=64))
+tokens = torch.randint(50, (64, 8), generator=torch.Generator().manual_seed(0))
+arguments = TrainingArguments(folder, max_steps=4, save_steps=4, use_cpu=True, report_to=[])
+callback = SparseTrainingCallback(
+    sparsity=0.8, every=2, grow="gradient", check_ranks=True, storage=storage
+)
+run = Trainer(
+    model,
+    arguments,
+    train_dataset=[{"input_ids": row, "labels": row[0] % 2} for row in tokens],
+    callbacks=[callback],
+)
+run.train()
+assert type(run.model_wrapped).__name__ == "DistributedDataParallel"
+assert callback.scheduler.updates == 2
+torch.save(model.state_dict(), f"{folder}/rank{arguments.process_index}.pt")
+"""
+
+
+@gloo
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["mask", "sparse"])
+def test_two_ranks_hold_the_same_model(storage: str, tmp_path: Path) -> None:
+    script, folder = tmp_path / "on_a_rank.py", tmp_path / "out"
+    script.write_text(ON_A_RANK)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished(start([*launcher, str(script), str(folder), storage]))
+
+    one, other = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert same(dict(one), dict(other))
+    assert (folder / "checkpoint-4" / "mask_scheduler.pt").exists()
+    BertForSequenceClassification.from_pretrained(folder / "dense")
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
