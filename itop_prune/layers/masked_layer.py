@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.layers import sparse_products, sparse_storage
+from itop_prune.layers.lost_writes import refuse_peft_write, refused_resets
 from itop_prune.layers.names import (
     dense_backward_name,
     layout_name,
@@ -134,6 +135,7 @@ def _subclass(base: Any, names: tuple[str, ...], sparse: tuple[str, ...]) -> typ
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
+        **refused_resets(base),
     }
     if issubclass(base, nn.RNNBase):  # it reads its tensors from a list of its own
         body["_flat_weights"] = property(_rnn_weights, lambda layer, tensors: None)
@@ -324,6 +326,16 @@ class MaskedLayer:
     masked_class: Any
     masked_names: tuple[str, ...]
     sparse_names: tuple[str, ...]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a dense layer from `type(layer)(...)`, as PEFT does; without arguments a copy."""
+        return cls.masked_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    @property
+    def base_layer(self) -> Any:
+        """Have none: PEFT's layers look for one. Refuse if they do so in order to merge."""
+        refuse_peft_write(self)  # type: ignore[arg-type]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'base_layer'")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse `layer.weight = nn.Parameter(...)` with the error of the property."""
