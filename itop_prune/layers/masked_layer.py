@@ -177,10 +177,10 @@ def _weight_property(name: str, centred: bool) -> property:
     def write(layer: nn.Module, value: object) -> None:
         raise RuntimeError(
             f"{name} of a masked {type(layer).__name__} is mask times {parameter_key} and can't be "
-            f"assigned; write into {parameter_key}, or call itop_prune.remove first"
+            f"assigned or deleted; write into {parameter_key}, or call itop_prune.remove first"
         )
 
-    return property(read, write)
+    return property(read, write, lambda layer: write(layer, None))
 
 
 def _sparse_weight_property(name: str, centred: bool) -> property:
@@ -201,10 +201,11 @@ def _sparse_weight_property(name: str, centred: bool) -> property:
     def write(layer: nn.Module, value: object) -> None:
         raise RuntimeError(
             f"{name} of a {type(layer).__name__} in sparse storage is made of {values_key} and "
-            f"can't be assigned; write into {values_key}, or call itop_prune.remove first"
+            f"can't be assigned or deleted; write into {values_key}, or call "
+            "itop_prune.remove first"
         )
 
-    return property(read, write)
+    return property(read, write, lambda layer: write(layer, None))
 
 
 def _is_own(layer: nn.Module, parameter: Tensor) -> bool:

@@ -143,6 +143,14 @@ def test_convolutions_are_merged_likewise() -> None:
 
 
 @both_storages
+def test_attention_whose_weight_peft_deletes_is_refused() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    apply(model, 0.5)
+    with pytest.raises(RuntimeError, match=r"in_proj_weight .* can't be assigned or deleted"):
+        peft.get_peft_model(model, lora(target_modules=["attention"]))
+
+
+@both_storages
 def test_adapters_go_away_and_leave_the_sparse_base() -> None:
     model = masked_first(mlp(), lora())
     before = weights(model)
