@@ -347,6 +347,13 @@ def _nonzero_masks(targets: Mapping[str, Target], groups: Pattern | None) -> dic
                 f"the zeros of {listed(broken)} do not hold the pattern {n}:{m}, {n} nonzero of "
                 f"every {m} along dimension 1; leave the pattern out, or exclude={broken}"
             )
+
+    if all(bool(mask.all()) for mask in masks.values()) and distributed.is_first():
+        warnings.warn(
+            "scores='nonzero' found no zero, so every weight stays active: load the pruned weights "
+            "before apply",
+            stacklevel=3,
+        )
     return masks
 
 

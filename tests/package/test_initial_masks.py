@@ -232,6 +232,12 @@ def test_nonzero_takes_the_masks_from_the_zeros_exactly(storage: str) -> None:
     assert torch.allclose(model(x), dense(x), atol=1e-6)
 
 
+def test_nonzero_without_a_zero_warns() -> None:
+    with pytest.warns(UserWarning, match="found no zero, .*load the pruned weights before apply"):
+        masks = itop_prune.apply(mlp(), scores="nonzero")
+    assert all(itop.mask.all() for itop in masks.values())
+
+
 def test_nonzero_keeps_a_pattern_that_the_zeros_hold_and_refuses_another() -> None:
     model = mlp()
     itop_prune.apply(model, 0.5, pattern="2:4")

@@ -248,7 +248,9 @@ def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> dict[
     if _reads_zeros(drawing):
         budget = ("sparsity", "method", "densities")
         given = {key: arguments.pop(key) for key in budget if key in arguments}
-        apply(torch.nn.Linear(8, 8), **drawing, **given)
+        layer = torch.nn.Linear(8, 8)
+        torch.nn.init.eye_(layer.weight)
+        apply(layer, **drawing, **given)
         n, m = parse(pattern) or (1, 2)
         arguments["sparsity"] = 1.0 - n / m  # any will do for the names
     else:
