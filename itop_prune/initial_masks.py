@@ -23,14 +23,14 @@ from itop_prune.layers.maskable import (
 )
 from itop_prune.layers.masked_layer import effective, is_standardized
 from itop_prune.layers.sparse_handle import STORAGES, Storage
-from itop_prune.messages import nearest
+from itop_prune.messages import listed, nearest
 from itop_prune.methods.distributions import DISTRIBUTIONS, Distribution, active_counts
 from itop_prune.methods.lookup import lookup
 from itop_prune.methods.saliency import ratios
 from itop_prune.methods.validation import checked_seed, is_number
 from itop_prune.patterns import Pattern
 
-SCORES = ("random", "magnitude")
+SCORES = ("random", "magnitude", "nonzero")
 
 Patterns = str | Iterable[str]
 Scores = Mapping[str, Tensor]
@@ -38,7 +38,7 @@ Scores = Mapping[str, Tensor]
 
 def apply(
     model: nn.Module,
-    sparsity: float,
+    sparsity: float | None = None,
     method: str | Distribution | Scores = "ERK",
     *,
     scores: str | Scores = "random",
@@ -60,7 +60,8 @@ def apply(
     Args:
         model: Any module with values, on any device; changed in place.
         sparsity: Share of zeros over all masked weights together, in [0, 1). Exactly
-            `round((1 - sparsity) * total)` weights stay active, at least 1 in each layer.
+            `round((1 - sparsity) * total)` weights stay active, at least 1 in each layer. Needed
+            unless `scores` is "nonzero".
         method: How the active weights are shared out over the layers: "ERK", "ERK+", "ER",
             "uniform", "uniform+", or a function `(shapes, density) -> densities`. Or scores:
             "magnitude", or tensors by name. Each layer then gets what the best scores of all layers
@@ -68,6 +69,9 @@ def apply(
         scores: Which positions start active: "random"; "magnitude", for a pretrained model; or a
             tensor of the parameter's shape for every masked name, whose largest values stay (see
             `itop_prune.saliency`). Pass the same scores as `method` to rank all layers together.
+            "nonzero", for a pruned model: exactly the stored weights that are not 0. It takes no
+            `sparsity`, `method` or `densities`. A layer of zeros gets an empty mask, where weights
+            grow only with `redistribute`, the scope "global" or `final_sparsity`.
         densities: Densities of some layers, in [0, 1] by pattern, such as {"head": 1.0}. The others
             share the rest of the budget. These densities hold at the start; `final_method` and
             `redistribute` of MaskScheduler decide anew.
@@ -105,14 +109,21 @@ def apply(
     {'0.weight': ITOP(Linear.weight, 8 of 32 active)}
     """
     seed = checked_seed(seed)
-    groups = _check_budget(sparsity, method, densities, pattern)
+    _check_scores_name(scores)
+    if scores == "nonzero":
+        _refuse_budget(sparsity, method, densities)
+        groups = patterns.parse(pattern)
+    else:
+        groups = _check_budget(sparsity, method, densities, pattern)
     targets = _find_targets(model, include, exclude, groups, strict)
     _refuse_meta(targets)
-    _check_scores_name(scores)
     handle = lookup(storage, STORAGES, "storage")
 
-    counts = _count(targets, sparsity, method, densities, groups)
-    masks = _draw_masks(targets, counts, scores, groups, seed)
+    if sparsity is None:
+        masks = _nonzero_masks(targets, groups)
+    else:
+        counts = _count(targets, sparsity, method, densities, groups)
+        masks = _draw_masks(targets, counts, scores, groups, seed)
     applied = {name: handle.apply(*targets[name], masks.pop(name), groups) for name in targets}
 
     exclude_masks_from_ddp(unwrap(model))
@@ -163,17 +174,34 @@ def count_active(
     return _count(targets, sparsity, method, densities, groups)
 
 
+def _refuse_budget(
+    sparsity: float | None,
+    method: str | Distribution | Scores,
+    densities: Mapping[str, float] | None,
+) -> None:
+    """Refuse arguments that say how many weights are active, beside scores that say which."""
+    given: dict[str, object] = {"sparsity": sparsity, "densities": densities}
+    if method != "ERK":
+        given["method"] = method
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} is {value!r}, and scores='nonzero' keeps every weight that is not 0: "
+                f"leave {name} out, or take scores='magnitude'"
+            )
+
+
 def _check_budget(
-    sparsity: float,
+    sparsity: float | None,
     method: str | Distribution | Scores,
     densities: Mapping[str, float] | None,
     pattern: str | None,
 ) -> Pattern | None:
     """Check how the active weights are to be shared out; return N and M of a pattern."""
-    if not is_number(sparsity) or not 0.0 <= sparsity < 1.0:
+    if sparsity is None or not is_number(sparsity) or not 0.0 <= sparsity < 1.0:
         raise ValueError(
             f"sparsity is {sparsity!r}; allowed is a number in [0, 1), the share of zeros: 0.9 "
-            "keeps a tenth"
+            "keeps a tenth. Only scores='nonzero' needs none"
         )
     is_number_of_yaml = isinstance(method, int) and not isinstance(method, bool)
     if is_number_of_yaml or (isinstance(method, str) and ":" in method):
@@ -302,6 +330,31 @@ def _by_name(densities: Mapping[str, float], names: Iterable[str]) -> dict[str, 
         for name in matching([pattern], names, "densities"):
             fixed.setdefault(name, float(density))
     return fixed
+
+
+def _nonzero_masks(targets: Mapping[str, Target], groups: Pattern | None) -> dict[str, Tensor]:
+    """Read the mask of each weight from its zeros.
+
+    Raises:
+        ValueError: The zeros do not hold the pattern.
+    """
+    masks = {name: layer.get_parameter(its).detach() != 0 for name, (layer, its) in targets.items()}
+    if groups is not None:
+        broken = [name for name, mask in masks.items() if not patterns.holds(mask, *groups)]
+        if broken:
+            n, m = groups
+            raise ValueError(
+                f"the zeros of {listed(broken)} do not hold the pattern {n}:{m}, {n} nonzero of "
+                f"every {m} along dimension 1; leave the pattern out, or exclude={broken}"
+            )
+
+    if all(bool(mask.all()) for mask in masks.values()) and distributed.is_first():
+        warnings.warn(
+            "scores='nonzero' found no zero, so every weight stays active: load the pruned weights "
+            "before apply",
+            stacklevel=3,
+        )
+    return masks
 
 
 def _draw_masks(

@@ -78,7 +78,9 @@ class MaskScheduler:
         every: Steps between updates, at least 1. The paper takes 1500 for random growth and 4000
             for growth by gradient on CIFAR-10. Choose it large enough to train new weights, and
             small enough for many updates. If it leaves room for none, a warning says so.
-        stop: The last update, as a share of `total_steps`, in (0, 1].
+        stop: The last update, as a share of `total_steps`, in (0, 1]. What grows then has only the
+            steps left to train. With 1.0 the default rate has fallen to `min_rate` by then. Where
+            the rate stays high, take a lower one, such as RigL's 0.75.
         rate: Share of the active weights exchanged at an update, at the beginning; in (0, 1], or 0
             with `final_sparsity`.
         min_rate: The same share at the end; in [0, rate].

@@ -92,7 +92,9 @@ def load(
     Args:
         model: Dense, or masked at the same places; changed in place.
         source: A file that `itop_prune.save` wrote, a state dict of a sparse model, a file of one
-            (.safetensors or of `torch.save`), or a folder that Accelerate saved. A state dict has
+            (.safetensors or of `torch.save`), or a folder that Accelerate saved. Dense weights with
+            zeros have no masks: load them by `model.load_state_dict`, and take the masks by
+            `itop_prune.apply(model, scores="nonzero")`. A state dict has
             `<name>_orig` and `<name>_mask`, of this package or of torch's own pruning, or
             `<name>_values`, `<name>_positions` and `<name>_shape`. Prefixes of wrappers (DDP,
             torch.compile) are taken off. No code from a file is run.
@@ -228,7 +230,7 @@ def _fitting_names(
     if not source.masked:
         raise ValueError(
             "the source has no masks; load a dense one with model.load_state_dict, then call "
-            "itop_prune.apply"
+            "itop_prune.apply: with scores='nonzero' the zeros of a pruned one become the masks"
         )
     twice = sorted(source.masked & source.tensors.keys())
     if twice:
@@ -283,7 +285,8 @@ def _check_masks(
     if only_here:
         raise ValueError(
             f"masked in the model and dense in the source: {', '.join(only_here)}; load into a "
-            "dense model"
+            "dense model. Zeros of the source become masks by itop_prune.apply(model, "
+            "scores='nonzero') after that"
         )
 
     broken = []

@@ -34,11 +34,30 @@ def walk(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str,
     """Yield every weight that is or could be masked: its name, its layer and its name in the layer.
 
     Weights come in model order. With `remove_duplicate=False` a module under two names comes twice.
+    Adapters are left out.
     """
+    adapters = find_adapters(model)
     for prefix, layer in unwrap(model).named_modules(remove_duplicate=remove_duplicate):
-        for tensor in dict.fromkeys((*_weight_names(layer), *masked_names(layer))):
+        names = () if layer in adapters else _weight_names(layer)
+        for tensor in dict.fromkeys((*names, *masked_names(layer))):
             if layer._parameters.get(tensor, ...) is not None:  # None: declared and not used
                 yield plain_name(prefix, tensor), layer, tensor
+
+
+def find_adapters(model: nn.Module) -> set[nn.Module]:
+    """Find PEFT's own modules: its layers, and what these list as adapters; no base layer.
+
+    An adapter is small and trained beside a base layer, which can have a mask.
+    """
+    found: set[nn.Module] = set()
+    for layer in model.modules():
+        names = getattr(layer, "adapter_layer_names", ())
+        if names:
+            found.add(layer)
+        for name in names:
+            if layer._modules.get(name) is not None:
+                found.update(layer.get_submodule(name).modules())
+    return found
 
 
 def _weight_names(layer: nn.Module) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.layers import sparse_products, sparse_storage
+from itop_prune.layers.lost_writes import refuse_peft_write, refused_resets
 from itop_prune.layers.names import (
     dense_backward_name,
     layout_name,
@@ -134,6 +135,7 @@ def _subclass(base: Any, names: tuple[str, ...], sparse: tuple[str, ...]) -> typ
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
+        **refused_resets(base),
     }
     if issubclass(base, nn.RNNBase):  # it reads its tensors from a list of its own
         body["_flat_weights"] = property(_rnn_weights, lambda layer, tensors: None)
@@ -175,10 +177,10 @@ def _weight_property(name: str, centred: bool) -> property:
     def write(layer: nn.Module, value: object) -> None:
         raise RuntimeError(
             f"{name} of a masked {type(layer).__name__} is mask times {parameter_key} and can't be "
-            f"assigned; write into {parameter_key}, or call itop_prune.remove first"
+            f"assigned or deleted; write into {parameter_key}, or call itop_prune.remove first"
         )
 
-    return property(read, write)
+    return property(read, write, lambda layer: write(layer, None))
 
 
 def _sparse_weight_property(name: str, centred: bool) -> property:
@@ -199,10 +201,11 @@ def _sparse_weight_property(name: str, centred: bool) -> property:
     def write(layer: nn.Module, value: object) -> None:
         raise RuntimeError(
             f"{name} of a {type(layer).__name__} in sparse storage is made of {values_key} and "
-            f"can't be assigned; write into {values_key}, or call itop_prune.remove first"
+            f"can't be assigned or deleted; write into {values_key}, or call "
+            "itop_prune.remove first"
         )
 
-    return property(read, write)
+    return property(read, write, lambda layer: write(layer, None))
 
 
 def _is_own(layer: nn.Module, parameter: Tensor) -> bool:
@@ -324,6 +327,16 @@ class MaskedLayer:
     masked_class: Any
     masked_names: tuple[str, ...]
     sparse_names: tuple[str, ...]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a dense layer from `type(layer)(...)`, as PEFT does; without arguments a copy."""
+        return cls.masked_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+    @property
+    def base_layer(self) -> Any:
+        """Have none: PEFT's layers look for one. Refuse if they do so in order to merge."""
+        refuse_peft_write(self)  # type: ignore[arg-type]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'base_layer'")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse `layer.weight = nn.Parameter(...)` with the error of the property."""

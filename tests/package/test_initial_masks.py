@@ -185,12 +185,12 @@ def test_several_kernels_in_one_weight_count_as_they_do_in_training() -> None:
     assert counts["0.weight"] != count_active(nn.Linear(1152, 2), 0.9)["weight"]
 
 
-@pytest.mark.parametrize("scores", ["random", "magnitude"])
+@pytest.mark.parametrize("scores", ["random", "magnitude", "nonzero"])
 def test_masks_on_the_meta_device_are_refused_and_counts_are_named(scores: str) -> None:
     model = convnet().to("meta")
     message = r"0\.weight is on the meta device, .*; call itop_prune\.count_active for the counts"
     with pytest.raises(ValueError, match=message):
-        itop_prune.apply(model, 0.7, scores=scores)
+        itop_prune.apply(model, None if scores == "nonzero" else 0.7, scores=scores)
     with pytest.raises(ValueError, match=message):
         count_active(model, 0.7, "magnitude")
     assert itop_prune.find_masks(model) == {}
@@ -209,6 +209,46 @@ def test_given_scores_keep_the_largest() -> None:
     scores = {"0.weight": torch.arange(320.0).view(16, 20)}
     masks = itop_prune.apply(mlp(), 0.75, scores=scores, include="0")
     assert torch.equal(masks["0.weight"].mask, scores["0.weight"] >= 240)
+
+
+def pruned(seed: int = 0) -> nn.Sequential:
+    """The `mlp` as a pruned checkpoint has it: with zeros, and nothing else in the middle layer."""
+    model = mlp(seed)
+    with torch.no_grad():
+        model[0].weight[::2, 3] = 0
+        model[2].weight.zero_()
+        model[4].weight[1] = -0.0
+    return model
+
+
+@pytest.mark.parametrize("storage", ["mask", "sparse"])
+def test_nonzero_takes_the_masks_from_the_zeros_exactly(storage: str) -> None:
+    model, dense, (x, _) = pruned(), pruned(), batch(0, 20)
+    masks = itop_prune.apply(model, scores="nonzero", storage=storage)
+    assert active_weights(masks) == {"0.weight": 312, "2.weight": 0, "4.weight": 36}
+    for name, itop in masks.items():
+        assert torch.equal(itop.mask, dense.get_parameter(name) != 0)
+        assert torch.equal(itop.weight, dense.get_parameter(name))
+    assert torch.allclose(model(x), dense(x), atol=1e-6)
+
+
+def test_nonzero_without_a_zero_warns() -> None:
+    with pytest.warns(UserWarning, match="found no zero, .*load the pruned weights before apply"):
+        masks = itop_prune.apply(mlp(), scores="nonzero")
+    assert all(itop.mask.all() for itop in masks.values())
+
+
+def test_nonzero_keeps_a_pattern_that_the_zeros_hold_and_refuses_another() -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5, pattern="2:4")
+    itop_prune.remove(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"zeros of 0\.weight, .* do not hold the pattern 1:4"):
+        itop_prune.apply(model, scores="nonzero", pattern="1:4")
+    assert itop_prune.find_masks(model) == {}
+    masks = itop_prune.apply(model, scores="nonzero", pattern="2:4")
+    assert [itop.pattern for itop in masks.values()] == [(2, 4)] * 3
+    assert all(torch.equal(itop.weight, before[name]) for name, itop in masks.items())
 
 
 def test_random_positions_spread_over_the_whole_weight() -> None:
@@ -375,6 +415,21 @@ def test_weights_that_are_nan_have_no_magnitude() -> None:
 def test_unknown_scores_are_answered_with_the_menu(scores: Any) -> None:
     with pytest.raises(ValueError, match=r"unknown scores .*; known are random, magnitude"):
         itop_prune.apply(mlp(), 0.5, scores=scores)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"sparsity": 0.5}, {"method": "uniform"}, {"densities": {"0": 1.0}}], ids=str
+)
+def test_a_budget_beside_nonzero_is_refused(arguments: dict[str, Any]) -> None:
+    model, (name, *_) = mlp(), arguments
+    with pytest.raises(ValueError, match=rf"{name} is .*: leave {name} out, or take"):
+        itop_prune.apply(model, scores="nonzero", **arguments)
+    assert itop_prune.find_masks(model) == {}
+
+
+def test_without_nonzero_a_sparsity_is_needed() -> None:
+    with pytest.raises(ValueError, match=r"sparsity is None; .* Only scores='nonzero' needs none"):
+        itop_prune.apply(mlp(), scores="magnitude")
 
 
 @pytest.mark.parametrize("seed", [1.5, "x", None, True])

@@ -85,6 +85,8 @@ def section_problems(values: Mapping[str, Any]) -> list[str]:
         section = values.get(name)
         if isinstance(section, dict):
             wrong = argument_problems(section, call, given)
+            if name == "masks" and "sparsity" not in section and not _reads_zeros(section):
+                wrong["sparsity"] = "missing; it is needed"
             problems += [f"{name}.{key}: {problem}" for key, problem in wrong.items()]
             sound[name] = {key: value for key, value in section.items() if key not in wrong}
     return problems + _trial_problems(sound, calls["augment"][0])
@@ -131,7 +133,8 @@ def _trial_problems(sections: Mapping[str, Section], augment: Call) -> list[str]
     n, m = pattern or (32, 64)
     any_layer = torch.nn.Linear(m, 64, device="meta")
     try_masks = functools.partial(_try_masks, model or any_layer, model is not None)
-    counts = attempt("masks", try_masks, sparsity=1.0 - n / m)
+    needed = {} if _reads_zeros(sections.get("masks", {})) else {"sparsity": 1.0 - n / m}
+    counts = attempt("masks", try_masks, **needed)
 
     # A pattern that divides no layer of the model may be too long for a layer with values.
     if model is None or counts is None:
@@ -219,6 +222,11 @@ def _pattern_of(masks: Section) -> Pattern | None:
         return None
 
 
+def _reads_zeros(masks: Section) -> bool:
+    """Tell whether the masks are the zeros of the weights, and so need no sparsity."""
+    return masks.get("scores") == "nonzero"
+
+
 def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> dict[str, int]:
     """Count active weights as `apply` would, on a model that may have no values."""
     method, pattern = arguments.get("method"), arguments.get("pattern")
@@ -237,7 +245,16 @@ def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> dict[
     # `count_active` does not know these, and any layer will do for them.
     own = ("scores", "seed", "storage")
     drawing = {key: arguments.pop(key) for key in own if key in arguments}
-    apply(torch.nn.Linear(8, 8), 0.5, **drawing)
+    if _reads_zeros(drawing):
+        budget = ("sparsity", "method", "densities")
+        given = {key: arguments.pop(key) for key in budget if key in arguments}
+        layer = torch.nn.Linear(8, 8)
+        torch.nn.init.eye_(layer.weight)
+        apply(layer, **drawing, **given)
+        n, m = parse(pattern) or (1, 2)
+        arguments["sparsity"] = 1.0 - n / m  # any will do for the names
+    else:
+        apply(torch.nn.Linear(8, 8), 0.5, **drawing)
 
     if not by_name:
         arguments.pop("include", None)

@@ -34,6 +34,15 @@ def test_masked_layers_of_one_class_share_a_class_and_leave_the_dense_ones_alone
     assert type(nn.Linear(6, 4)) is nn.Linear
 
 
+@pytest.mark.parametrize("storage", ["mask", "sparse"])
+def test_the_class_of_a_masked_layer_makes_dense_layers(storage: str) -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    itop_prune.apply(layer, 0.5, storage=storage)
+    other = type(layer)(2, 5, kernel_size=1, bias=False)
+    assert type(other) is nn.Conv2d
+    assert [name for name, _ in other.named_parameters()] == ["weight"]
+
+
 @pytest.mark.parametrize("value", [torch.zeros(4, 6), nn.Parameter(torch.zeros(4, 6)), None])
 def test_assigning_the_weight_raises_and_changes_nothing(value: Tensor | None) -> None:
     layer = masked(nn.Linear(6, 4))

@@ -187,6 +187,18 @@ def test_scores_of_the_whole_model_pass_without_its_values(method: str) -> None:
     assert problems_of(model=MODEL, masks={"sparsity": 0.5, "scores": method}) == []
 
 
+def test_masks_of_zeros_need_no_sparsity_and_all_others_do() -> None:
+    masks = {"scores": "nonzero", "exclude": ["head"], "storage": "sparse"}
+    assert problems_of(model=MODEL, masks=masks) == []
+    assert problems_of(model=MODEL, masks={"scores": "nonzero", "pattern": "2:4"}) == []
+    (problem,) = problems_of(model=MODEL, masks={**masks, "sparsity": 0.5})
+    assert problem.startswith("masks: sparsity is 0.5, and scores='nonzero' keeps every weight")
+    (problem,) = problems_of(model=MODEL, masks={"scores": "nonzero", "exclude": ["haed"]})
+    assert problem.startswith("masks: exclude pattern 'haed' matches no weight")
+    for section in ({"scores": "magnitude"}, {"method": "ERK"}):
+        assert problems_of(model=MODEL, masks=section) == ["masks.sparsity: missing; it is needed"]
+
+
 def test_a_mix_can_be_said_in_a_recipe_and_is_checked() -> None:
     assert problems_of(regrow={"every": 5, "grow": "gradient+random"}) == []
     (problem,) = problems_of(regrow={"every": 5, "grow": "gradient+randm"})
