@@ -6,7 +6,7 @@ after the second and leaves the model alone.
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from itop_prune import distributed, patterns, topology
 from itop_prune.layers.handle import ITOP, exclude_masks_from_ddp
 from itop_prune.layers.maskable import (
+    ADD_A_ROW,
+    Selection,
     Target,
+    classes_of,
+    count_matrix_weights,
     find_weights,
-    indivisible,
-    kernel_shape,
     matching,
     unwrap,
 )
 from itop_prune.layers.masked_layer import effective, is_standardized
+from itop_prune.layers.matrices import indivisible, input_dim, kernel_shape
 from itop_prune.layers.sparse_handle import STORAGES, Storage
 from itop_prune.messages import nearest
 from itop_prune.methods.distributions import DISTRIBUTIONS, Distribution, active_counts
@@ -31,6 +34,9 @@ from itop_prune.methods.validation import checked_seed, is_number
 from itop_prune.patterns import Pattern
 
 SCORES = ("random", "magnitude")
+
+UNKNOWN_SHARE = 0.1
+"""Weights of unknown classes are reported if they are more of all that would be masked."""
 
 Patterns = str | Iterable[str]
 Scores = Mapping[str, Tensor]
@@ -224,7 +230,11 @@ def _find_targets(
     model: nn.Module, include: Patterns, exclude: Patterns, groups: Pattern | None, strict: bool
 ) -> dict[str, Target]:
     """Find the weights to mask; leave out, or refuse, those that a pattern N:M does not divide."""
-    targets = find_weights(model, include, exclude)
+    selection = find_weights(model, include, exclude)
+    targets = selection.targets
+    if distributed.is_first():
+        for message in _left_dense(model, selection):
+            warnings.warn(message, stacklevel=3)
     if groups is None:
         return targets
 
@@ -250,6 +260,30 @@ def _find_targets(
     return {name: target for name, target in targets.items() if name not in left_out}
 
 
+def _left_dense(model: nn.Module, selection: Selection) -> Iterator[str]:
+    """Say what stays dense though the user did not exclude it."""
+    tied, unknown = selection.tied, selection.unknown
+    if tied:
+        names = ", ".join(f"{name} (tied to {other})" for name, other in tied.items())
+        yield (
+            f"left dense, as embeddings are: {names}; exclude={sorted(tied)} says so without this "
+            "warning; to mask it, untie it first (a copy of the parameter)"
+        )
+
+    masked, dense = _size(selection.targets), _size(unknown)
+    if dense > UNKNOWN_SHARE * (masked + dense):
+        share = masked / count_matrix_weights(model)
+        yield (
+            f"masks {share:.0%} of the matrix weights; left dense: {classes_of(unknown)}: "
+            f"{ADD_A_ROW}, or name them in exclude"
+        )
+
+
+def _size(targets: Mapping[str, Target]) -> int:
+    """Count the weights of some layers."""
+    return sum(math.prod(layer.get_parameter(tensor).shape) for layer, tensor in targets.values())
+
+
 def _refuse_meta(targets: Mapping[str, Target]) -> None:
     """Refuse weights without values."""
     meta = [
@@ -273,7 +307,7 @@ def _count(
     """Count the active weights of each layer."""
     shapes = {}
     for name, (layer, tensor) in targets.items():
-        shapes[name] = kernel_shape(layer, tuple(layer.get_parameter(tensor).shape))
+        shapes[name] = kernel_shape(layer, tensor, tuple(layer.get_parameter(tensor).shape))
     if groups is not None:
         n, m = groups
         return {name: math.prod(shape) * n // m for name, shape in shapes.items()}
@@ -326,7 +360,7 @@ def _draw_masks(
             everywhere = torch.ones_like(values, dtype=torch.bool)
             masks[name] = topology.select(values, everywhere, counts[name], generator)
         else:
-            masks[name] = patterns.best_of_groups(values, *groups, generator)
+            masks[name] = patterns.best_of_groups(values, *groups, generator, input_dim(*target))
     return masks
 
 

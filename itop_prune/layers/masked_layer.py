@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.layers import sparse_products, sparse_storage
+from itop_prune.layers.matrices import input_dim
 from itop_prune.layers.names import (
     dense_backward_name,
     layout_name,
@@ -308,7 +309,7 @@ def breaks_pattern(layer: nn.Module, name: str, mask: object) -> bool:
     pattern = pattern_of(layer, name)
     if pattern is None or not isinstance(mask, Tensor) or mask.shape != shape_of(layer, name):
         return False
-    return not mask.is_meta and not holds(mask.bool(), *pattern)
+    return not mask.is_meta and not holds(mask.bool(), *pattern, input_dim(layer, name))
 
 
 def shape_of(layer: nn.Module, name: str) -> tuple[int, ...]:
