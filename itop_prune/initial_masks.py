@@ -59,7 +59,8 @@ def apply(
     """Make a model sparse: mask every weight matrix of a convolution or linear map.
 
     Weights are 0 where their mask is False. Biases, norms, embeddings and position tables stay as
-    they are. A frozen weight is masked too, but never moved. With the storage "mask" parameters
+    they are, and so does a head that is tied to an embedding; `itop_prune.MASKABLE` lists what can
+    be masked. A frozen weight is masked too, but never moved. With the storage "mask" parameters
     stay the same objects in the same order, under the name `<name>_orig`, so an optimizer may be
     built before or after. With "sparse" build it after.
 
@@ -77,11 +78,13 @@ def apply(
         densities: Densities of some layers, in [0, 1] by pattern, such as {"head": 1.0}. The others
             share the rest of the budget. These densities hold at the start; `final_method` and
             `redistribute` of MaskScheduler decide anew.
-        pattern: "N:M", such as "2:4", keeps N of every M consecutive weights along dimension 1
-            (inputs, input channels), in every layer and at every update. `sparsity` is then 1 - N /
-            M; leave `method` at its default. Scores choose within each group of M.
+        pattern: "N:M", such as "2:4", keeps N of every M consecutive weights along the inputs, in
+            every layer and at every update. `itop_prune.MASKABLE` says which dimension holds them.
+            `sparsity` is then 1 - N / M; leave `method` at its default. Scores choose within each
+            group of M.
         include: Patterns (`fnmatch`) of what to mask. A pattern matches a parameter by its name
-            ("layer1.0.conv1.weight") or by its layer's name ("layer1.0.conv1").
+            ("layer1.0.conv1.weight") or by its layer's name ("layer1.0.conv1"). A weight tied to an
+            embedding is an error if a pattern other than "*" matches it.
         exclude: Patterns of what to leave dense, such as "head". Excluded weights do not count in
             the sparsity.
         strict: Whether a layer that an N:M pattern does not divide is an error. Otherwise it stays
@@ -96,6 +99,11 @@ def apply(
 
     Returns:
         The masks, keyed by the names that `model.named_parameters()` gave before.
+
+    Warns:
+        UserWarning: A head tied to an embedding stays dense and was not excluded. Or more than a
+            tenth of the weights of matrices are of classes that `itop_prune.MASKABLE` does not
+            know, and were not excluded.
 
     Raises:
         ValueError: A value is out of range, a name is unknown, or a name pattern matches nothing.
