@@ -70,6 +70,12 @@ def find_weights(
 
     included, excluded = _as_list(include, "include"), _as_list(exclude, "exclude")
     unwanted = matching(excluded, found, "exclude", unknown)
+    for pattern in included:
+        strangers = {name: unknown[name] for name in unknown if _matches(name, [pattern])}
+        if strangers and not any(_matches(name, [pattern]) for name in found):
+            raise ValueError(
+                f"include pattern {pattern!r} matches {classes_of(strangers)} alone: {ADD_A_ROW}"
+            )
     wanted = matching(included, found, "include") - unwanted
     if not wanted:
         raise ValueError(
@@ -223,16 +229,12 @@ def obstacles(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, str]
 
 def tied_to_embedding(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, str]:
     """Find, by name, the weights that an embedding holds too: the name of its own."""
-    embeddings = {}
-    for prefix, layer in unwrap(model).named_modules():
-        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
-            embeddings[id(layer.weight)] = plain_name(prefix, "weight")
-
+    owners = _owners(model)
     tied = {}
     for name, (layer, tensor) in targets.items():
-        parameter = layer._parameters.get(tensor)
-        if parameter is not None and id(parameter) in embeddings:
-            tied[name] = embeddings[id(parameter)]
+        for prefix, owner, other in owners.get(id(layer._parameters.get(tensor)), ()):
+            if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+                tied[name] = plain_name(prefix, other)
     return tied
 
 
@@ -303,8 +305,6 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
             return f"{kind} reads it from its {attribute} as well, where no mask is seen"
         return ""
 
-    if not hasattr(layer, tensor):
-        return misread(layer, tensor)
     if mask_name(tensor) in layer._buffers:
         return "torch's own pruning masks it: call torch.nn.utils.prune.remove first"
     if parametrize.is_parametrized(layer, tensor):
@@ -312,6 +312,9 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
             "it is parametrized (weight_norm, ...): call "
             "torch.nn.utils.parametrize.remove_parametrizations first"
         )
+    if not hasattr(layer, tensor):
+        kind = type(layer).__name__
+        return f"{kind} has no {tensor!r}: correct its row in itop_prune.MASKABLE"
     return (
         f"it is not a parameter of {type(layer).__name__} but computed: call "
         "torch.nn.utils.remove_weight_norm first"

@@ -96,7 +96,9 @@ def _experts(layer: nn.Module) -> Matrices | None:
     if not {"is_transposed", "is_concatenated", "has_gate"} <= noted.keys():
         return None
     order = "experts in out" if noted["is_transposed"] else "experts out in"
-    return {"gate_up_proj" if noted["has_gate"] else "up_proj": order, "down_proj": order}
+    names = ("gate_up_proj" if noted["has_gate"] else "up_proj", "down_proj")
+    present = (*layer._parameters, *getattr(layer, "masked_names", ()))
+    return {name: order for name in names if name in present}
 
 
 def _order(layer: nn.Module, tensor: str) -> list[str]:
@@ -147,14 +149,11 @@ def indivisible(layer: nn.Module, tensor: str, m: int) -> str:
 
 
 def misread(layer: nn.Module, tensor: str) -> str:
-    """Explain why a row of `MASKABLE` does not fit a layer, or return ""."""
-    kind, order = type(layer).__name__, _order(layer, tensor)
-    if not hasattr(layer, tensor):
-        return f"{kind} has no {tensor!r}: correct its row in itop_prune.MASKABLE"
-    shape = tuple(getattr(layer, tensor).shape)
+    """Explain why a parameter can't be read as its row of `MASKABLE` says, or return ""."""
+    order, shape = _order(layer, tensor), tuple(layer.get_parameter(tensor).shape)
     if tensor in (matrices_of(layer) or {}) and len(shape) < len(order):
         return (
-            f"its shape {shape} can't be read as {' '.join(order)!r}: correct the row of {kind} in "
-            "itop_prune.MASKABLE"
+            f"its shape {shape} can't be read as {' '.join(order)!r}: correct the row of "
+            f"{type(layer).__name__} in itop_prune.MASKABLE"
         )
     return ""

@@ -242,6 +242,12 @@ def test_what_the_user_left_out_is_not_named(options: dict) -> None:
     assert "first.weight" in itop_prune.apply(Own(), 0.5, **options)
 
 
+def test_a_pattern_for_an_unknown_matrix_says_how_to_mask_it() -> None:
+    message = r"include pattern 'mine' matches Module × 1 \(mine\.kernel\) alone: .*MASKABLE"
+    with pytest.raises(ValueError, match=message):
+        itop_prune.apply(Own(), 0.5, include=["first", "mine"])
+
+
 def test_a_share_of_a_tenth_is_not_named() -> None:
     model = Own()
     model.first = nn.Linear(200, 20)  # 4,040 beside 400
