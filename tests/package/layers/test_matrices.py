@@ -116,12 +116,22 @@ def test_updates_keep_a_pattern_along_the_inputs(
         groups = itop.mask.movedim(0, -1).reshape(-1, 4)
         assert (groups.sum(1) == 2).all()
 
-    broken = {**model.state_dict()}
-    if storage == "mask":
-        broken["0.kernel_mask"] = torch.zeros(8, 12, dtype=torch.bool)
-        broken["0.kernel_mask"][:4] = True  # 2:4 in no column
-        with pytest.raises(RuntimeError, match="does not hold the N:M pattern"):
-            model.load_state_dict(broken)
+    again = nn.Sequential(Stored(), nn.ReLU(), nn.ConvTranspose1d(12, 4, 1))
+    itop_prune.apply(again, 0.5, pattern="2:4", storage=storage, seed=1)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again[0].kernel, model[0].kernel)
+
+
+def test_a_mask_that_keeps_the_pattern_along_the_outputs_alone_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(itop_prune.MASKABLE, Stored, {"kernel": "in out"})
+    layer = Stored()
+    itop_prune.apply(layer, 0.5, pattern="2:4")
+    broken = {**layer.state_dict()}
+    broken["kernel_mask"] = torch.tensor([True, True, False, False]).repeat(8, 3)
+    with pytest.raises(RuntimeError, match="does not hold the N:M pattern"):
+        layer.load_state_dict(broken)
 
 
 def test_groups_of_a_transposed_convolution_stay_within_its_own_groups() -> None:
