@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning
 import onnxruntime
+import peft
 import pytest
 import timm
 import torch
@@ -174,6 +175,19 @@ def _detection(folder: Path) -> None:
     kept = start[frozen]
     assert before[kept].min() >= before[~kept].max()
     assert set(model.eval()(images)[0]) == {"boxes", "labels", "scores"}
+
+
+@tries("PEFT")
+def _peft(folder: Path) -> None:
+    model, x = masked_mlp()
+    with_lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], r=2))
+    nn.init.ones_(with_lora.get_submodule("base_model.model.0.lora_B.default").weight)
+    expected = with_lora(x)
+    with pytest.raises(RuntimeError, match=r"itop_prune\.remove"):
+        with_lora.merge_and_unload()
+
+    itop_prune.remove(with_lora)
+    torch.testing.assert_close(with_lora.merge_and_unload()(x), expected)
 
 
 @tries("torchao")

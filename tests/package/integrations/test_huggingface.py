@@ -115,14 +115,9 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # --- training ------------------------------------------------------------------------------------
 
-CONV1D = pytest.mark.skip(reason="Conv1D of transformers can't be masked yet")
-
 
 @pytest.mark.parametrize("storage", ["mask", "sparse"])
-@pytest.mark.parametrize(
-    "model",
-    [bert, llama, pytest.param(gpt2, marks=CONV1D), mixtral],
-)
+@pytest.mark.parametrize("model", [bert, llama, gpt2, mixtral])
 def test_a_model_trains_sparse_and_leaves_a_dense_copy(
     model: Callable[[], nn.Module], storage: str, tmp_path: Path
 ) -> None:

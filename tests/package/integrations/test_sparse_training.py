@@ -34,7 +34,6 @@ def test_a_seed_alone_places_no_masks() -> None:
         ({"every": 4, "total_steps": 8}, "total_steps comes from the trainer; leave it out"),
         ({"every": 4, "optimizer": None}, "optimizer comes from the trainer; leave it out"),
         ({"sparsity": 0.8}, "the argument every is missing"),
-        ({"every": 4, "exclude": "head"}, "the argument sparsity is missing"),
         ({}, "the argument every is missing"),
     ],
 )
