@@ -14,6 +14,7 @@ from itop_prune.files.state_dicts import dense_state_dict, load
 from itop_prune.inference.deployment import deploy
 from itop_prune.initial_masks import apply, count_active
 from itop_prune.layers.handle import ITOP, find_masks, remove
+from itop_prune.layers.matrices import MASKABLE
 from itop_prune.methods import criteria, distributions, redistribution, saliency, schedules
 from itop_prune.scheduler import MaskScheduler
 
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ITOP",
+    "MASKABLE",
     "FLOPs",
     "MaskScheduler",
     "Summary",

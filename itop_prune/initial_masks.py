@@ -6,7 +6,7 @@ after the second and leaves the model alone.
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from itop_prune import distributed, patterns, topology
 from itop_prune.layers.handle import ITOP, exclude_masks_from_ddp
 from itop_prune.layers.maskable import (
+    ADD_A_ROW,
+    Selection,
     Target,
+    classes_of,
+    count_matrix_weights,
     find_weights,
-    indivisible,
-    kernel_shape,
     matching,
     unwrap,
 )
 from itop_prune.layers.masked_layer import effective, is_standardized
+from itop_prune.layers.matrices import indivisible, input_dim, kernel_shape
 from itop_prune.layers.sparse_handle import STORAGES, Storage
 from itop_prune.messages import listed, nearest
 from itop_prune.methods.distributions import DISTRIBUTIONS, Distribution, active_counts
@@ -31,6 +34,9 @@ from itop_prune.methods.validation import checked_seed, is_number
 from itop_prune.patterns import Pattern
 
 SCORES = ("random", "magnitude", "nonzero")
+
+UNKNOWN_SHARE = 0.1
+"""Weights of unknown classes are reported if they are more of all that would be masked."""
 
 Patterns = str | Iterable[str]
 Scores = Mapping[str, Tensor]
@@ -53,7 +59,8 @@ def apply(
     """Make a model sparse: mask every weight matrix of a convolution or linear map.
 
     Weights are 0 where their mask is False. Biases, norms, embeddings and position tables stay as
-    they are. A frozen weight is masked too, but never moved. With the storage "mask" parameters
+    they are, and so does a head that is tied to an embedding; `itop_prune.MASKABLE` lists what can
+    be masked. A frozen weight is masked too, but never moved. With the storage "mask" parameters
     stay the same objects in the same order, under the name `<name>_orig`, so an optimizer may be
     built before or after. With "sparse" build it after.
 
@@ -75,11 +82,13 @@ def apply(
         densities: Densities of some layers, in [0, 1] by pattern, such as {"head": 1.0}. The others
             share the rest of the budget. These densities hold at the start; `final_method` and
             `redistribute` of MaskScheduler decide anew.
-        pattern: "N:M", such as "2:4", keeps N of every M consecutive weights along dimension 1
-            (inputs, input channels), in every layer and at every update. `sparsity` is then 1 - N /
-            M; leave `method` at its default. Scores choose within each group of M.
+        pattern: "N:M", such as "2:4", keeps N of every M consecutive weights along the inputs, in
+            every layer and at every update. `itop_prune.MASKABLE` says which dimension holds them.
+            `sparsity` is then 1 - N / M; leave `method` at its default. Scores choose within each
+            group of M.
         include: Patterns (`fnmatch`) of what to mask. A pattern matches a parameter by its name
-            ("layer1.0.conv1.weight") or by its layer's name ("layer1.0.conv1").
+            ("layer1.0.conv1.weight") or by its layer's name ("layer1.0.conv1"). A weight tied to an
+            embedding is an error if a pattern other than "*" matches it.
         exclude: Patterns of what to leave dense, such as "head". Excluded weights do not count in
             the sparsity.
         strict: Whether a layer that an N:M pattern does not divide is an error. Otherwise it stays
@@ -94,6 +103,11 @@ def apply(
 
     Returns:
         The masks, keyed by the names that `model.named_parameters()` gave before.
+
+    Warns:
+        UserWarning: A head tied to an embedding stays dense and was not excluded. Or more than a
+            tenth of the weights of matrices are of classes that `itop_prune.MASKABLE` does not
+            know, and were not excluded.
 
     Raises:
         ValueError: A value is out of range, a name is unknown, or a name pattern matches nothing.
@@ -252,7 +266,11 @@ def _find_targets(
     model: nn.Module, include: Patterns, exclude: Patterns, groups: Pattern | None, strict: bool
 ) -> dict[str, Target]:
     """Find the weights to mask; leave out, or refuse, those that a pattern N:M does not divide."""
-    targets = find_weights(model, include, exclude)
+    selection = find_weights(model, include, exclude)
+    targets = selection.targets
+    if distributed.is_first():
+        for message in _left_dense(model, selection):
+            warnings.warn(message, stacklevel=3)
     if groups is None:
         return targets
 
@@ -278,6 +296,30 @@ def _find_targets(
     return {name: target for name, target in targets.items() if name not in left_out}
 
 
+def _left_dense(model: nn.Module, selection: Selection) -> Iterator[str]:
+    """Say what stays dense though the user did not exclude it."""
+    tied, unknown = selection.tied, selection.unknown
+    if tied:
+        names = ", ".join(f"{name} (tied to {other})" for name, other in tied.items())
+        yield (
+            f"left dense, as embeddings are: {names}; exclude={sorted(tied)} says so without this "
+            "warning; to mask it, untie it first (a copy of the parameter)"
+        )
+
+    masked, dense = _size(selection.targets), _size(unknown)
+    if dense > UNKNOWN_SHARE * (masked + dense):
+        share = masked / count_matrix_weights(model)
+        yield (
+            f"masks {share:.0%} of the matrix weights; left dense: {classes_of(unknown)}: "
+            f"{ADD_A_ROW}, or name them in exclude"
+        )
+
+
+def _size(targets: Mapping[str, Target]) -> int:
+    """Count the weights of some layers."""
+    return sum(math.prod(layer.get_parameter(tensor).shape) for layer, tensor in targets.values())
+
+
 def _refuse_meta(targets: Mapping[str, Target]) -> None:
     """Refuse weights without values."""
     meta = [
@@ -301,7 +343,7 @@ def _count(
     """Count the active weights of each layer."""
     shapes = {}
     for name, (layer, tensor) in targets.items():
-        shapes[name] = kernel_shape(layer, tuple(layer.get_parameter(tensor).shape))
+        shapes[name] = kernel_shape(layer, tensor, tuple(layer.get_parameter(tensor).shape))
     if groups is not None:
         n, m = groups
         return {name: math.prod(shape) * n // m for name, shape in shapes.items()}
@@ -340,12 +382,16 @@ def _nonzero_masks(targets: Mapping[str, Target], groups: Pattern | None) -> dic
     """
     masks = {name: layer.get_parameter(its).detach() != 0 for name, (layer, its) in targets.items()}
     if groups is not None:
-        broken = [name for name, mask in masks.items() if not patterns.holds(mask, *groups)]
+        broken = [
+            name
+            for name, mask in masks.items()
+            if not patterns.holds(mask, *groups, input_dim(*targets[name]))
+        ]
         if broken:
             n, m = groups
             raise ValueError(
                 f"the zeros of {listed(broken)} do not hold the pattern {n}:{m}, {n} nonzero of "
-                f"every {m} along dimension 1; leave the pattern out, or exclude={broken}"
+                f"every {m} along the inputs; leave the pattern out, or exclude={broken}"
             )
 
     if all(bool(mask.all()) for mask in masks.values()) and distributed.is_first():
@@ -379,7 +425,7 @@ def _draw_masks(
             everywhere = torch.ones_like(values, dtype=torch.bool)
             masks[name] = topology.select(values, everywhere, counts[name], generator)
         else:
-            masks[name] = patterns.best_of_groups(values, *groups, generator)
+            masks[name] = patterns.best_of_groups(values, *groups, generator, input_dim(*target))
     return masks
 
 

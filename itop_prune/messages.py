@@ -15,6 +15,24 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f" (nearest: {by_lower_case[match[0]]!r})" if match else ""
 
 
+def nearest_names(pattern: str, names: Iterable[str], most: int = 5) -> list[str]:
+    """List the names that contain what a pattern says, or else those most similar to it.
+
+    >>> nearest_names("head", ["stem.weight", "head.fc.weight"])
+    ['head.fc.weight']
+    >>> nearest_names("blocks.0.fcl", ["blocks.0.fc1.weight", "stem.weight"])
+    ['blocks.0.fc1.weight']
+    """
+    known, text = list(names), pattern.strip("*.").lower()
+    holding = [name for name in known if text and text in name.lower()]
+    if holding:
+        return holding[:most]
+    layers: dict[str, str] = {}
+    for name in known:
+        layers.setdefault(name.rpartition(".")[0].lower(), name)
+    return [layers[match] for match in difflib.get_close_matches(text, layers, most, cutoff=0.6)]
+
+
 def listed(names: Sequence[str], most: int = 5) -> str:
     """Join names for a message; of many names the first.
 

@@ -1,8 +1,8 @@
-"""N:M patterns such as 2:4: of every M consecutive weights along dimension 1, N are active.
+"""N:M patterns such as 2:4: of every M consecutive weights along the inputs, N are active.
 
-Dimension 1 holds the inputs of a linear layer and the input channels of a convolution. A group is M
-of them at equal other indices, as kernels for 2:4 sparsity read them. Tensors in, masks out, as in
-`topology`.
+Dimension 1 holds the inputs of a linear layer and the input channels of a convolution; other layers
+have them in another one, `dim`. A group is M of them at equal other indices, as kernels for 2:4
+sparsity read them. Tensors in, masks out, as in `topology`.
 """
 
 import math
@@ -50,17 +50,17 @@ def parse(pattern: object) -> Pattern | None:
 
 
 def best_of_groups(
-    scores: Tensor, n: int, m: int, generator: torch.Generator | None = None
+    scores: Tensor, n: int, m: int, generator: torch.Generator | None = None, dim: int = 1
 ) -> Tensor:
     """Select exactly `n` positions of every group of `m`: those with the largest scores in it.
 
     Args:
-        scores: One number per position, of two or more dimensions and any memory format. Dimension
-            1 is a multiple of `m`.
+        scores: One number per position, of two or more dimensions and any memory format.
         n: How many to select in a group, 0 to `m`.
         m: How many positions a group has, at least 1.
         generator: Draws among ties, on the device of `scores`. None takes tied positions in index
             order.
+        dim: The dimension of the inputs, along which groups are formed; a multiple of `m`.
 
     Returns:
         A bool mask of the shape of `scores`.
@@ -71,11 +71,17 @@ def best_of_groups(
     >>> best_of_groups(torch.tensor([[3.0, 1.0, 2.0, 0.0, 5.0, 5.0, 7.0, 6.0]]), 2, 4).int()
     tensor([[1, 0, 1, 0, 0, 0, 1, 1]], dtype=torch.int32)
     """
-    return grow_in_groups(torch.zeros_like(scores, dtype=torch.bool), scores, n, m, generator)
+    nothing = torch.zeros_like(scores, dtype=torch.bool)
+    return grow_in_groups(nothing, scores, n, m, generator, dim)
 
 
 def grow_in_groups(
-    kept: Tensor, scores: Tensor, n: int, m: int, generator: torch.Generator | None = None
+    kept: Tensor,
+    scores: Tensor,
+    n: int,
+    m: int,
+    generator: torch.Generator | None = None,
+    dim: int = 1,
 ) -> Tensor:
     """Grow the best inactive positions of every group of `m`, until `n` of the group are active.
 
@@ -83,8 +89,9 @@ def grow_in_groups(
         kept: Bool, True = active; at most `n` in a group. It is read, never written.
         scores: Of the mask's shape. Among the inactive positions of a group the largest grow.
         n: How many positions of a group are active afterwards, 0 to `m`.
-        m: How many positions a group has. Dimension 1 is a multiple of it.
+        m: How many positions a group has.
         generator: Draws among ties, on the mask's device. None takes tied positions in index order.
+        dim: The dimension of the inputs, along which groups are formed; a multiple of `m`.
 
     Returns:
         A bool mask of the shape of `kept`.
@@ -97,11 +104,15 @@ def grow_in_groups(
     >>> grow_in_groups(kept, torch.tensor([[9.0, 1.0, 3.0, 2.0, 8.0, 0.0, 0.0, 9.0]]), 2, 4).int()
     tensor([[1, 0, 1, 0, 0, 1, 1, 0]], dtype=torch.int32)
     """
-    if m < 1 or kept.dim() < 2 or kept.shape[1] % m:
+    if m < 1 or kept.dim() <= max(1, dim) or kept.shape[dim] % m:
         raise ValueError(
-            f"groups of {m} can't be formed along dimension 1 of {tuple(kept.shape)}; it must be "
-            "divisible"
+            f"groups of {m} can't be formed along dimension {dim} of {tuple(kept.shape)}; it must "
+            "be divisible"
         )
+    if dim != 1:
+        kept, scores = kept.movedim(dim, 1), scores.movedim(dim, 1)
+        return grow_in_groups(kept, scores, n, m, generator).movedim(1, dim)
+
     if not 0 <= n <= m:
         raise ValueError(f"asked for {n} of every {m} positions; allowed are 0 to {m}")
     if (scores.isnan() & ~kept).any():
@@ -129,26 +140,30 @@ def _grown(
     return grown.movedim(0, -1).flatten(-2).movedim(-1, 1)
 
 
-def holds(mask: Tensor, n: int, m: int) -> bool:
-    """Tell whether exactly `n` of every group of `m` are active.
+def holds(mask: Tensor, n: int, m: int, dim: int = 1) -> bool:
+    """Tell whether exactly `n` of every group of `m` along a dimension are active.
 
     >>> mask = torch.tensor([[True, False, False, True]])
     >>> holds(mask, 2, 4), holds(mask, 1, 2)
     (True, True)
     """
-    if mask.dim() < 2 or mask.shape[1] % m:
+    if mask.dim() <= max(1, dim) or mask.shape[dim] % m:
         return False
-    return bool((_by_place(mask, m).sum(0, dtype=torch.int32) == n).all())
+    return bool((_by_place(mask.movedim(dim, 1), m).sum(0, dtype=torch.int32) == n).all())
 
 
-def check_held(masks: Mapping[str, Tensor], patterns: Mapping[str, Pattern]) -> None:
-    """Refuse masks that do not hold their patterns.
+def check_held(
+    masks: Mapping[str, Tensor], patterns: Mapping[str, Pattern], dims: Mapping[str, int]
+) -> None:
+    """Refuse masks that do not hold their patterns along their dimensions.
 
     Raises:
         ValueError: Some do not; the message names them.
     """
     broken = [
-        f"{name} ({n}:{m})" for name, (n, m) in patterns.items() if not holds(masks[name], n, m)
+        f"{name} ({n}:{m})"
+        for name, (n, m) in patterns.items()
+        if not holds(masks[name], n, m, dims[name])
     ]
     if broken:
         raise ValueError(

@@ -207,7 +207,8 @@ class MaskScheduler:
                 f"{name} keeps {n} of every {m} weights, and redistribute and final_sparsity would "
                 "change how many; leave them out, or place masks without a pattern"
             )
-        check_held({name: self._masks[name].mask for name in patterns}, patterns)
+        dims = {name: self._masks[name].input_dim for name in patterns}
+        check_held({name: self._masks[name].mask for name in patterns}, patterns, dims)
 
         weights = {name: itop.size for name, itop in self._masks.items()}
         check_floor(self._rules, weights, self._density.smallest)

@@ -5,6 +5,7 @@ weight is read by its parent counts, and a layer that is called twice counts twi
 """
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -140,6 +141,15 @@ def _no_fused_layers() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(attention)
 
 
+GROUPED_PRODUCTS = ("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+"""Operations that give each row to one of several matrices: torch has no formula for them."""
+
+
+def _grouped_product(x: Tensor, weight: Tensor, *others: Any, **more: Any) -> int:
+    """Count what rows (rows, in) times one of the matrices (experts, in, out) each cost."""
+    return 2 * x.shape[-2] * math.prod(weight.shape[-2:])
+
+
 class _Counter(TorchDispatchMode):
     """Counts the FLOPs of every operation by the weight whose values it reads; "" for none."""
 
@@ -155,6 +165,8 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         formula = self._formulas.get(func._overloadpacket)
+        if func._schema.name in GROUPED_PRODUCTS:
+            formula = _grouped_product
         if formula is None:
             with self:
                 parts = func.decompose(*args, **kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from itop_prune.analysis.flops import FLOPs, flops
 from itop_prune.kernels import products
 from itop_prune.layers.handle import ITOP, active_weights, find_masks
-from itop_prune.layers.maskable import refuse_deployed, unwrap, walk
+from itop_prune.layers.maskable import count_matrix_weights, refuse_deployed, unwrap, walk
 from itop_prune.layers.sparse_products import NAME, linear_forward
 from itop_prune.topology import count_true
 
@@ -53,6 +53,8 @@ class Summary:
     """What they would take without masks."""
     flops: FLOPs | None = None
     """Cost of a forward, if example inputs were given."""
+    matrix_weights: int = 0
+    """Weights of all matrices, masked or not, embeddings aside; see `itop_prune.MASKABLE`."""
 
     @property
     def weights(self) -> int:
@@ -73,6 +75,17 @@ class Summary:
     def sparsity(self) -> float:
         """Share of zeros among the weights of the rows."""
         return (self.weights - self.active) / max(1, self.weights)
+
+    @property
+    def masked_share(self) -> float:
+        """Share of the weights of all matrices that is masked."""
+        masked = sum(row.weights for row in self.rows if row.masked)
+        return masked / max(1, masked, self.matrix_weights)
+
+    @property
+    def overall_sparsity(self) -> float:
+        """Share of zeros among the weights of all matrices, masked or not."""
+        return (self.weights - self.active) / max(1, self.weights, self.matrix_weights)
 
     @property
     def exploration_rate(self) -> float | None:
@@ -111,7 +124,16 @@ class Summary:
 
         others = self.parameters - self.weights
         text.append(f"sparsity {self.sparsity:.4f}; {others:,} other parameters are dense")
-        return "\n".join([*text, *self.stored(), *self.cost()])
+        return "\n".join([*text, *self.share(), *self.stored(), *self.cost()])
+
+    def share(self) -> list[str]:
+        """Describe in a line how much of all matrices is masked; if all of it is, there is none."""
+        if not 0 < self.masked_share < 1:
+            return []
+        return [
+            f"masked {self.masked_share:.4f} of the {self.matrix_weights:,} weights of matrices, "
+            f"whose sparsity is {self.overall_sparsity:.4f}"
+        ]
 
     def stored(self) -> list[str]:
         """Describe in a line what masked weights take in memory; without masks there is none."""
@@ -147,6 +169,9 @@ def summarize(
     Weights without a mask are counted by their zeros. In a model with masks only those with 1 % of
     zeros or more are listed, as fusing masked branches leaves them (timm's
     `reparameterize_model`). A weight of zeros alone is left out: it was not trained yet.
+
+    If some matrices have no mask, a line says which share is masked, and the sparsity over all of
+    them. Embeddings are no matrices, nor are heads that are tied to one.
 
     In sparse storage a column says how each layer computes: with a "kernel", which takes the active
     weights alone, or with its "dense" weight. It is what holds on this machine, for inputs of the
@@ -201,4 +226,5 @@ def summarize(
         stored += itop.parameter.nbytes + itop.buffer.nbytes
         dense += itop.size * itop.parameter.element_size()
     cost = None if example_inputs is None else flops(model, example_inputs)
-    return Summary(tuple(rows), parameters, stored, dense, cost)
+    matrices = count_matrix_weights(model)
+    return Summary(tuple(rows), parameters, stored, dense, cost, matrices)

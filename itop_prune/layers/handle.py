@@ -9,7 +9,7 @@ from torch.amp import GradScaler
 from torch.nn.utils import prune
 
 from itop_prune.layers.dense_gradient import DenseGradientHook, ShardedDenseGradientHook
-from itop_prune.layers.maskable import kernel_shape, obstacle, unwrap, walk
+from itop_prune.layers.maskable import obstacle, unwrap, walk
 from itop_prune.layers.masked_layer import (
     attach,
     detach,
@@ -20,6 +20,7 @@ from itop_prune.layers.masked_layer import (
     shape_of,
     sparse_names,
 )
+from itop_prune.layers.matrices import count_outputs, input_dim, kernel_shape
 from itop_prune.layers.names import mask_name, parameter_name, pattern_name, positions_name
 from itop_prune.patterns import Pattern, holds
 from itop_prune.sharding import is_sharded, like, zero_off_mask
@@ -54,7 +55,7 @@ class ITOP(prune.BasePruningMethod):
             module: The layer.
             name: Of the parameter in the layer, such as "weight".
             mask: Of the parameter's shape; True (or not 0) = active. It is copied.
-            pattern: N and M, if of every M consecutive weights along dimension 1 always N are
+            pattern: N and M, if of every M consecutive weights along the inputs always N are
                 active.
 
         Raises:
@@ -71,11 +72,12 @@ class ITOP(prune.BasePruningMethod):
                 f"{tuple(parameter.shape)}; they must agree"
             )
         mask = mask.to(parameter.device, torch.bool)
-        if pattern is not None and not holds(mask, *pattern):
+        dim = input_dim(module, name)
+        if pattern is not None and not holds(mask, *pattern, dim):
             n, m = pattern
             raise ValueError(
                 f"the mask of {name}, {tuple(mask.shape)}, does not hold the pattern {n}:{m}; of "
-                f"every {m} along dimension 1 exactly {n} must be True: "
+                f"every {m} along dimension {dim} exactly {n} must be True: "
                 "itop_prune.patterns.best_of_groups makes such a mask"
             )
 
@@ -146,18 +148,21 @@ class ITOP(prune.BasePruningMethod):
     @property
     def kernel_shape(self) -> tuple[int, ...]:
         """The shape that distributions count with: (out, in, ...)."""
-        return kernel_shape(self._layer, self.shape)
+        return kernel_shape(self._layer, self._tensor_name, self.shape)
 
     @property
     def outputs(self) -> int:
         """How many outputs the weights of the tensor feed."""
-        if getattr(self._layer, "transposed", False):
-            return self.shape[1] * int(self._layer.groups)  # type: ignore[arg-type]
-        return self.shape[0]
+        return count_outputs(self._layer, self._tensor_name, self.shape)
+
+    @property
+    def input_dim(self) -> int:
+        """Which dimension of the dense weight holds its inputs; N:M patterns run along it."""
+        return input_dim(self._layer, self._tensor_name)
 
     @property
     def pattern(self) -> Pattern | None:
-        """N and M, if of every M consecutive weights along dimension 1 always N are active.
+        """N and M, if of every M consecutive weights along the inputs always N are active.
 
         It stays with the layer, in copies and pickles too, and is not in its state dict.
         """

@@ -1,27 +1,21 @@
 """Which weights can have a mask: found by name, selected by patterns, obstacles explained."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from itop_prune.layers.masked_layer import has_base, masked_names
-from itop_prune.layers.names import mask_name
+from itop_prune.layers.masked_layer import masked_names, shape_of
+from itop_prune.layers.matrices import matrices_of, misread
+from itop_prune.layers.names import mask_name, parameter_name
+from itop_prune.messages import listed, nearest_names
 from itop_prune.sharding import is_sharded
 
-WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("weight",),
-    nn.modules.conv._ConvNd: ("weight",),
-    nn.RNNCellBase: ("weight_ih", "weight_hh"),
-    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-}
-"""The weight matrices of convolutions and linear maps, by the class of the layer."""
-
-MIXED_KERNELS = frozenset({"CondConv2d"})
-"""Class names of convolutions that mix kernels of experts; each row of the weight is a kernel."""
+ADD_A_ROW = "to mask them, add a row for the class to itop_prune.MASKABLE"
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """The attributes in which torch keeps parameters, buffers, modules and hooks."""
@@ -38,7 +32,7 @@ def walk(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str,
     """
     adapters = find_adapters(model)
     for prefix, layer in unwrap(model).named_modules(remove_duplicate=remove_duplicate):
-        names = () if layer in adapters else _weight_names(layer)
+        names = () if layer in adapters else matrices_of(layer) or ()
         for tensor in dict.fromkeys((*names, *masked_names(layer))):
             if layer._parameters.get(tensor, ...) is not None:  # None: declared and not used
                 yield plain_name(prefix, tensor), layer, tensor
@@ -60,53 +54,75 @@ def find_adapters(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-def _weight_names(layer: nn.Module) -> tuple[str, ...]:
-    if isinstance(layer, nn.RNNBase):
-        return tuple(name for name in layer._flat_weights_names if name.startswith("weight_"))
-    if _mixes_kernels(layer):
-        return ("weight",)
-    for kind, names in WEIGHTS.items():
-        if isinstance(layer, kind):
-            return names
-    return ()
+class Selection(NamedTuple):
+    """What the patterns of `apply` select, by name in model order."""
 
-
-def _mixes_kernels(layer: nn.Module) -> bool:
-    return "weight_shape" in vars(layer) and has_base(type(layer), MIXED_KERNELS)
+    targets: dict[str, Target]
+    """Weights to mask."""
+    tied: dict[str, str]
+    """Weights that stay dense because an embedding holds them too: the name of that one."""
+    unknown: dict[str, Target]
+    """Weights that look like matrices, of classes that are not in `MASKABLE`."""
 
 
 def find_weights(
     model: nn.Module, include: str | Iterable[str], exclude: str | Iterable[str]
-) -> dict[str, Target]:
-    """Find the weights to mask by the patterns of `apply`, by name in model order.
+) -> Selection:
+    """Find the weights to mask by the patterns of `apply`.
+
+    Weights that are tied to an embedding are left out, unless `include` names them.
 
     Raises:
         ValueError: There is nothing to mask, a pattern matches nothing, or a selected weight can't
             be masked.
     """
     found = {name: (layer, tensor) for name, layer, tensor in walk(model)}
+    unknown = unknown_matrices(model)
     if not found:
+        others = ""
+        if unknown:
+            others = f"; dense are {classes_of(unknown)}: {ADD_A_ROW}"
         raise ValueError(
             f"{type(model).__name__} has nothing to mask: no weight matrix of a convolution or "
-            "linear map"
+            f"linear map{others}"
         )
 
-    unwanted = matching(_as_list(exclude, "exclude"), found, "exclude")
-    wanted = matching(_as_list(include, "include"), found, "include") - unwanted
+    included, excluded = _as_list(include, "include"), _as_list(exclude, "exclude")
+    unwanted = matching(excluded, found, "exclude", unknown)
+    for pattern in included:
+        strangers = {name: unknown[name] for name in unknown if _matches(name, [pattern])}
+        if strangers and not any(_matches(name, [pattern]) for name in found):
+            raise ValueError(
+                f"include pattern {pattern!r} matches {classes_of(strangers)} alone: {ADD_A_ROW}"
+            )
+    wanted = matching(included, found, "include") - unwanted
     if not wanted:
         raise ValueError(
             f"include={include!r} without exclude={exclude!r} leaves nothing of: {_shorten(found)}"
         )
 
+    by_name = matching([pattern for pattern in included if pattern != "*"], found, "include")
+    tied = tied_to_embedding(model, {name: found[name] for name in found if name in wanted})
+    tied = {name: embedding for name, embedding in tied.items() if name not in by_name}
+    if wanted - tied.keys():
+        wanted -= tied.keys()
+
     targets = {name: target for name, target in found.items() if name in wanted}
     reasons = obstacles(model, targets)
     if reasons:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
-        advice = f"To leave them dense: exclude={sorted(reasons)}"
-        if len(reasons) == len(found):
-            advice = "There is no other weight: without these nothing is left to mask"
+        advice = f"To leave them dense: exclude={sorted({*excluded, *reasons})}"
+        if len(reasons) == len(targets):
+            others = "There is no other weight"
+            if len(found) > len(targets):
+                others = "include and exclude select no other weight"
+            advice = f"{others}: without these nothing is left to mask"
         raise ValueError(f"can't mask\n{lines}\n{advice}")
-    return targets
+
+    selected = {
+        name for name in unknown if _matches(name, included) and not _matches(name, excluded)
+    }
+    return Selection(targets, tied, {name: unknown[name] for name in unknown if name in selected})
 
 
 def _as_list(given: object, argument: str) -> list[str]:
@@ -119,26 +135,30 @@ def _as_list(given: object, argument: str) -> list[str]:
     return patterns
 
 
-def matching(patterns: Iterable[str], names: Iterable[str], argument: str) -> set[str]:
+def matching(
+    patterns: Iterable[str], names: Iterable[str], argument: str, others: Iterable[str] = ()
+) -> set[str]:
     """Find the names that any of the patterns matches, with or without the tensor's own name.
 
     Raises:
-        ValueError: A pattern matches nothing.
+        ValueError: A pattern matches nothing, of `others` neither.
     """
     matched: set[str] = set()
     for pattern in patterns:
-        hits = {
-            name
-            for name in names
-            if fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
-        }
-        if not hits:
-            raise ValueError(
-                f"{argument} pattern {pattern!r} matches no weight; the weights are: "
-                f"{_shorten(names)}"
-            )
+        hits = {name for name in names if _matches(name, [pattern])}
+        if not hits and not any(_matches(name, [pattern]) for name in others):
+            near = nearest_names(pattern, names)
+            known = f"the nearest are: {', '.join(near)}"
+            if not near:
+                known = f"the weights are: {_shorten(names)}"
+            raise ValueError(f"{argument} pattern {pattern!r} matches no weight; {known}")
         matched |= hits
     return matched
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    layer = name.rpartition(".")[0]
+    return any(fnmatchcase(name, pattern) or fnmatchcase(layer, pattern) for pattern in patterns)
 
 
 def _shorten(names: Iterable[str], most: int = 12) -> str:
@@ -147,20 +167,74 @@ def _shorten(names: Iterable[str], most: int = 12) -> str:
     return ", ".join(listed[:most]) + more
 
 
-def kernel_shape(layer: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Compute a weight's shape as distributions count it; for experts (experts * out, in, ...)."""
-    if not _mixes_kernels(layer):
-        return shape
-    out, *rest = layer.weight_shape  # type: ignore[misc]
-    return (shape[0] * out, *rest)
+NO_MATRIX = ("bias", "embed", "pos", "token")
+"""Parts of the names of parameters that are added or looked up: no matrices."""
 
 
-def indivisible(layer: nn.Module, tensor: str, m: int) -> str:
-    """Explain why groups of `m` inputs can't be formed along dimension 1, or return ""."""
-    shape = tuple(layer.get_parameter(tensor).shape)
-    if getattr(layer, "transposed", False) or _mixes_kernels(layer) or len(shape) < 2:
-        return f"dimension 1 of {shape} is not its inputs"
-    return f"dimension 1 of {shape} is no multiple of {m}" if shape[1] % m else ""
+def unknown_matrices(model: nn.Module) -> dict[str, Target]:
+    """Find weights that look like matrices and whose class is not in `MASKABLE`.
+
+    They have two or more dimensions above 1, the first among them, and are not tied to a layer of a
+    class that is. Tables for positions and biases are left out by their names (`NO_MATRIX`), and so
+    are adapters.
+    """
+    adapters = find_adapters(model)
+    found: dict[str, Target] = {}
+    known: set[int] = set()
+    for prefix, layer in unwrap(model).named_modules():
+        if layer in adapters:
+            continue
+        if matrices_of(layer) is not None:
+            known.update(map(id, layer._parameters.values()))
+            continue
+
+        masked = {parameter_name(name) for name in masked_names(layer)}
+        for tensor, parameter in layer._parameters.items():
+            name = plain_name(prefix, tensor)
+            if tensor not in masked and _looks_like_matrix(name, parameter):
+                found[name] = (layer, tensor)
+
+    return {
+        name: (layer, tensor)
+        for name, (layer, tensor) in found.items()
+        if id(layer._parameters[tensor]) not in known
+    }
+
+
+def _looks_like_matrix(name: str, parameter: nn.Parameter | None) -> bool:
+    if parameter is None or isinstance(parameter, nn.parameter.UninitializedParameter):
+        return False
+    ending = ".".join(name.lower().split(".")[-2:])
+    if not parameter.is_floating_point() or any(part in ending for part in NO_MATRIX):
+        return False
+    return parameter.shape[:1] > (1,) and sum(size > 1 for size in parameter.shape) > 1
+
+
+def classes_of(targets: Mapping[str, Target]) -> str:
+    """List the classes of some weights with their counts and first names, for a message."""
+    names: dict[str, list[str]] = {}
+    for name, (layer, _) in targets.items():
+        names.setdefault(type(layer).__name__, []).append(name)
+    parts = [f"{kind} × {len(held)} ({listed(held, most=2)})" for kind, held in names.items()]
+    return listed(parts)
+
+
+def count_matrix_weights(model: nn.Module) -> int:
+    """Count the weights of all matrices, masked or not. Those tied to an embedding are its own."""
+    found = {name: (layer, tensor) for name, layer, tensor in walk(model)}
+    found |= unknown_matrices(model)
+    total = 0
+    counted: set[int] = set()
+    for name in found.keys() - tied_to_embedding(model, found).keys():
+        layer, tensor = found[name]
+        if tensor in masked_names(layer):
+            total += math.prod(shape_of(layer, tensor))
+            continue
+        weight = layer._parameters.get(tensor)
+        if weight is not None and id(weight) not in counted:
+            counted.add(id(weight))
+            total += math.prod(weight.shape)
+    return total
 
 
 def obstacles(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, str]:
@@ -174,6 +248,17 @@ def obstacles(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, str]
         if reason:
             found[name] = reason
     return found
+
+
+def tied_to_embedding(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, str]:
+    """Find, by name, the weights that an embedding holds too: the name of its own."""
+    owners = _owners(model)
+    tied = {}
+    for name, (layer, tensor) in targets.items():
+        for prefix, owner, other in owners.get(id(layer._parameters.get(tensor)), ()):
+            if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+                tied[name] = plain_name(prefix, other)
+    return tied
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, nn.Module, str]]]:
@@ -217,6 +302,9 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
             return f"this {type(layer).__name__} has none"
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             return "its shape is not known yet: run the model once first"
+        reason = misread(layer, tensor)
+        if reason:
+            return reason
         if is_sharded(parameter):
             return (
                 "each rank holds a part of it: call itop_prune.apply before fully_shard or "
@@ -247,6 +335,9 @@ def obstacle(layer: nn.Module, tensor: str) -> str:
             "it is parametrized (weight_norm, ...): call "
             "torch.nn.utils.parametrize.remove_parametrizations first"
         )
+    if not hasattr(layer, tensor):
+        kind = type(layer).__name__
+        return f"{kind} has no {tensor!r}: correct its row in itop_prune.MASKABLE"
     return (
         f"it is not a parameter of {type(layer).__name__} but computed: call "
         "torch.nn.utils.remove_weight_norm first"

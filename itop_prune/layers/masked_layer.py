@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from itop_prune.layers import sparse_products, sparse_storage
 from itop_prune.layers.lost_writes import refuse_peft_write, refused_resets
+from itop_prune.layers.matrices import input_dim
 from itop_prune.layers.names import (
     dense_backward_name,
     layout_name,
@@ -311,7 +312,7 @@ def breaks_pattern(layer: nn.Module, name: str, mask: object) -> bool:
     pattern = pattern_of(layer, name)
     if pattern is None or not isinstance(mask, Tensor) or mask.shape != shape_of(layer, name):
         return False
-    return not mask.is_meta and not holds(mask.bool(), *pattern)
+    return not mask.is_meta and not holds(mask.bool(), *pattern, input_dim(layer, name))
 
 
 def shape_of(layer: nn.Module, name: str) -> tuple[int, ...]:

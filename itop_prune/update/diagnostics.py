@@ -81,9 +81,9 @@ def layer_warnings(
         yield (
             name,
             f"{name} got no gradient since the last update: is its layer still used by the model? "
-            "Where another took its place (reset_classifier, set_input_size), mask that one by "
-            "apply(model, ..., include=[...]), then build optimizer and MaskScheduler anew with "
-            "find_masks(model)",
+            "Where another took its place (reset_classifier, set_input_size, "
+            "resize_token_embeddings), mask that one by apply(model, ..., include=[...]), then "
+            "build optimizer and MaskScheduler anew with find_masks(model)",
         )
 
     used = [name for name in often_missed if name not in without_gradient]

@@ -51,7 +51,8 @@ class LayerUpdate(NamedTuple):
                 )
 
             kept = topology.prune(mask, self.prune_scores(rules.prune, mask), n_prune, ties)
-            return patterns.grow_in_groups(kept, scored(kept), *pattern, ties)
+            dim = self.itop.input_dim
+            return patterns.grow_in_groups(kept, scored(kept), *pattern, ties, dim)
         except topology.NaNScores as error:
             criterion = rules.prune if error.role == "prune" else rules.grow
             raise ValueError(

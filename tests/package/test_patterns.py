@@ -272,7 +272,7 @@ def test_a_layer_that_the_pattern_does_not_divide_is_left_out_and_listed() -> No
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3),
         nn.Conv2d(8, 8, 3, groups=8),
-        nn.ConvTranspose2d(8, 4, 3),
+        nn.ConvTranspose2d(6, 4, 3),
         CondConv2d(4, 8, 3, num_experts=4),
         nn.Conv2d(4, 4, 1),
     )
@@ -282,7 +282,7 @@ def test_a_layer_that_the_pattern_does_not_divide_is_left_out_and_listed() -> No
     assert str(caught[0].message).splitlines()[1:] == [
         "  0.weight: dimension 1 of (8, 3, 3, 3) is no multiple of 4",
         "  1.weight: dimension 1 of (8, 1, 3, 3) is no multiple of 4",
-        "  2.weight: dimension 1 of (8, 4, 3, 3) is not its inputs",
+        "  2.weight: dimension 0 of (6, 4, 3, 3) is no multiple of 4",
         "  3.weight: dimension 1 of (4, 288) is not its inputs",
     ]
     assert caught[0].filename == __file__

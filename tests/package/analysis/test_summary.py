@@ -45,6 +45,39 @@ def test_totals_are_of_what_is_masked() -> None:
     assert (summary.weights, summary.active, summary.sparsity) == (320, 160, 0.5)
 
 
+def test_a_line_says_which_share_of_all_matrices_is_masked() -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.5, include="0")
+    summary = summarize(model)
+    assert (summary.matrix_weights, summary.masked_share) == (560, 320 / 560)
+    assert summary.overall_sparsity == 160 / 560
+    assert str(summary).splitlines()[-3:-1] == [
+        "sparsity 0.5000; 272 other parameters are dense",
+        "masked 0.5714 of the 560 weights of matrices, whose sparsity is 0.2857",
+    ]
+
+
+def test_matrices_of_unknown_classes_count_and_embeddings_do_not() -> None:
+    model = nn.ModuleDict({"known": mlp(), "unknown": nn.Module(), "words": nn.Embedding(99, 4)})
+    model["unknown"].kernel = nn.Parameter(torch.ones(7, 20))
+    model["head"] = nn.Linear(4, 99, bias=False)
+    model["head"].weight = model["words"].weight
+    itop_prune.apply(model, 0.75, include="known.*")
+    summary = summarize(model)
+    assert (summary.matrix_weights, summary.masked_share) == (700, 560 / 700)
+    assert summary.overall_sparsity == 420 / 700
+
+
+@pytest.mark.parametrize("storage", ["mask", "sparse"])
+def test_without_dense_matrices_there_is_no_such_line(storage: str) -> None:
+    model = convnet()
+    assert "of matrices" not in str(summarize(model))
+    itop_prune.apply(model, 0.75, storage=storage)
+    summary = summarize(model)
+    assert (summary.masked_share, summary.overall_sparsity) == (1.0, summary.sparsity)
+    assert "of matrices" not in str(summary)
+
+
 def test_masks_that_moved_are_counted_anew() -> None:
     model = mlp()
     masks = itop_prune.apply(model, 0.5)

@@ -1,6 +1,7 @@
 """What can be masked, what is refused, and that a refusal says what to do and changes nothing."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -167,10 +168,130 @@ def test_a_weight_that_is_not_of_dense_real_numbers_is_refused(
     assert list(itop_prune.apply(model, 0.5, exclude="4")) == ["0.weight", "2.weight"]
 
 
-def test_a_weight_tied_to_an_embedding_is_refused() -> None:
+def test_a_head_tied_to_an_embedding_stays_dense_and_a_warning_says_so() -> None:
+    model = TiedLanguageModel()
+    with pytest.warns(UserWarning, match=r"left dense") as caught:
+        masks = itop_prune.apply(model, 0.5)
+    assert list(masks) == ["body.weight"]
+    assert model.head.weight is model.embedding.weight
+    message = str(caught[0].message)
+    assert "head.weight (tied to embedding.weight); exclude=['head.weight'] says so" in message
+    assert caught[0].filename == __file__
+    assert list(itop_prune.apply(TiedLanguageModel(), 0.5, exclude="head")) == ["body.weight"]
+
+
+@pytest.mark.parametrize("build", [lambda: TiedLanguageModel(), lambda: Own()])
+def test_other_ranks_do_not_repeat_what_stays_dense(
+    build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("itop_prune.distributed.is_first", lambda: False)
+    itop_prune.apply(build(), 0.5)
+
+
+@pytest.mark.parametrize("include", ["head", "h*", ["*", "head.weight"]])
+def test_a_tied_head_that_is_asked_for_by_name_is_refused(include: Any) -> None:
+    model = TiedLanguageModel()
     message = r"head\.weight: it is tied to embedding\.weight.*untie them"
     with pytest.raises(ValueError, match=message):
-        itop_prune.apply(TiedLanguageModel(), 0.5)
+        itop_prune.apply(model, 0.5, include=include)
+    assert not itop_prune.find_masks(model)
+
+
+def test_a_model_of_nothing_but_a_tied_head_is_refused() -> None:
+    model = TiedLanguageModel()
+    del model.body
+    message = r"head\.weight: it is tied to .*\nThere is no other weight: without these nothing is"
+    with pytest.raises(ValueError, match=message):
+        itop_prune.apply(model, 0.5)
+
+
+# --- what stays dense ----------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    """A matrix whose class the table does not know, between two linear layers."""
+
+    def __init__(self, size: int = 20) -> None:
+        super().__init__()
+        self.first = nn.Linear(size, 10)
+        self.mine = nn.Module()
+        self.mine.kernel = nn.Parameter(torch.randn(size, size))
+        self.last = nn.Linear(10, 4)
+
+
+def test_matrices_that_no_row_knows_are_named_with_their_class_and_share() -> None:
+    with pytest.warns(UserWarning, match="masks 38% of the matrix weights") as caught:
+        itop_prune.apply(Own(), 0.5)  # 240 of 640
+    message = str(caught[0].message)
+    assert "left dense: Module × 1 (mine.kernel)" in message
+    assert "itop_prune.MASKABLE" in message
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exclude": "mine"},
+        {"exclude": "mine.kernel"},
+        {"exclude": ["last", "mi*"]},
+        {"include": ["first", "last"]},
+    ],
+    ids=str,
+)
+def test_what_the_user_left_out_is_not_named(options: dict) -> None:
+    assert "first.weight" in itop_prune.apply(Own(), 0.5, **options)
+
+
+def test_a_pattern_for_an_unknown_matrix_says_how_to_mask_it() -> None:
+    message = r"include pattern 'mine' matches Module × 1 \(mine\.kernel\) alone: .*MASKABLE"
+    with pytest.raises(ValueError, match=message):
+        itop_prune.apply(Own(), 0.5, include=["first", "mine"])
+
+
+def test_a_share_of_a_tenth_is_not_named() -> None:
+    model = Own()
+    model.first = nn.Linear(200, 20)  # 4,040 beside 400
+    assert len(itop_prune.apply(model, 0.5)) == 2
+
+
+def table(**tensors: Tensor) -> nn.Module:
+    model = Own(4)
+    model.mine = nn.Module()
+    for name, tensor in tensors.items():
+        model.mine.register_parameter(name, nn.Parameter(tensor, tensor.is_floating_point()))
+    return model
+
+
+NO_MATRICES: dict[str, Callable[[], nn.Module]] = {
+    "position table": lambda: table(pos_embed=torch.zeros(50, 40)),
+    "relative positions": lambda: table(relative_position_bias_table=torch.zeros(99, 8)),
+    "added to a batch": lambda: table(query=torch.zeros(1, 50, 40)),
+    "scale of channels": lambda: table(gamma=torch.zeros(900, 1, 1)),
+    "integers": lambda: table(lookup=torch.zeros(50, 40, dtype=torch.int32)),
+    "not used": lambda: table(none=torch.zeros(0)),
+}
+
+
+@pytest.mark.parametrize("build", NO_MATRICES.values(), ids=NO_MATRICES)
+def test_tables_and_scales_are_no_matrices(build: Callable[[], nn.Module]) -> None:
+    assert len(itop_prune.apply(build(), 0.5)) == 2
+
+
+def test_large_embeddings_norms_and_what_is_tied_to_them_are_no_matrices() -> None:
+    model = Own(4)
+    model.mine = nn.Module()
+    model.words, model.bags = nn.Embedding(50, 40), nn.EmbeddingBag(50, 40)
+    model.norm = nn.LayerNorm((50, 40))
+    model.mine.register_parameter("output", model.words.weight)
+    assert len(itop_prune.apply(model, 0.5)) == 2
+
+
+def test_a_model_of_unknown_matrices_alone_says_which() -> None:
+    model = Own()
+    del model.first, model.last
+    message = r"nothing to mask: .*; dense are Module × 1 \(mine\.kernel\): .*MASKABLE"
+    with pytest.raises(ValueError, match=message):
+        itop_prune.apply(model, 0.5)
 
 
 def test_a_layer_used_twice_is_not_a_tied_weight() -> None:
@@ -244,11 +365,15 @@ def test_a_weight_that_its_layer_keeps_in_another_attribute_is_refused(
 def test_a_model_whose_weights_are_all_refused_says_that_nothing_is_left() -> None:
     model = nn.Sequential(Keeper(lambda weight: [weight]), Keeper(lambda weight: [weight]))
     message = r"0.weight: Keeper.*\n.*1.weight: .*\n.* nothing is left to mask"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         itop_prune.apply(model, 0.5)
+    assert "There is no other weight: without" in str(error.value)
     model.append(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"To leave them dense: exclude=\['0.weight'\]"):
-        itop_prune.apply(model, 0.5, include="0")
+    for options in ({"include": "0"}, {"exclude": ["1", "2"]}):
+        with pytest.raises(ValueError, match="include and exclude select no other weight: without"):
+            itop_prune.apply(model, 0.5, **options)
+    with pytest.raises(ValueError, match=r"To leave them dense: exclude=\['0.weight', '1'\]"):
+        itop_prune.apply(model, 0.5, exclude="1")
 
 
 def test_lists_of_parameters_elsewhere_are_no_obstacle() -> None:
@@ -304,6 +429,27 @@ def test_patterns_that_match_or_leave_nothing_are_refused_with_what_exists(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         itop_prune.apply(mlp(), 0.5, **options)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("head", "head.fc.weight, heads.0.weight"),
+        ("*.head.*", "head.fc.weight, heads.0.weight"),
+        ("stem.fcl", "stem.fc1.weight"),
+        ("Stem", "stem.fc1.weight"),
+    ],
+)
+def test_the_nearest_names_are_shown(pattern: str, near: str) -> None:
+    model = nn.ModuleDict(
+        {
+            "stem": nn.ModuleDict({"fc1": nn.Linear(2, 2)}),
+            "head": nn.ModuleDict({"fc": nn.Linear(2, 2)}),
+            "heads": nn.ModuleList([nn.Linear(2, 2)]),
+        }
+    )
+    with pytest.raises(ValueError, match=rf"matches no weight; the nearest are: {near}$"):
+        itop_prune.apply(model, 0.5, exclude=pattern)
 
 
 def test_a_long_list_of_weights_is_shortened() -> None:
