@@ -84,8 +84,8 @@ class MaskScheduler:
         rate: Share of the active weights exchanged at an update, at the beginning; in (0, 1], or 0
             with `final_sparsity`.
         min_rate: The same share at the end; in [0, rate].
-        schedule: Of the rate: a key of `itop_prune.schedules.SCHEDULES`, or a function of progress
-            in [0, 1].
+        schedule: Of the rate: a key of `itop_prune.schedules.SCHEDULES`, {"power": 1.5}, or a
+            function of progress in [0, 1].
         prune: A key of `itop_prune.criteria.PRUNE`, or a function of some of
             `itop_prune.criteria.OFFERED`.
         grow: A key of `itop_prune.criteria.GROW`, or a function likewise. A function that asks for
@@ -100,7 +100,8 @@ class MaskScheduler:
             active weights at once, 12 bytes each.
         floor: With the scope "global", the least density of a layer, in [0, 1). One weight stays in
             any case, but a layer with one weight seldom recovers.
-        density: How the density goes to the final one: "cubic", "alternating" or another schedule.
+        density: How the density goes to the final one: "cubic", {"power": 1.5}, "alternating" or
+            another schedule.
         final_sparsity: Share of zeros after the last update, in [0, 1), over all masks passed.
             None: the sparsity stays.
         final_method: How the final active weights are shared out with the scope "layer": a key of
@@ -143,13 +144,13 @@ class MaskScheduler:
         stop: float = 1.0,
         rate: float = 0.5,
         min_rate: float = 0.005,
-        schedule: str | Schedule = "cosine",
+        schedule: str | Schedule | Mapping[str, float] = "cosine",
         prune: str | Criterion = "magnitude",
         grow: str | Criterion = "random",
         redistribute: str | Redistribution = "none",
         scope: Literal["layer", "global"] = "layer",
         floor: float = 0.0,
-        density: str | Schedule = "constant",
+        density: str | Schedule | Mapping[str, float] = "constant",
         final_sparsity: float | None = None,
         final_method: str | Distribution = "ERK",
         gradient_steps: int = 1,
