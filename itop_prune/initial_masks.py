@@ -35,6 +35,7 @@ from itop_prune.messages import listed, nearest
 from itop_prune.methods.distributions import DISTRIBUTIONS, Distribution, active_counts
 from itop_prune.methods.initialization import Init, check_init, fan_in_factors
 from itop_prune.methods.lookup import lookup
+from itop_prune.methods.presets import pointer
 from itop_prune.methods.saliency import ratios
 from itop_prune.methods.validation import checked_seed, is_number
 from itop_prune.patterns import Pattern
@@ -244,7 +245,8 @@ def _check_budget(
         )
     if not _is_scores(method):
         known = {**DISTRIBUTIONS, "magnitude": None}
-        lookup(method, known, "method", "; or scores by name, such as itop_prune.saliency makes")
+        others = "; or scores by name, such as itop_prune.saliency makes"
+        lookup(method, known, "method", others + pointer(method))
 
     groups = patterns.parse(pattern)
     if groups is None:

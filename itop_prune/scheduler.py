@@ -99,7 +99,8 @@ class MaskScheduler:
             has left (GraNet: Liu et al., 2021, arXiv 2106.10404). "global" holds the scores of all
             active weights at once, 12 bytes each.
         floor: With the scope "global", the least density of a layer, in [0, 1). One weight stays in
-            any case, but a layer with one weight seldom recovers.
+            any case, but a layer with one weight seldom recovers. Where weights grow by chance and
+            the density falls, a warning asks for a floor.
         density: How the density goes to the final one: "cubic", {"power": 1.5}, "alternating" or
             another schedule.
         final_sparsity: Share of zeros after the last update, in [0, 1), over all masks passed.
@@ -213,6 +214,14 @@ class MaskScheduler:
 
         weights = {name: itop.size for name, itop in self._masks.items()}
         check_floor(self._rules, weights, self._density.smallest)
+        if self._starves_layers() and distributed.is_first():
+            warnings.warn(
+                f"grow is {self._rules.grow.name}, and weights that grow by chance are small: on "
+                "the way to final_sparsity scope='global' prunes them first, and some layers "
+                "starve. Take grow='gradient' or 'sampled_gradient', scope='layer', or a floor, "
+                "such as half of the final density",
+                stacklevel=3,
+            )
         if not self.update_steps():
             table = self._timetable
             last = table.stop * table.total_steps
@@ -226,6 +235,12 @@ class MaskScheduler:
         check_holds_parameters(self._optimizer, self._masks)
         check_statistics(self._optimizer, self._masks)
         distributed.check_equal_masks({name: itop.buffer for name, itop in self._masks.items()})
+
+    def _starves_layers(self) -> bool:
+        """Tell whether the cut over all layers meets weights that grow by chance."""
+        rules, by_value = self._rules, {"grad", "momentum"} & set(self._rules.grow.needs)
+        starved = rules.across_layers and not rules.redistribute and not rules.floor
+        return starved and not by_value and self._density.falls and self._timetable.rate > 0.0
 
     @property
     def explored(self) -> Mapping[str, Tensor]:
@@ -437,6 +452,7 @@ class MaskScheduler:
             self._gradients.needed,
             self._step,
             self._density.moves and self._timetable.next_update(self._step) is None,
+            self._rules.across_layers,
         )
         for key, message in problems:
             self._warnings.add(key, message)

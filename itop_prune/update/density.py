@@ -79,6 +79,11 @@ class DensityTargets:
         self._last = distributions.active_counts(shapes, 1.0 - final_sparsity, method)
         self.smallest = min(self.smallest, sum(self._last.values()))
 
+    @property
+    def falls(self) -> bool:
+        """Whether fewer weights are active at the end than at the beginning."""
+        return sum(self._last.values()) < sum(self.first.values())
+
     def begin(self, masks: Mapping[str, ITOP]) -> None:
         """Start from the present counts unless the way has begun.
 
