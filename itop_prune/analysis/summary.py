@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from itop_prune.analysis.flops import FLOPs, flops
 from itop_prune.kernels import products
 from itop_prune.layers.handle import ITOP, active_weights, find_masks
-from itop_prune.layers.maskable import count_matrix_weights, refuse_deployed, unwrap, walk
+from itop_prune.layers.maskable import (
+    count_matrix_weights,
+    refuse_deployed,
+    tied_to_embedding,
+    unwrap,
+    walk,
+)
 from itop_prune.layers.sparse_products import NAME, linear_forward
 from itop_prune.topology import count_true
 
@@ -202,8 +208,10 @@ def summarize(
     seen = {name: count_true(tensor) for name, tensor in (explored or {}).items()}
     most_active = 0.99 if masks else 1.0
 
+    found = {name: (layer, tensor) for name, layer, tensor in walk(model)}
+    tied = tied_to_embedding(model, found)
     rows = []
-    for name, layer, tensor in walk(model):
+    for name, (layer, tensor) in found.items():
         if name in masks:
             shape = masks[name].shape
             computes = _computes(masks[name], active[name])
@@ -212,7 +220,7 @@ def summarize(
             continue
 
         weight = layer._parameters.get(tensor)
-        if weight is None or weight.is_meta:
+        if weight is None or weight.is_meta or name in tied:
             continue
         count = int(weight.count_nonzero())
         if 0 < count <= most_active * weight.numel():

@@ -17,6 +17,9 @@ from itop_prune.sharding import is_sharded
 
 ADD_A_ROW = "to mask them, add a row for the class to itop_prune.MASKABLE"
 
+NO_MATRIX = ("bias", "embed", "pos", "token")
+"""Parts of the names of parameters that are added or looked up: no matrices."""
+
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """The attributes in which torch keeps parameters, buffers, modules and hooks."""
 
@@ -119,10 +122,10 @@ def find_weights(
             advice = f"{others}: without these nothing is left to mask"
         raise ValueError(f"can't mask\n{lines}\n{advice}")
 
-    selected = {
-        name for name in unknown if _matches(name, included) and not _matches(name, excluded)
-    }
-    return Selection(targets, tied, {name: unknown[name] for name in unknown if name in selected})
+    for name in list(unknown):
+        if _matches(name, excluded) or not _matches(name, included):
+            del unknown[name]
+    return Selection(targets, tied, unknown)
 
 
 def _as_list(given: object, argument: str) -> list[str]:
@@ -162,13 +165,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _shorten(names: Iterable[str], most: int = 12) -> str:
-    listed = list(names)
-    more = f", ... ({len(listed)} in all)" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
-
-
-NO_MATRIX = ("bias", "embed", "pos", "token")
-"""Parts of the names of parameters that are added or looked up: no matrices."""
+    known = list(names)
+    more = f", ... ({len(known)} in all)" if len(known) > most else ""
+    return ", ".join(known[:most]) + more
 
 
 def unknown_matrices(model: nn.Module) -> dict[str, Target]:
@@ -231,6 +230,8 @@ def count_matrix_weights(model: nn.Module) -> int:
             total += math.prod(shape_of(layer, tensor))
             continue
         weight = layer._parameters.get(tensor)
+        if isinstance(weight, nn.parameter.UninitializedParameter):
+            continue
         if weight is not None and id(weight) not in counted:
             counted.add(id(weight))
             total += math.prod(weight.shape)
