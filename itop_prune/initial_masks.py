@@ -104,7 +104,8 @@ def apply(
         init: What becomes of the active weights. "keep" leaves them as they are. "fan_in", for a
             model that is not trained yet, multiplies those of each output by sqrt(fan_in / k), with
             k of its fan_in inputs active. Activations then keep the variance that they have in the
-            dense model. It is refused with "magnitude" and "nonzero". Weight-standardized
+            dense model. It is refused with "magnitude" and "nonzero", which keep weights for their
+            values. Scores given as tensors choose the positions before. Weight-standardized
             convolutions compute the same with both.
         storage: "mask" keeps the dense parameter and a bool mask, as torch's own pruning does.
             "sparse" keeps the active values, in a new parameter `<name>_values` of the shape (1,
