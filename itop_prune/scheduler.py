@@ -238,9 +238,10 @@ class MaskScheduler:
 
     def _starves_layers(self) -> bool:
         """Tell whether the cut over all layers meets weights that grow by chance."""
-        rules, by_value = self._rules, {"grad", "momentum"} & set(self._rules.grow.needs)
-        starved = rules.across_layers and not rules.redistribute and not rules.floor
-        return starved and not by_value and self._density.falls and self._timetable.rate > 0.0
+        rules = self._rules
+        by_chance = not {"grad", "momentum"} & set(rules.grow.needs)
+        cut_freely = rules.across_layers and not rules.redistribute and not rules.floor
+        return by_chance and cut_freely and self._density.falls and self._timetable.rate > 0.0
 
     @property
     def explored(self) -> Mapping[str, Tensor]:

@@ -204,6 +204,7 @@ def test_fan_in_is_refused_where_masks_keep_weights_for_their_values() -> None:
 def test_a_power_names_a_schedule_and_a_method_that_moves_masks_its_preset() -> None:
     regrow = {"every": 5, "density": {"power": 1.5}, "final_sparsity": 0.9}
     assert problems_of(model=MODEL, regrow={**regrow, "schedule": {"power": 2}}) == []
+    assert problems_of(model=MODEL, regrow={**regrow, "scope": "global"}) == []  # the run warns
     problem, *_ = problems_of(model=MODEL, regrow={**regrow, "density": {"power": -1}})
     assert problem.startswith("regrow: the power of a schedule is -1; allowed is a number above 0")
     (problem,) = problems_of(model=MODEL, masks={"sparsity": 0.9, "method": "RigL"})
