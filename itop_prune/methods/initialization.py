@@ -15,10 +15,10 @@ KEPT = ("magnitude", "nonzero")
 
 
 def fan_in_factors(mask: Tensor, input_dims: tuple[int, ...]) -> Tensor:
-    """Compute sqrt(fan_in / active inputs) for each output: what the missing inputs are made up by.
+    """Compute sqrt(fan_in / k) for each output, with k of its fan_in inputs active.
 
-    A layer draws weights of the variance gain / fan_in. Multiplied by the factors, those of an
-    output with k active inputs have gain / k. So its sum keeps the variance of the dense layer's.
+    A layer draws weights of the variance gain / fan_in. Times the factor of their output they have
+    gain / k. The output then has the variance that it has in the dense layer.
 
     Args:
         mask: Bool, of any shape.
