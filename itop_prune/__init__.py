@@ -16,6 +16,7 @@ from itop_prune.initial_masks import apply, count_active
 from itop_prune.layers.handle import ITOP, find_masks, remove
 from itop_prune.layers.matrices import MASKABLE
 from itop_prune.methods import criteria, distributions, redistribution, saliency, schedules
+from itop_prune.methods.presets import preset
 from itop_prune.scheduler import MaskScheduler
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "flops",
     "load",
     "patterns",
+    "preset",
     "redistribution",
     "remove",
     "saliency",

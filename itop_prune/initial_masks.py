@@ -24,11 +24,18 @@ from itop_prune.layers.maskable import (
     unwrap,
 )
 from itop_prune.layers.masked_layer import effective, is_standardized
-from itop_prune.layers.matrices import indivisible, input_dim, kernel_shape
+from itop_prune.layers.matrices import (
+    indivisible,
+    input_dim,
+    inputs_of_outputs,
+    kernel_shape,
+)
 from itop_prune.layers.sparse_handle import STORAGES, Storage
 from itop_prune.messages import listed, nearest
 from itop_prune.methods.distributions import DISTRIBUTIONS, Distribution, active_counts
+from itop_prune.methods.initialization import Init, check_init, fan_in_factors
 from itop_prune.methods.lookup import lookup
+from itop_prune.methods.presets import pointer
 from itop_prune.methods.saliency import ratios
 from itop_prune.methods.validation import checked_seed, is_number
 from itop_prune.patterns import Pattern
@@ -53,6 +60,7 @@ def apply(
     include: Patterns = ("*",),
     exclude: Patterns = (),
     strict: bool = False,
+    init: Init = "keep",
     storage: Storage = "mask",
     seed: int = 0,
 ) -> dict[str, ITOP]:
@@ -93,6 +101,12 @@ def apply(
             the sparsity.
         strict: Whether a layer that an N:M pattern does not divide is an error. Otherwise it stays
             dense without a mask, and a warning lists it.
+        init: What becomes of the active weights. "keep" leaves them as they are. "fan_in", for a
+            model that is not trained yet, multiplies those of each output by sqrt(fan_in / k), with
+            k of its fan_in inputs active. Activations then keep the variance that they have in the
+            dense model. It is refused with "magnitude" and "nonzero", which keep weights for their
+            values. Scores given as tensors choose the positions before. Weight-standardized
+            convolutions compute the same with both.
         storage: "mask" keeps the dense parameter and a bool mask, as torch's own pruning does.
             "sparse" keeps the active values, in a new parameter `<name>_values` of the shape (1,
             active), and their positions. Gradients and optimizer statistics are then as small. It
@@ -124,6 +138,7 @@ def apply(
     """
     seed = checked_seed(seed)
     _check_scores_name(scores)
+    check_init(init, scores, method)
     if scores == "nonzero":
         _refuse_budget(sparsity, method, densities)
         groups = patterns.parse(pattern)
@@ -138,7 +153,12 @@ def apply(
     else:
         counts = _count(targets, sparsity, method, densities, groups)
         masks = _draw_masks(targets, counts, scores, groups, seed)
-    applied = {name: handle.apply(*targets[name], masks.pop(name), groups) for name in targets}
+    applied = {}
+    for name, target in targets.items():
+        mask = masks.pop(name)
+        if init == "fan_in":
+            _rescale(target, mask)
+        applied[name] = handle.apply(*target, mask, groups)
 
     exclude_masks_from_ddp(unwrap(model))
     if scores != "random" or _is_scores(method):
@@ -226,7 +246,8 @@ def _check_budget(
         )
     if not _is_scores(method):
         known = {**DISTRIBUTIONS, "magnitude": None}
-        lookup(method, known, "method", "; or scores by name, such as itop_prune.saliency makes")
+        others = "; or scores by name, such as itop_prune.saliency makes"
+        lookup(method, known, "method", others + pointer(method))
 
     groups = patterns.parse(pattern)
     if groups is None:
@@ -384,8 +405,8 @@ def _nonzero_masks(targets: Mapping[str, Target], groups: Pattern | None) -> dic
     if groups is not None:
         broken = [
             name
-            for name, target in targets.items()
-            if not patterns.holds(masks[name], *groups, input_dim(*target))
+            for name, mask in masks.items()
+            if not patterns.holds(mask, *groups, input_dim(*targets[name]))
         ]
         if broken:
             n, m = groups
@@ -454,6 +475,16 @@ def _given_scores(scores: Scores, name: str, target: Target) -> Tensor:
             f"scores for {name} must be a tensor of shape {tuple(shape)}; given: {seen}"
         )
     return _without_nan(given.detach().float().cpu(), f"scores for {name} hold NaN")
+
+
+@torch.no_grad()
+def _rescale(target: Target, mask: Tensor) -> None:
+    """Multiply the weights of each output by its fan-in factor, before the mask is placed."""
+    layer, tensor = target
+    weight = layer.get_parameter(tensor)
+    shape, inputs = inputs_of_outputs(layer, tensor, tuple(weight.shape))
+    factors = fan_in_factors(mask.view(shape), inputs).to(weight.device)
+    weight.view(shape).mul_(factors)
 
 
 def _magnitudes(name: str, target: Target) -> Tensor:

@@ -84,8 +84,8 @@ class MaskScheduler:
         rate: Share of the active weights exchanged at an update, at the beginning; in (0, 1], or 0
             with `final_sparsity`.
         min_rate: The same share at the end; in [0, rate].
-        schedule: Of the rate: a key of `itop_prune.schedules.SCHEDULES`, or a function of progress
-            in [0, 1].
+        schedule: Of the rate: a key of `itop_prune.schedules.SCHEDULES`, {"power": 1.5}, or a
+            function of progress in [0, 1].
         prune: A key of `itop_prune.criteria.PRUNE`, or a function of some of
             `itop_prune.criteria.OFFERED`.
         grow: A key of `itop_prune.criteria.GROW`, or a function likewise. A function that asks for
@@ -99,8 +99,10 @@ class MaskScheduler:
             has left (GraNet: Liu et al., 2021, arXiv 2106.10404). "global" holds the scores of all
             active weights at once, 12 bytes each.
         floor: With the scope "global", the least density of a layer, in [0, 1). One weight stays in
-            any case, but a layer with one weight seldom recovers.
-        density: How the density goes to the final one: "cubic", "alternating" or another schedule.
+            any case, but a layer with one weight seldom recovers. Where weights grow by chance and
+            the density falls, a warning asks for a floor.
+        density: How the density goes to the final one: "cubic", {"power": 1.5}, "alternating" or
+            another schedule.
         final_sparsity: Share of zeros after the last update, in [0, 1), over all masks passed.
             None: the sparsity stays.
         final_method: How the final active weights are shared out with the scope "layer": a key of
@@ -143,13 +145,13 @@ class MaskScheduler:
         stop: float = 1.0,
         rate: float = 0.5,
         min_rate: float = 0.005,
-        schedule: str | Schedule = "cosine",
+        schedule: str | Schedule | Mapping[str, float] = "cosine",
         prune: str | Criterion = "magnitude",
         grow: str | Criterion = "random",
         redistribute: str | Redistribution = "none",
         scope: Literal["layer", "global"] = "layer",
         floor: float = 0.0,
-        density: str | Schedule = "constant",
+        density: str | Schedule | Mapping[str, float] = "constant",
         final_sparsity: float | None = None,
         final_method: str | Distribution = "ERK",
         gradient_steps: int = 1,
@@ -212,6 +214,14 @@ class MaskScheduler:
 
         weights = {name: itop.size for name, itop in self._masks.items()}
         check_floor(self._rules, weights, self._density.smallest)
+        if self._starves_layers() and distributed.is_first():
+            warnings.warn(
+                f"grow is {self._rules.grow.name}, and weights that grow by chance are small: on "
+                "the way to final_sparsity scope='global' prunes them first, and some layers "
+                "starve. Take grow='gradient' or 'sampled_gradient', scope='layer', or a floor, "
+                "such as half of the final density",
+                stacklevel=3,
+            )
         if not self.update_steps():
             table = self._timetable
             last = table.stop * table.total_steps
@@ -225,6 +235,13 @@ class MaskScheduler:
         check_holds_parameters(self._optimizer, self._masks)
         check_statistics(self._optimizer, self._masks)
         distributed.check_equal_masks({name: itop.buffer for name, itop in self._masks.items()})
+
+    def _starves_layers(self) -> bool:
+        """Tell whether the cut over all layers meets weights that grow by chance."""
+        rules = self._rules
+        by_chance = not {"grad", "momentum"} & set(rules.grow.needs)
+        cut_freely = rules.across_layers and not rules.redistribute and not rules.floor
+        return by_chance and cut_freely and self._density.falls and self._timetable.rate > 0.0
 
     @property
     def explored(self) -> Mapping[str, Tensor]:
@@ -436,6 +453,7 @@ class MaskScheduler:
             self._gradients.needed,
             self._step,
             self._density.moves and self._timetable.next_update(self._step) is None,
+            self._rules.across_layers,
         )
         for key, message in problems:
             self._warnings.add(key, message)

@@ -177,11 +177,13 @@ def unknown_matrices(model: nn.Module) -> dict[str, Target]:
     class that is. Adapters are left out, and tables for positions and biases by their names
     (`NO_MATRIX`).
     """
+    adapters = find_adapters(model)
     found: dict[str, Target] = {}
     known: set[int] = set()
-    adapters = find_adapters(model)
     for prefix, layer in unwrap(model).named_modules():
-        if layer in adapters or matrices_of(layer) is not None:
+        if layer in adapters:
+            continue
+        if matrices_of(layer) is not None:
             known.update(map(id, layer._parameters.values()))
             continue
 

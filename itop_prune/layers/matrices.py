@@ -138,6 +138,24 @@ def count_outputs(layer: nn.Module, tensor: str, shape: tuple[int, ...]) -> int:
     return kernel_shape(layer, tensor, shape)[0] * _conv_groups(layer)
 
 
+def inputs_of_outputs(
+    layer: Any, tensor: str, shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Find along which dimensions the inputs of one output lie.
+
+    Returns:
+        The shape to view the weight in, and those dimensions of it. The shape is the weight's own,
+        unless a dimension holds groups or kernels of a mixture: these get dimensions of their own.
+    """
+    order = _order(layer, tensor)
+    if order == [MIXED_KERNELS]:
+        order, shape = ["kernels", "out", "in"], (shape[0], *layer.weight_shape)
+    groups = _conv_groups(layer)
+    if groups > 1:  # a transposed convolution, whose order is "in out"
+        order, shape = ["groups", *order], (groups, shape[0] // groups, *shape[1:])
+    return shape, (order.index("in"), *range(len(order), len(shape)))
+
+
 def indivisible(layer: nn.Module, tensor: str, m: int) -> str:
     """Explain why groups of `m` inputs can't be formed, or return ""."""
     shape, dim = tuple(layer.get_parameter(tensor).shape), input_dim(layer, tensor)

@@ -17,7 +17,7 @@ class DensityTargets:
     def __init__(
         self,
         masks: Mapping[str, ITOP],
-        path: str | Schedule,
+        path: str | Schedule | Mapping[str, float],
         final_sparsity: float | None,
         method: str | Distribution,
         sum_only: bool,
@@ -26,8 +26,8 @@ class DensityTargets:
 
         Args:
             masks: Of the run.
-            path: A key of `SCHEDULES` or a function of progress in [0, 1]; "constant" without a
-                final sparsity.
+            path: A key of `SCHEDULES`, {"power": p} or a function of progress in [0, 1]; "constant"
+                without a final sparsity.
             final_sparsity: Share of zeros at the end; None: the sparsity stays.
             method: How the final active weights are shared out.
             sum_only: Whether only the sum over the layers counts. The layers then keep their
@@ -78,6 +78,11 @@ class DensityTargets:
             method = distributions.uniform
         self._last = distributions.active_counts(shapes, 1.0 - final_sparsity, method)
         self.smallest = min(self.smallest, sum(self._last.values()))
+
+    @property
+    def falls(self) -> bool:
+        """Whether fewer weights are active at the end than at the beginning."""
+        return sum(self._last.values()) < sum(self.first.values())
 
     def begin(self, masks: Mapping[str, ITOP]) -> None:
         """Start from the present counts unless the way has begun.

@@ -65,6 +65,7 @@ def layer_warnings(
     needs_dense: bool,
     step: int,
     last_update: bool = False,
+    across_layers: bool = False,
 ) -> Iterator[tuple[str, str]]:
     """Yield a key and a message for every layer with a problem at an update.
 
@@ -76,6 +77,7 @@ def layer_warnings(
         needs_dense: Whether growth needs the dense gradient.
         step: For the message.
         last_update: Whether the final density must be reached now.
+        across_layers: Whether the lowest scores of all layers together are pruned.
     """
     for name in sorted(without_gradient):
         yield (
@@ -113,12 +115,14 @@ def layer_warnings(
                 "still 0?",
             )
 
+    advice = "take a method that gives small layers more (ERK)"
+    if across_layers:
+        advice = "set the floor of MaskScheduler, the least density of a layer"
     for name, itop in masks.items():
         active = inputs.active[name]
         if active < itop.outputs:
             yield (
                 f"few {name}",
                 f"{name} has fewer active weights than outputs, {active} and {itop.outputs}, so "
-                "some have none: lower the sparsity, or take a method that gives small layers more "
-                "(ERK)",
+                f"some have none: lower the sparsity, or {advice}",
             )

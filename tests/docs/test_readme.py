@@ -16,6 +16,7 @@ import yaml
 from torch import nn
 
 import itop_prune
+from itop_prune.methods.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -256,6 +257,16 @@ def methods() -> list[list[str]]:
 
 def arguments_of(text: str, **names: object) -> dict[str, object]:
     return eval(f"dict({text})", names)
+
+
+def test_a_row_of_the_methods_is_the_preset_of_its_name_and_each_preset_has_one():
+    rows = [row for row in methods() if row[2]]
+    assert {row[0] for row in rows} == PRESETS.keys()
+    for name, to_apply, every, to_regrow in rows:
+        given = {} if to_regrow == "the defaults" else arguments_of(to_regrow)
+        for_apply, for_scheduler = itop_prune.preset(name, sparsity=0.98, total_steps=12_000)
+        assert for_apply == arguments_of(to_apply), name
+        assert for_scheduler == {"every": int(every), **given}, name
 
 
 @pytest.mark.parametrize("row", methods(), ids=lambda row: row[0])

@@ -31,7 +31,13 @@ def task(path: Path) -> tuple[str, str]:
     return READ[path]["model"]["model_name"], READ[path]["data"]["name"]
 
 
-PAIRS = [(one, other) for one, other in combinations(READ, 2) if task(one) == task(other)]
+# Recipes whose learning rate, smoothing and length are tuned too.
+TUNED = {path for path in FASHION if "sparse-to-sparser" in path.stem}
+PAIRS = [
+    (one, other)
+    for one, other in combinations([path for path in READ if path not in TUNED], 2)
+    if task(one) == task(other)
+]
 
 # Of each model the recipe that grows by gradient, if there is one.
 GROWING = sorted(
@@ -64,7 +70,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def test_there_are_recipes() -> None:
     assert len(READ) >= 30
-    assert (len(FASHION), len(CIFAR)) == (15, 12)
+    assert (len(FASHION), len(CIFAR)) == (17, 12)
     assert all("lr_schedule" in recipe for recipe in READ.values())
     assert ONE_OF_EACH_MODEL.keys() == {model for model, _ in map(task, READ)}
     compared = {path for pair in PAIRS for path in pair} - set(FASHION)
@@ -105,6 +111,17 @@ def test_recipes_of_one_task_differ_by_whole_sections_of_masks_alone(
         for path in (one, other)
     ]
     assert rest[0] == rest[1]
+
+
+@pytest.mark.parametrize("path", sorted(TUNED), ids=stem)
+def test_a_tuned_recipe_says_so_and_keeps_model_data_and_kind_of_optimizer(path: Path) -> None:
+    dense = READ[FOLDER / "fashion_mnist_lenet300_dense.yaml"]
+    recipe = READ[path]
+    assert "tuned too" in path.read_text()
+    assert {key: recipe[key] for key in ("model", "data", "seed", "multiplier")} == {
+        key: dense[key] for key in ("model", "data", "seed", "multiplier")
+    }
+    assert {**recipe["optimizer"], "lr": 0.1} == dense["optimizer"]
 
 
 # --- settings of the paper -----------------------------------------------------------------------
@@ -169,10 +186,14 @@ def test_an_extended_run_stretches_milestones_and_rate_but_neither_warm_up_nor_e
     normal, extended = (learning_rates(Recipe(**sections, multiplier=m)) for m in (1, 5))
     assert len(extended) == 5 * len(normal)
     assert extended[:warm] == normal[:warm]
-    stretched = {
-        rate: 5 * epoch if epoch > warm else epoch for rate, epoch in first_epochs(normal).items()
-    }
-    assert first_epochs(extended) == stretched
+    if sections["lr_schedule"]["sched"] == "poly":  # falls at every step
+        assert extended[::5] == pytest.approx(normal)
+    else:
+        stretched = {
+            rate: 5 * epoch if epoch > warm else epoch
+            for rate, epoch in first_epochs(normal).items()
+        }
+        assert first_epochs(extended) == stretched
     if "regrow" not in sections:
         return
 
@@ -242,6 +263,8 @@ def test_a_recipe_trained_on_generated_images_ends_at_its_sparsity(
     recipe = READ[path]
     data = generated(tmp_path / "images.npz", (28, 28), np.arange(40) % 10, 10)
     short = [data, "epochs=2", *(["regrow.every=2"] if "regrow" in recipe else [])]
+    if "gradient_steps" in recipe.get("regrow", {}):
+        short.append("regrow.gradient_steps=2")
     assert train.main([str(path), *short, "--out", str(tmp_path / "run")]) == 0
     lines = metrics(tmp_path / "run")[:-1]
     sparsity = recipe.get("masks", {"sparsity": 0.0})["sparsity"]

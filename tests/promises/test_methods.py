@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import itop_prune
-from itop_prune.methods import criteria
-from itop_prune.methods.schedules import SCHEDULES, alternating
+from itop_prune.methods import criteria, schedules
+from itop_prune.methods.schedules import alternating
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 24, 3
@@ -64,6 +64,7 @@ def run_of(
 ) -> Run:
     """A run by a method of the table, or by it with other arguments."""
     rules = {**METHODS[method], "total_steps": STEPS, "every": EVERY, "stop": 1.0, **other}
+    rules["gradient_steps"] = min(EVERY, rules.get("gradient_steps", 1))
     return sparse(build, momentum, sparsity=sparsity, **rules)
 
 
@@ -73,6 +74,7 @@ def ruled(steps: int = 9, every: int = 1, sparsity: float = 0.5, **rules: Any) -
 
 def test_there_are_rows() -> None:
     expected = {"erk98_rigl", "erk98_snfs", "erk98_gmp", "global98_granet", "global98_acdc"}
+    expected |= {"global98_sparse-to-sparser"}
     assert expected <= ROWS.keys()
 
 
@@ -101,7 +103,7 @@ def test_counts_are_exact_and_what_enters_or_leaves_is_zero_at_every_step(
         expected = started
         if last is not None and step >= EVERY:
             ended = round((1 - last) * weights)
-            factor = SCHEDULES[rules["density"]]((step // EVERY) * EVERY / STEPS)
+            factor = schedules.find(rules["density"], "density")((step // EVERY) * EVERY / STEPS)
             expected = round(ended + (started - ended) * factor)
         assert sum(run.counts().values()) == expected
         if not {"redistribute", "density"} & rules.keys():

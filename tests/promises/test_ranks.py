@@ -281,6 +281,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     },
     "global, to sparse": {
         "build": "mlp",
+        "grow": "gradient",
         "scope": "global",
         "density": "cubic",
         "final_sparsity": 0.9,

@@ -144,7 +144,9 @@ def _trial_problems(sections: Mapping[str, Section], augment: Call) -> list[str]
     masks = {"weight": ITOP.apply(sparse, "weight", mask, pattern)}
     optimizer = torch.optim.SGD(sparse.parameters(), lr=1.0)
     scheduler = functools.partial(MaskScheduler, masks, optimizer, total_steps=10**9)
-    attempt("regrow", scheduler, every=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself warns of layers that would starve
+        attempt("regrow", scheduler, every=1)
     return problems
 
 
@@ -243,7 +245,7 @@ def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> dict[
         arguments["method"] = "uniform"
 
     # `count_active` does not know these, and any layer will do for them.
-    own = ("scores", "seed", "storage")
+    own = ("scores", "init", "seed", "storage")
     drawing = {key: arguments.pop(key) for key in own if key in arguments}
     if _reads_zeros(drawing):
         budget = ("sparsity", "method", "densities")
@@ -254,6 +256,8 @@ def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> dict[
         n, m = parse(pattern) or (1, 2)
         arguments["sparsity"] = 1.0 - n / m  # any will do for the names
     else:
+        if method == "magnitude":
+            drawing["method"] = method
         apply(torch.nn.Linear(8, 8), 0.5, **drawing)
 
     if not by_name:

@@ -199,9 +199,9 @@ def test_layers_in_sparse_storage_say_how_they_compute() -> None:
 
 
 def test_dense_layers_large_enough_and_other_types_compute_with_the_dense_weight() -> None:
-    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 10))
+    model = nn.Sequential(nn.Linear(200, 200), nn.Linear(200, 10))
     itop_prune.apply(model, 0.5, storage="sparse", method="uniform")
-    assert ways(model) == ["dense", "kernel"]  # 5,000 active weights, 500
+    assert ways(model) == ["dense", "kernel"]  # 20,000 active weights, 1,000
     assert ways(model.double()) == ["dense", "kernel"]
     assert ways(model.bfloat16()) == ["dense", "dense"]
 

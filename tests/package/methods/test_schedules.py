@@ -2,6 +2,8 @@
 
 import json
 import math
+import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 import itop_prune
+from itop_prune.messages import describe
 from itop_prune.methods import schedules
 
 NUMBERS = json.loads((Path(__file__).parents[2] / "reference" / "numbers.json").read_text())
@@ -52,6 +55,56 @@ def test_a_schedule_by_hand_and_it_never_rises(name: str, factors: dict[float, f
 
 def test_exponential_falls_to_what_it_is_told() -> None:
     assert schedules.exponential(0.5, last=0.04) == pytest.approx(0.2)
+
+
+def test_a_power_by_hand() -> None:
+    schedule = schedules.power(1.5)
+    assert [schedule(progress) for progress in (0.0, 0.75, 0.84, 1.0)] == pytest.approx(
+        [1.0, 0.125, 0.064, 0.0]
+    )
+    for progress in (0.0, 0.2, 0.7, 1.0):
+        assert schedules.power(3)(progress) == schedules.cubic(progress)
+        assert schedules.power(1)(progress) == schedules.linear(progress)
+
+
+@pytest.mark.parametrize("given", [{"power": 1.5}, schedules.power(1.5)], ids=["named", "made"])
+def test_a_power_is_a_schedule_of_the_density_and_of_the_rate(given: object) -> None:
+    regrow = scheduler(nn.Linear(40, 25), schedule=given, total_steps=4, every=1, min_rate=0.0)
+    assert rates(regrow, 4) == pytest.approx([0.5 * (1 - step / 4) ** 1.5 for step in range(1, 5)])
+
+    masks = itop_prune.apply(model := nn.Linear(40, 25), 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rules = {"density": given, "final_sparsity": 0.9, "rate": 0.0, "min_rate": 0.0}
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=1, **rules)
+    counts = []
+    model.weight_orig.grad = torch.ones(25, 40)
+    for _ in range(4):
+        regrow.step()
+        counts.append(masks["weight"].active)
+    assert counts == [round(100 + 400 * (1 - step / 4) ** 1.5) for step in range(1, 5)]
+
+
+def test_a_power_is_named_in_messages_and_can_be_pickled() -> None:
+    schedule = pickle.loads(pickle.dumps(schedules.power(1.5)))
+    assert describe(schedule) == "power(1.5)"
+    assert schedule(0.75) == 0.125
+
+
+@pytest.mark.parametrize("power", [0, -1.5, "1.5", None, True, math.nan, math.inf])
+def test_a_power_that_is_no_number_above_0_is_refused(power: object) -> None:
+    message = re.escape(f"the power of a schedule is {power!r}; allowed is a number above 0")
+    with pytest.raises(ValueError, match=message):
+        schedules.power(power)
+    for argument in ("schedule", "density"):
+        with pytest.raises(ValueError, match=message):
+            schedules.find({"power": power}, argument)
+
+
+@pytest.mark.parametrize("given", [{}, {"powr": 1.5}, {"power": 1.5, "cycles": 2}])
+def test_another_mapping_is_no_schedule(given: dict) -> None:
+    message = re.escape(f"unknown density {given!r}; known are constant") + r'.*\{"power": 1.5\}'
+    with pytest.raises(ValueError, match=message):
+        schedules.find(given, "density")
 
 
 @pytest.mark.parametrize("cycles", [1, 3, 4])

@@ -1,6 +1,7 @@
 """The density on its way: exact at the last update whatever the path, else refused."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def hardly(progress: float) -> float:
 @pytest.mark.parametrize("path", ["linear", "cubic", "exponential", "alternating", hardly])
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_the_end_is_exact_whatever_the_path(path: str | Callable, scope: str) -> None:
-    run = sparse(sparsity=0.0, density=path, scope=scope, **FINAL)
+    run = sparse(sparsity=0.0, density=path, scope=scope, grow="gradient", **FINAL)
     run.train(range(11))
     before = sum(run.counts().values())
     run.train(range(11, 12))
@@ -121,6 +122,43 @@ def test_if_only_the_sum_counts_the_final_method_need_not_fit() -> None:
     model = mlp()
     masks, optimizer = itop_prune.apply(model, 0.0), torch.optim.SGD(model.parameters(), lr=0.1)
     options = {"density": "cubic", "final_sparsity": 0.95, "final_method": "uniform+"}
+    options["grow"] = "gradient"
     with pytest.raises(ValueError, match="the fixed densities keep 320 weights"):
         MaskScheduler(masks, optimizer, total_steps=12, every=3, **options)
     MaskScheduler(masks, optimizer, total_steps=12, every=3, scope="global", **options)
+
+
+STARVING: dict[str, Any] = {"scope": "global", "density": "cubic", "final_sparsity": 0.9}
+
+
+def scheduler(sparsity: float, **options: Any) -> MaskScheduler:
+    model = mlp()
+    masks, optimizer = itop_prune.apply(model, sparsity), torch.optim.SGD(model.parameters())
+    return MaskScheduler(masks, optimizer, total_steps=12, every=3, **options)
+
+
+@pytest.mark.parametrize("grow", ["random", "unexplored", lambda weight: -weight.abs()])
+def test_growth_by_chance_under_a_cut_over_all_layers_is_warned_of(grow: Any) -> None:
+    message = "weights that grow by chance are small: .* some layers starve.* or a floor, such"
+    with pytest.warns(UserWarning, match=message) as caught:
+        scheduler(0.5, grow=grow, **STARVING)
+    assert [Path(warning.filename).name for warning in caught] == ["test_density.py"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grow": "gradient"},
+        {"grow": "momentum"},
+        {"grow": "gradient+random"},
+        {"scope": "layer"},
+        {"floor": 0.05},
+        {"redistribute": "magnitude"},
+        {"rate": 0.0, "min_rate": 0.0},
+        {"final_sparsity": 0.2},
+        {"density": "constant", "final_sparsity": None},
+    ],
+    ids=str,
+)
+def test_other_rules_do_not_starve_layers_and_are_not_warned_of(options: dict[str, Any]) -> None:
+    assert scheduler(0.5, **{**STARVING, **options}).update_steps()

@@ -23,13 +23,14 @@ def messages(
     any_gradient: bool = True,
     needs_dense: bool = True,
     last_update: bool = False,
+    across_layers: bool = False,
 ) -> dict[str, str]:
     """Messages by key at step 7; without arguments each layer has a weight for every output."""
     has_gradient = {name: name not in absent for name in OUTPUTS}
     inputs = UpdateInputs(True, any_gradient, has_gradient, list(zero), OUTPUTS | (active or {}))
     masks = itop_prune.apply(mlp(), 0.5)
     given = (inputs, masks, without_gradient, often_missed, needs_dense, 7, last_update)
-    pairs = list(layer_warnings(*given))
+    pairs = list(layer_warnings(*given, across_layers))
     found = dict(pairs)
     assert len(found) == len(pairs)
     return found
@@ -89,6 +90,8 @@ def test_one_active_weight_less_than_outputs_is_reported_with_both_counts(name: 
     assert message.endswith(
         "lower the sparsity, or take a method that gives small layers more (ERK)"
     )
+    (message,) = messages(active={name: OUTPUTS[name] - 1}, across_layers=True).values()
+    assert message.endswith("or set the floor of MaskScheduler, the least density of a layer")
 
 
 def test_the_problems_of_one_layer_have_keys_of_their_own() -> None:

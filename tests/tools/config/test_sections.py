@@ -187,6 +187,32 @@ def test_scores_of_the_whole_model_pass_without_its_values(method: str) -> None:
     assert problems_of(model=MODEL, masks={"sparsity": 0.5, "scores": method}) == []
 
 
+def test_fan_in_is_refused_where_masks_keep_weights_for_their_values() -> None:
+    masks = {"sparsity": 0.5, "init": "fan_in"}
+    for given in ({}, {"method": "uniform"}, {"scores": "snip", "method": "snip"}):
+        assert problems_of(model=MODEL, masks={**masks, **given}) == []
+    for key in ("method", "scores"):
+        (problem,) = problems_of(model=MODEL, masks={**masks, key: "magnitude"})
+        assert problem.startswith(f"masks: {key} is 'magnitude', which keeps weights for their")
+    zeros = {"scores": "nonzero", "init": "fan_in"}
+    (problem,) = problems_of(model=MODEL, masks=zeros)
+    assert problem.startswith("masks: scores is 'nonzero', which keeps weights for their values")
+    (problem,) = problems_of(model=MODEL, masks={**masks, "init": "fanin"})
+    assert problem == ("masks.init: unknown 'fanin'; known are keep, fan_in (nearest: 'fan_in')")
+
+
+def test_a_power_names_a_schedule_and_a_method_that_moves_masks_its_preset() -> None:
+    regrow = {"every": 5, "density": {"power": 1.5}, "final_sparsity": 0.9}
+    assert problems_of(model=MODEL, regrow={**regrow, "schedule": {"power": 2}}) == []
+    assert problems_of(model=MODEL, regrow={**regrow, "scope": "global"}) == []  # the run warns
+    problem, *_ = problems_of(model=MODEL, regrow={**regrow, "density": {"power": -1}})
+    assert problem.startswith("regrow: the power of a schedule is -1; allowed is a number above 0")
+    (problem,) = problems_of(model=MODEL, masks={"sparsity": 0.9, "method": "RigL"})
+    assert problem.endswith(
+        "'RigL' moves masks: itop_prune.preset('RigL', ...) gives its arguments"
+    )
+
+
 def test_masks_of_zeros_need_no_sparsity_and_all_others_do() -> None:
     masks = {"scores": "nonzero", "exclude": ["head"], "storage": "sparse"}
     assert problems_of(model=MODEL, masks=masks) == []

@@ -156,7 +156,7 @@ def test_an_extended_run_may_have_no_milestones(tmp_path, schedule):
 # A stopped run, resumed, is the run that never stopped
 
 VARIANTS = {
-    "RigL": (RIGL,),
+    "RigL, fan-in": (RIGL, "masks.init=fan_in"),
     "average, clipping, AdamW": (
         "ema={decay: 0.9}",
         "clip_grad_norm=1.0",
