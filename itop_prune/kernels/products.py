@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DENSEST = 0.25
 """A layer with a larger share of active weights is about as fast with its dense weight."""
-FEW = 8192
+FEW = 16384
 """So many active weights take less time than it takes to make a dense weight."""
 ALONE = 1 << 20
 """Products of two numbers that one thread computes as fast as several."""

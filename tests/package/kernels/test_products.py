@@ -376,11 +376,11 @@ def test_what_does_not_fit_is_left_to_the_dense_weight(what: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "active", "sparse"),
     [
-        ((200, 200), 10_000, True),
-        ((200, 200), 10_001, False),
+        ((400, 400), 40_000, True),
+        ((400, 400), 40_001, False),
         ((10, 20), 200, True),
-        ((10, 1000), 8192, True),
-        ((10, 1000), 8193, False),
+        ((10, 4000), 16_384, True),
+        ((10, 4000), 16_385, False),
         ((0, 5), 0, False),
         ((2**16, 2**15), 10, False),
     ],
