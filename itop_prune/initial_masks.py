@@ -43,7 +43,7 @@ from itop_prune.patterns import Pattern
 SCORES = ("random", "magnitude", "nonzero")
 
 UNKNOWN_SHARE = 0.1
-"""Weights of unknown classes are reported if they are more of all that would be masked."""
+"""Weights of unknown classes are reported if they are a larger share of these and the masked."""
 
 Patterns = str | Iterable[str]
 Scores = Mapping[str, Tensor]
@@ -288,14 +288,17 @@ def _find_targets(
 ) -> dict[str, Target]:
     """Find the weights to mask; leave out, or refuse, those that a pattern N:M does not divide."""
     selection = find_weights(model, include, exclude)
-    targets = selection.targets
+    if groups is not None:
+        divided = _divided(selection.targets, *groups, strict)
+        selection = selection._replace(targets=divided)
     if distributed.is_first():
         for message in _left_dense(model, selection):
             warnings.warn(message, stacklevel=3)
-    if groups is None:
-        return targets
+    return selection.targets
 
-    n, m = groups
+
+def _divided(targets: dict[str, Target], n: int, m: int, strict: bool) -> dict[str, Target]:
+    """Find the weights that a pattern N:M divides."""
     reasons = {name: indivisible(*target, m) for name, target in targets.items()}
     left_out = {name: reason for name, reason in reasons.items() if reason}
     lines = "\n".join(f"  {name}: {reason}" for name, reason in left_out.items())
@@ -312,7 +315,7 @@ def _find_targets(
     if left_out and distributed.is_first():
         warnings.warn(
             f"the pattern {n}:{m} does not divide, so these stay dense, without a mask\n{lines}",
-            stacklevel=3,
+            stacklevel=4,
         )
     return {name: target for name, target in targets.items() if name not in left_out}
 

@@ -1,5 +1,6 @@
 """Sparse training with the Trainer of Hugging Face's transformers: one callback."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ class SparseTrainingCallback(SparseTraining, TrainerCallback):
     Raises:
         TypeError: An argument is unknown, comes from the Trainer, or is missing.
         ValueError: By the Trainer: the model can't be masked or has no masks, an argument is out of
-            range, DeepSpeed or FSDP1 is in use, there is a second callback of this class, or a
-            checkpoint lacks the state of the MaskScheduler.
+            range, DeepSpeed, FSDP1 or a hyperparameter search is in use, there is a second callback
+            of this class, or a checkpoint lacks the state of the MaskScheduler.
 
     >>> SparseTrainingCallback(sparsity=0.8, exclude="lm_head", every=1000).scheduler is None
     True
@@ -80,6 +81,11 @@ class SparseTrainingCallback(SparseTraining, TrainerCallback):
     ) -> None:
         """Build the MaskScheduler; weights, masks and optimizer are loaded before."""
         self._check(args, control)
+        if state.is_hyper_param_search:
+            raise ValueError(
+                "the Trainer searches hyperparameters, and a callback does not see where a trial "
+                "saves; give each trial a Trainer and a callback of its own"
+            )
         saved = _read_state(args, state) if state.global_step > 0 else None
         self.start(model, optimizer, state.max_steps, saved=saved)
 
@@ -168,6 +174,11 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir, f"checkpoint-{state.global_step}")
 
 
+def _step_of(checkpoint: Path) -> int:
+    """Read at which step the Trainer saved a checkpoint."""
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+
+
 def _read_state(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
     """Read the state of the MaskScheduler from the checkpoint that the Trainer resumes from.
 
@@ -177,11 +188,11 @@ def _read_state(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         ValueError: There is no such file, or it is damaged.
     """
     folders = [_checkpoint(args, state)]
-    if args.resume_from_checkpoint:
+    if isinstance(args.resume_from_checkpoint, str | os.PathLike):
         folders.insert(0, Path(args.resume_from_checkpoint))
     for folder in folders:
         path = folder / STATE_FILE
-        if path.exists():
+        if path.exists() and _step_of(folder) == state.global_step:
             check_archive(path)
             return torch.load(path, map_location="cpu", weights_only=True)
     raise ValueError(

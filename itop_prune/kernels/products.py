@@ -241,6 +241,8 @@ def can_compute(*tensors: Tensor) -> bool:
             return False
         if not tensor.is_cpu or tensor.layout is not torch.strided:
             return False
+        if torch._C._functorch.is_legacy_batchedtensor(tensor):  # of is_grads_batched
+            return False
     return not (
         torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()

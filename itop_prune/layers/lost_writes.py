@@ -17,13 +17,14 @@ RESETS = ("reset_parameters", "_reset_parameters")
 
 PEFT_WRITERS = frozenset({"merge", "unmerge", "_merge", "_unmerge", "set_base_weight"})
 PEFT_WRITERS |= {f"{kind}_init" for kind in ("corda", "loftq", "lora_ga", "olora", "pissa")}
+PEFT_WRITERS |= {"_truncate_base_weight"}  # of KaSA
 """Methods of PEFT's layers that write into `weight.data` of their base layer."""
 
 
 def refused_resets(base: type) -> dict[str, Callable[[Any], NoReturn]]:
     """Make methods that refuse, for those by which a class initializes its parameters."""
 
-    def refuse(layer: nn.Module) -> NoReturn:
+    def refuse(layer: nn.Module, *args: object, **kwargs: object) -> NoReturn:
         raise RuntimeError(
             f"a masked {type(layer).__name__} can't initialize its parameters: what is written "
             "into the weight would be lost. Initialize before itop_prune.apply, or write values "

@@ -44,11 +44,15 @@ def walk(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str,
 def find_adapters(model: nn.Module) -> set[nn.Module]:
     """Find PEFT's own modules: its layers, and what these list as adapters; no base layer.
 
-    An adapter is small and trained beside a base layer, which can have a mask.
+    An adapter is small and trained beside a base layer, which can have a mask. Of layers that PEFT
+    trains as a whole (`modules_to_save`) the originals are listed, which are not used.
     """
     found: set[nn.Module] = set()
     for layer in model.modules():
         names = getattr(layer, "adapter_layer_names", ())
+        if "modules_to_save" in names:  # a copy is trained in place of the original
+            found.update(layer.get_submodule("original_module").modules())
+            continue
         if names:
             found.add(layer)
         for name in names:

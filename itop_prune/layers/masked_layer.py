@@ -15,7 +15,7 @@ filters centred over their active weights. Their mean is 0 already, so the zeros
 
 import functools
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,8 @@ def detach(layer: Any, name: str) -> None:
 def detach_sparse(layer: Any, name: str) -> None:
     """Undo `attach_sparse`: a new dense parameter, with the values of the effective weight."""
     values = layer._parameters[values_name(name)]
-    weight = nn.Parameter(getattr(layer, name).detach(), values.requires_grad)
+    dense = getattr(layer, name).detach().clone()  # of its own memory: it was part of a longer one
+    weight = nn.Parameter(dense, values.requires_grad)
 
     _rename(layer._parameters, values_name(name), name)
     layer._parameters[name] = weight
@@ -151,10 +152,18 @@ def _subclass(base: Any, names: tuple[str, ...], sparse: tuple[str, ...]) -> typ
             body[name] = _weight_property(name, is_standardized(base))
             body[dense_backward_name(name)] = False
 
+    if not hasattr(base, "base_layer"):
+        body["base_layer"] = property(_no_base_layer)
     forward = sparse_products.forward_of(base) if sparse_products.NAME in sparse else None
     if forward is not None:
         body["forward"] = forward
     return type(base.__name__, (MaskedLayer, base), body)
+
+
+def _no_base_layer(layer: nn.Module) -> NoReturn:
+    """Have none: PEFT's layers look for one. Refuse if they do so in order to merge."""
+    refuse_peft_write(layer)
+    raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'base_layer'")
 
 
 def _rnn_weights(layer: Any) -> list[Tensor | None]:
@@ -330,14 +339,11 @@ class MaskedLayer:
     sparse_names: tuple[str, ...]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make a dense layer from `type(layer)(...)`, as PEFT does; without arguments a copy."""
-        return cls.masked_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
+        """Make a dense layer from `type(layer)(...)`, as PEFT does.
 
-    @property
-    def base_layer(self) -> Any:
-        """Have none: PEFT's layers look for one. Refuse if they do so in order to merge."""
-        refuse_peft_write(self)  # type: ignore[arg-type]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'base_layer'")
+        Without arguments make an empty one, as copy and pickle do.
+        """
+        return cls.masked_class(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Refuse `layer.weight = nn.Parameter(...)` with the error of the property."""

@@ -1,5 +1,6 @@
 """Presets: the methods that move masks by name, as arguments of `apply` and `MaskScheduler`."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -96,7 +97,7 @@ def preset(
         if not is_count(number):
             raise ValueError(f"{argument} is {number!r}; allowed are whole numbers from 1")
 
-    arguments = dict(found.arguments)
+    arguments = copy.deepcopy(dict(found.arguments))
     stop = arguments.get("stop", 1.0)
     every = math.floor(stop * total_steps / wanted + 1e-9)
     if every < 1:

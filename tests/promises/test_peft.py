@@ -127,6 +127,19 @@ def test_an_initialization_that_changes_the_base_is_refused_over_masks(init: str
         peft.get_peft_model(model, lora(init_lora_weights=init))
 
 
+def test_kasa_is_refused_over_masks() -> None:
+    model = mlp()
+    apply(model, 0.5)
+    with pytest.raises(RuntimeError, match=r"_truncate_base_weight\(\) of PEFT writes"):
+        peft.get_peft_model(model, lora(kasa_config=peft.KasaConfig()))
+
+
+def test_layers_that_are_trained_as_a_whole_are_masked_and_not_their_originals() -> None:
+    model = peft.get_peft_model(mlp(), lora(modules_to_save=["4"]))
+    names = [name.split(".", 3)[3] for name in itop_prune.apply(model, 0.5)]
+    assert names == ["base_layer.weight", "base_layer.weight", "modules_to_save.default.weight"]
+
+
 @both_storages
 def test_convolutions_are_merged_likewise() -> None:
     model, (x, _) = convnet(), batch(0, 3, 8, 8)

@@ -255,6 +255,23 @@ def test_gradients_are_those_of_finite_differences_and_can_be_differentiated_aga
 
 
 @pytest.mark.parametrize("storage", ["mask", "sparse"])
+def test_a_batch_of_gradients_goes_through_the_dense_weight(storage: str) -> None:
+    layer, x = nn.Linear(6, 4), torch.randn(3, 6, requires_grad=True)
+    itop_prune.apply(layer, 0.5, storage=storage)
+    gradients = torch.randn(5, 3, 4)
+    (found,) = torch.autograd.grad(layer(x), x, gradients, is_grads_batched=True)
+    torch.testing.assert_close(found, gradients @ layer.weight)
+
+
+@pytest.mark.parametrize("storage", ["mask", "sparse"])
+def test_a_removed_weight_has_memory_of_its_own(storage: str) -> None:
+    layer = nn.Linear(6, 4)
+    itop_prune.apply(layer, 0.5, storage=storage)
+    itop_prune.remove(layer)
+    assert layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
+
+
+@pytest.mark.parametrize("storage", ["mask", "sparse"])
 def test_vmap_over_stacked_weights_computes_each_of_them(storage: str) -> None:
     model = nn.Sequential(nn.Linear(6, 4)).double()
     itop_prune.apply(model, 0.5, storage=storage)

@@ -299,6 +299,23 @@ def test_the_folder_to_resume_from_may_lie_elsewhere_if_it_is_named(tmp_path: Pa
     assert callback.scheduler.updates == 4
 
 
+def test_a_folder_that_is_named_and_not_resumed_from_is_passed_over(tmp_path: Path) -> None:
+    trainer(tmp_path, SparseTrainingCallback(**ARGUMENTS)).train()
+    named = str(tmp_path / "checkpoint-4")
+    callback = SparseTrainingCallback(**ARGUMENTS)
+    run = trainer(tmp_path, callback, resume_from_checkpoint=named)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert callback.scheduler.state_dict()["step"] == 8
+
+
+def test_a_search_over_hyperparameters_is_refused(tmp_path: Path) -> None:
+    callback = SparseTrainingCallback(**ARGUMENTS)
+    run = trainer(tmp_path, callback)
+    run.state.is_hyper_param_search = True
+    with pytest.raises(ValueError, match=r"searches hyperparameters.*Trainer and a callback of"):
+        callback.on_train_begin(run.args, run.state, run.control, run.model, run.optimizer)
+
+
 def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("other", 1)):
         callback = SparseTrainingCallback(**ARGUMENTS, seed=seed)

@@ -228,6 +228,13 @@ def test_matrices_that_no_row_knows_are_named_with_their_class_and_share() -> No
     assert caught[0].filename == __file__
 
 
+def test_the_share_is_that_of_what_a_pattern_divides() -> None:
+    share = pytest.warns(UserWarning, match="masks 31% of the matrix weights")
+    with share, pytest.warns(UserWarning, match="2:4 does not divide") as caught:
+        itop_prune.apply(Own(), 0.5, pattern="2:4")  # 200 of 640: 10 inputs are left out
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,5 +1,6 @@
 """Presets: a method by name, with an interval that suits the length of the training."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -71,10 +72,10 @@ def test_few_steps_between_updates_sum_up_fewer_gradients() -> None:
 
 
 def test_what_is_returned_may_be_changed() -> None:
-    first, second = itop_prune.preset("SET", 0.9, 100)
-    expected = {**second}
-    first["sparsity"] = second["rate"] = 0.1
-    assert itop_prune.preset("SET", 0.9, 100) == ({"sparsity": 0.9}, expected)
+    first, second = itop_prune.preset("Sparse-to-sparser", 0.98, 1000)
+    expected = copy.deepcopy((first, second))
+    first["sparsity"] = second["rate"] = second["density"]["power"] = 0.1
+    assert itop_prune.preset("Sparse-to-sparser", 0.98, 1000) == expected
 
 
 @each
