@@ -55,8 +55,8 @@ class Needs(NamedTuple):
     bias: bool
 
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Of input, values, dense weight and bias; empty where not needed."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of input, values, dense weight and bias. One that is not needed may be None or empty."""
 
 
 def forward(
@@ -93,26 +93,26 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """Compute the gradients of a layer, likewise."""
-    nothing = gradient.new_empty(0)
+    for_x = for_values = for_weight = for_bias = None
     if order is not None:
         # The dense weight's gradient holds that of the values.
         for_sums = (needs.x, needs.values and not needs.weight, needs.bias)
         for_x, for_values, for_bias = products.backward(gradient, x, values, order, for_sums)
-        for_weight = gradient.t().mm(x) if needs.weight else nothing
-        if needs.weight and needs.values:
-            for_values = gather(for_weight, positions)
+        if needs.weight:
+            for_weight = gradient.t().mm(x)
+            for_values = gather(for_weight, positions) if needs.values else None
         return for_x, for_values, for_weight, for_bias
 
     needs_weight = needs.weight or needs.values
     if not geometry.stride:
-        for_x = gradient.mm(dense(values, positions, layout)) if needs.x else nothing
-        for_weight = gradient.t().mm(x) if needs_weight else nothing
-        for_bias = gradient.sum(0) if needs.bias else nothing
+        for_x = gradient.mm(dense(values, positions, layout)) if needs.x else None
+        for_weight = gradient.t().mm(x) if needs_weight else None
+        for_bias = gradient.sum(0) if needs.bias else None
     else:
         stride, padding, dilation, groups = geometry
         # Without the input's gradient the weight's numbers are not read, only its shape.
         nowhere = values.new_empty(()).expand(layout.shape)
-        found = torch.ops.aten.convolution_backward(
+        for_x, for_weight, for_bias = torch.ops.aten.convolution_backward(
             gradient,
             x,
             dense(values, positions, layout) if needs.x else nowhere,
@@ -125,9 +125,9 @@ def backward(
             groups,
             (needs.x, needs_weight, needs.bias),
         )
-        for_x, for_weight, for_bias = (nothing if tensor is None else tensor for tensor in found)
-    for_values = gather(for_weight, positions) if needs.values else nothing
-    return for_x, for_values, for_weight if needs.weight else nothing, for_bias
+    if for_weight is not None and needs.values:
+        for_values = gather(for_weight, positions)
+    return for_x, for_values, for_weight if needs.weight else None, for_bias
 
 
 @torch.library.custom_op("itop_prune::product", mutates_args=())
@@ -165,12 +165,17 @@ def _backward_op(
     needs_values: bool,
     needs_weight: bool,
     needs_bias: bool,
-) -> Gradients:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = Layout(tuple(shape), channels_last)
     geometry = Geometry(stride, padding, dilation, groups)
     order = None if stride else order_of(x, values, positions, shape)
     needs = Needs(needs_x, needs_values, needs_weight, needs_bias)
-    return backward(gradient, x, values, positions, layout, geometry, order, needs)
+    found = backward(gradient, x, values, positions, layout, geometry, order, needs)
+    # An operator returns tensors, each of its own memory.
+    for_x, for_values, for_weight, for_bias = (
+        gradient.new_empty(0) if tensor is None else tensor for tensor in found
+    )
+    return for_x, for_values, for_weight, for_bias
 
 
 # What the operators do with tensors of no numbers, the functions do as well.
