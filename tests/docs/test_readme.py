@@ -70,6 +70,9 @@ def table(first_column: str) -> list[list[str]]:
 
 # Python blocks
 
+LIBRARIES = re.compile(r"^(?:import|from) (?:lightning|peft|transformers)", flags=re.MULTILINE)
+"""A block with one of them takes long to import it."""
+
 
 def test_there_are_python_blocks():
     assert len(in_language("python")) >= 5
@@ -97,26 +100,41 @@ def run_block(block: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess]:
-    """Run all Python blocks, two at a time."""
+    """Run the Python blocks without other libraries, two at a time."""
     root = tmp_path_factory.mktemp("blocks")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         jobs = {
             heading: pool.submit(run_block, block, root / str(number))
             for number, (heading, block) in enumerate(in_language("python"))
+            if not LIBRARIES.search(block)
         }
         return {heading: job.result() for heading, job in jobs.items()}
 
 
-@pytest.mark.parametrize(
-    ("heading", "block"), in_language("python"), ids=[name for name, _ in in_language("python")]
-)
-def test_a_python_block_runs_in_a_process_of_its_own(heading, block, finished):
-    done = finished[heading]
+def with_libraries(wanted: bool) -> dict[str, str]:
+    return {
+        heading: block
+        for heading, block in in_language("python")
+        if bool(LIBRARIES.search(block)) == wanted
+    }
+
+
+def check_finished(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stderr
-    assert (
-        re.findall(r"^.*(?:block\.py|itop_prune/).*Warning.*$", done.stderr, flags=re.MULTILINE)
-        == []
-    )
+    warned = r"^.*(?:block\.py|itop_prune/).*Warning.*$"
+    assert re.findall(warned, done.stderr, flags=re.MULTILINE) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heading", with_libraries(True))
+def test_a_python_block_with_another_library_runs_in_a_process_of_its_own(heading, tmp_path):
+    check_finished(run_block(with_libraries(True)[heading], tmp_path / "block"))
+
+
+@pytest.mark.parametrize("heading", with_libraries(False))
+def test_a_python_block_runs_in_a_process_of_its_own(heading, finished):
+    block, done = with_libraries(False)[heading], finished[heading]
+    check_finished(done)
     if "sys.orig_argv" in block:  # the loop that goes on in a second process
         assert re.findall(r"stopped after step (\d+)", done.stdout) == ["200", "400"]
         assert "sparsity 0.9500" in done.stdout

@@ -108,6 +108,12 @@ READ: dict[Callable[[], nn.Module], dict[str, tuple]] = {
     },
 }
 MODELS = pytest.mark.parametrize("build", READ, ids=lambda build: build.__name__)
+FIRST = (gpt2, mixtral)
+MOST_SLOW = pytest.mark.parametrize(
+    "build",
+    [pytest.param(build, marks=() if build in FIRST else pytest.mark.slow) for build in READ],
+    ids=[build.__name__ for build in READ],
+)
 TIED = {gpt2, llama}
 
 
@@ -153,7 +159,7 @@ def trained(build: Callable[[], nn.Module], storage: str, steps: int = 4) -> nn.
 
 
 @both_storages
-@MODELS
+@MOST_SLOW
 def test_masks_move_by_gradient_and_files_bring_them_back(
     build: Callable[[], nn.Module], storage: str, tmp_path: Path
 ) -> None:

@@ -285,6 +285,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_never_stopped(
     assert callback.scheduler.updates == 2
 
 
+@pytest.mark.slow
 def test_the_folder_to_resume_from_may_lie_elsewhere_if_it_is_named(tmp_path: Path) -> None:
     trainer(tmp_path / "one", SparseTrainingCallback(**ARGUMENTS), StopAt(4)).train()
     moved = shutil.move(tmp_path / "one" / "checkpoint-4", tmp_path / "moved")
@@ -299,6 +300,7 @@ def test_the_folder_to_resume_from_may_lie_elsewhere_if_it_is_named(tmp_path: Pa
     assert callback.scheduler.updates == 4
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_named_and_not_resumed_from_is_passed_over(tmp_path: Path) -> None:
     trainer(tmp_path, SparseTrainingCallback(**ARGUMENTS)).train()
     named = str(tmp_path / "checkpoint-4")
@@ -316,6 +318,7 @@ def test_a_search_over_hyperparameters_is_refused(tmp_path: Path) -> None:
         callback.on_train_begin(run.args, run.state, run.control, run.model, run.optimizer)
 
 
+@pytest.mark.slow
 def test_the_state_of_another_run_is_refused(tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("other", 1)):
         callback = SparseTrainingCallback(**ARGUMENTS, seed=seed)
@@ -418,6 +421,7 @@ def test_a_callback_that_comes_after_the_trainer_was_built_is_refused(tmp_path: 
         run.train()
 
 
+@pytest.mark.slow
 def test_a_model_made_anew_by_model_init_takes_its_masks_there(tmp_path: Path) -> None:
     arguments = TrainingArguments(
         str(tmp_path),
