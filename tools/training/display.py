@@ -111,7 +111,7 @@ class Display:
             self.say(str(summary))
         else:
             self.console.print(layer_table(summary))
-            for text in summary.cost():
+            for text in (*summary.share(), *summary.cost()):
                 self.say(text)
 
     def _drawing(self, metrics: Mapping[str, Any]) -> RenderableType:
