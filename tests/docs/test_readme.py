@@ -104,19 +104,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.C
     root = tmp_path_factory.mktemp("blocks")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         jobs = {
-            heading: pool.submit(run_block, block, root / str(number))
-            for number, (heading, block) in enumerate(in_language("python"))
+            block: pool.submit(run_block, block, root / str(number))
+            for number, (_, block) in enumerate(in_language("python"))
             if not LIBRARIES.search(block)
         }
-        return {heading: job.result() for heading, job in jobs.items()}
+        return {block: job.result() for block, job in jobs.items()}
 
 
-def with_libraries(wanted: bool) -> dict[str, str]:
-    return {
-        heading: block
+def with_libraries(wanted: bool) -> pytest.MarkDecorator:
+    chosen = [
+        pytest.param(block, id=heading)
         for heading, block in in_language("python")
         if bool(LIBRARIES.search(block)) == wanted
-    }
+    ]
+    return pytest.mark.parametrize("block", chosen)
 
 
 def check_finished(done: subprocess.CompletedProcess[str]) -> None:
@@ -126,14 +127,14 @@ def check_finished(done: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heading", with_libraries(True))
-def test_a_python_block_with_another_library_runs_in_a_process_of_its_own(heading, tmp_path):
-    check_finished(run_block(with_libraries(True)[heading], tmp_path / "block"))
+@with_libraries(True)
+def test_a_python_block_with_another_library_runs_in_a_process_of_its_own(block, tmp_path):
+    check_finished(run_block(block, tmp_path / "block"))
 
 
-@pytest.mark.parametrize("heading", with_libraries(False))
-def test_a_python_block_runs_in_a_process_of_its_own(heading, finished):
-    block, done = with_libraries(False)[heading], finished[heading]
+@with_libraries(False)
+def test_a_python_block_runs_in_a_process_of_its_own(block, finished):
+    done = finished[block]
     check_finished(done)
     if "sys.orig_argv" in block:  # the loop that goes on in a second process
         assert re.findall(r"stopped after step (\d+)", done.stdout) == ["200", "400"]
