@@ -148,7 +148,7 @@ def apply(
     _refuse_meta(targets)
     handle = lookup(storage, STORAGES, "storage")
 
-    if sparsity is None:
+    if sparsity is None:  # scores are "nonzero"
         masks = _nonzero_masks(targets, groups)
     else:
         counts = _count(targets, sparsity, method, densities, groups)

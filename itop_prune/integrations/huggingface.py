@@ -50,9 +50,9 @@ class SparseTrainingCallback(SparseTraining, TrainerCallback):
 
     Raises:
         TypeError: An argument is unknown, comes from the Trainer, or is missing.
-        ValueError: By the Trainer: the model can't be masked or has no masks, an argument is out of
-            range, DeepSpeed, FSDP1 or a hyperparameter search is in use, there is a second callback
-            of this class, or a checkpoint lacks the state of the MaskScheduler.
+        ValueError: By the Trainer: the model can't be masked or has no masks, or an argument is out
+            of range. It uses DeepSpeed, FSDP1, a hyperparameter search, or two callbacks of this
+            class. A checkpoint lacks the state of the MaskScheduler.
 
     >>> SparseTrainingCallback(sparsity=0.8, exclude="lm_head", every=1000).scheduler is None
     True

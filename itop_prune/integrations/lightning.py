@@ -42,9 +42,9 @@ class SparseTrainingCallback(SparseTraining, Callback):
 
     Raises:
         TypeError: An argument is unknown, comes from the Trainer, or is missing.
-        ValueError: By `fit`: the module can't be masked or has no masks, an argument is out of
-            range, DeepSpeed, FSDP1 or manual optimization is in use, the Trainer has no last step,
-            or a checkpoint lacks the state of the callback.
+        ValueError: By `fit`: the module can't be masked or has no masks, or an argument is out of
+            range. The Trainer uses DeepSpeed, FSDP1 or manual optimization, or has no last step. A
+            checkpoint lacks the state of the callback.
 
     >>> SparseTrainingCallback(sparsity=0.8, exclude="head", every=1000).scheduler is None
     True

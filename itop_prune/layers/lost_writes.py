@@ -15,9 +15,13 @@ from torch import nn
 RESETS = ("reset_parameters", "_reset_parameters")
 """Methods of torch's layers that initialize their parameters."""
 
-PEFT_WRITERS = frozenset({"merge", "unmerge", "_merge", "_unmerge", "set_base_weight"})
-PEFT_WRITERS |= {f"{kind}_init" for kind in ("corda", "loftq", "lora_ga", "olora", "pissa")}
-PEFT_WRITERS |= {"_truncate_base_weight"}  # of KaSA
+PEFT_WRITERS = frozenset(
+    {
+        *("merge", "unmerge", "_merge", "_unmerge", "set_base_weight"),
+        *(f"{kind}_init" for kind in ("corda", "loftq", "lora_ga", "olora", "pissa")),
+        "_truncate_base_weight",  # of KaSA
+    }
+)
 """Methods of PEFT's layers that write into `weight.data` of their base layer."""
 
 

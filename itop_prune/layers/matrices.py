@@ -54,9 +54,9 @@ MASKABLE: dict[type[nn.Module] | str, Matrices | Callable[[Any], Matrices]] = {
 }
 """What can be masked: the weight matrices of a class, and how the dimensions of each read.
 
-A row is `class: {name of the tensor: order}`. The order is one of `ORDERS`: "out in" as in
-nn.Linear, "in out" as in transformers' Conv1D, "experts out in" or "experts in out" for matrices of
-several experts in one tensor. N:M patterns run along "in". Distributions count experts as
+A row is `class: {name of the tensor: order}`. The order is one of `ORDERS`. nn.Linear has "out in",
+and transformers' Conv1D "in out". "experts" stands before these where one tensor holds the matrices
+of several experts. N:M patterns run along "in". Distributions count experts as
 (experts * out, in). Where names depend on the layer, a function of the layer gives them.
 
 Subclasses are masked as their nearest class in the table. The full name of a class also stands for

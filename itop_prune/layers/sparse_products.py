@@ -130,8 +130,7 @@ def backward(
     return for_x, for_values, for_weight if needs.weight else None, for_bias
 
 
-@torch.library.custom_op("itop_prune::product", mutates_args=())
-def _forward_op(
+def _flat_forward(
     x: Tensor,
     values: Tensor,
     positions: Tensor,
@@ -149,8 +148,7 @@ def _forward_op(
     return forward(x, values, positions, bias, layout, geometry, order)
 
 
-@torch.library.custom_op("itop_prune::product_backward", mutates_args=())
-def _backward_op(
+def _flat_backward(
     gradient: Tensor,
     x: Tensor,
     values: Tensor,
@@ -178,9 +176,13 @@ def _backward_op(
     return for_x, for_values, for_weight, for_bias
 
 
-# What the operators do with tensors of no numbers, the functions do as well.
-_forward_op.register_fake(_forward_op._init_fn)
-_backward_op.register_fake(_backward_op._init_fn)
+_forward_op = torch.library.custom_op("itop_prune::product", _flat_forward, mutates_args=())
+_backward_op = torch.library.custom_op(
+    "itop_prune::product_backward", _flat_backward, mutates_args=()
+)
+# The functions compute shapes as well, of tensors without numbers.
+_forward_op.register_fake(_flat_forward)
+_backward_op.register_fake(_flat_backward)
 
 
 class _Product(torch.autograd.Function):

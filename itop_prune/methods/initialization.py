@@ -28,8 +28,8 @@ def fan_in_factors(mask: Tensor, input_dims: tuple[int, ...]) -> Tensor:
         float32, of the mask's shape with 1 in the place of each input dimension. 1 where an output
         has no active input.
 
-    Reference: gain / k for sparse layers is from Evci et al., "Gradient Flow in Sparse Neural
-    Networks and How Lottery Tickets Win", 2022, arXiv 2010.03533, where weights are drawn anew.
+    Reference: Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win",
+    2022, arXiv 2010.03533. There weights are drawn anew, with the variance gain / k.
 
     >>> mask = torch.tensor([[True, False, False, False], [True] * 4, [False] * 4])
     >>> fan_in_factors(mask, input_dims=(1,)).tolist()

@@ -141,7 +141,7 @@ def find(schedule: str | Schedule | Mapping[str, float], argument: str) -> Sched
         argument: Its name, for a message.
 
     Raises:
-        ValueError: The name is unknown, the power is none, or the function leaves [0, 1].
+        ValueError: The name or the power is not allowed, or the function leaves [0, 1].
 
     >>> find({"power": 2}, "density")(0.5)
     0.25
