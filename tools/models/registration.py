@@ -20,6 +20,13 @@ def lenet300(*, img_size: int = 28, in_chans: int = 1, num_classes: int = 10, **
 
 
 @register_model
+def mlp1568(*, img_size: int = 28, in_chans: int = 1, num_classes: int = 10, **given: Any) -> MLP:
+    """The MLP of Zhang et al., 2025, arXiv 2501.19107: 784-1568-1568-1568-10, 6,162,240 weights."""
+    _refuse_weights("mlp1568", given)
+    return MLP((1568, 1568, 1568), img_size, in_chans, num_classes, **given)
+
+
+@register_model
 def cifar_mlp(*, img_size: int = 32, in_chans: int = 3, num_classes: int = 10, **given: Any) -> MLP:
     """The MLP for CIFAR-10 of Liu et al., 2021: 3,675,136 weights without biases."""
     _refuse_weights("cifar_mlp", given)

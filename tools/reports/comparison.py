@@ -5,7 +5,8 @@ r"""Compare finished runs: mean and spread over their seeds, as a Markdown table
       --picture compare.png --names SET-ITOP dense
 
 The figure shows test accuracy against R_s, as in the paper, and against the cost of the training in
-FLOPs and in steps. A line joins experiments whose recipes differ in the setting of --vary alone.
+FLOPs and in steps; --against seconds takes the time of the training. A line joins experiments whose
+recipes differ in the setting of --vary alone.
 """
 
 import argparse
@@ -34,7 +35,11 @@ HEADER = (
     "sparsity",
     "train FLOPs",
     "steps",
+    "seconds",
 )
+
+PANELS = ("R_s", "FLOPs", "steps", "seconds")
+"""What the figure can show accuracy against."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Runs:
     train_flops: list[float]
     """Of the training, as a share of dense training of as many steps; or []."""
     steps: int
+    seconds: list[float]
+    """Of the training, without evaluation and checkpoints; or []."""
 
     @property
     def dense_steps(self) -> float | None:
@@ -94,6 +101,7 @@ class Runs:
             " ".join(sparsities),
             f"{statistics.mean(self.train_flops):.3f}" if self.train_flops else "",
             f"{self.steps:,}",
+            f"{statistics.mean(self.seconds):.0f}" if self.seconds else "",
         )
 
 
@@ -140,6 +148,7 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
         sparsities=list(dict.fromkeys(line["sparsity"] for lines in epochs for line in lines)),
         train_flops=[lines[-1]["train_flops"] for lines in epochs if "train_flops" in lines[-1]],
         steps=tests[0]["step"],
+        seconds=[lines[-1]["seconds"] for lines in epochs if "seconds" in lines[-1]],
     )
 
 
@@ -185,7 +194,7 @@ def families(found: Sequence[Runs], vary: str | None) -> list[list[Runs]]:
     Without a setting each experiment is a group.
 
     >>> rates = ("1e-1", "0.05", "1e-3")
-    >>> runs = [Runs(rate, {"lr": float(rate)}, *[[]] * 5, steps=9) for rate in rates]
+    >>> runs = [Runs(rate, {"lr": float(rate)}, *[[]] * 5, steps=9, seconds=[]) for rate in rates]
     >>> [[member.name for member in members] for members in families(runs, "lr")]
     [['1e-3', '0.05', '1e-1']]
     """
@@ -230,7 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from .comparison_figure import draw  # needs matplotlib, which the table does without
 
-        draw(families(found, options.vary), options.picture, options.vary, options.names)
+        groups = families(found, options.vary)
+        draw(groups, options.picture, options.vary, options.names, options.against)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -257,7 +267,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--names", nargs="+", metavar="NAME", help="name the experiments of the figure, in order"
     )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        choices=PANELS,
+        help="the panels of the figure; R_s, FLOPs and steps unless given",
+    )
     options = parser.parse_args(argv)
-    if (options.vary or options.names) and not options.picture:
-        parser.error("--vary and --names are of the picture; add --picture FILE, or leave them out")
+    if (options.vary or options.names or options.against) and not options.picture:
+        parser.error(
+            "--vary, --names and --against are of the picture; add --picture FILE, "
+            "or leave them out"
+        )
     return options

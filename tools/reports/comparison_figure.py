@@ -1,4 +1,4 @@
-"""The figure of several experiments: accuracy against R_s, training FLOPs and training steps."""
+"""The figure of several experiments: accuracy against R_s and against the cost of training."""
 
 import re
 import statistics
@@ -23,16 +23,26 @@ def explored_of(runs: Runs) -> float:
     return statistics.mean(runs.explored)
 
 
-PANELS: tuple[tuple[str, Callable[[Runs], float | None]], ...] = (
-    ("R_s, share of weights explored", explored_of),
-    ("training FLOPs, in steps of dense training", lambda runs: runs.dense_steps),
-    ("training steps", lambda runs: runs.steps),
-)
+def seconds_of(runs: Runs) -> float | None:
+    """Compute the mean seconds of training; None if no run tells."""
+    return statistics.mean(runs.seconds) if runs.seconds else None
+
+
+PANELS: dict[str, tuple[str, Callable[[Runs], float | None]]] = {
+    "R_s": ("R_s, share of weights explored", explored_of),
+    "FLOPs": ("training FLOPs, in steps of dense training", lambda runs: runs.dense_steps),
+    "steps": ("training steps", lambda runs: runs.steps),
+    "seconds": ("training time, s", seconds_of),
+}
 """The label of each panel, and the position of an experiment on its lower axis."""
 
 
 def draw(
-    groups: Sequence[Sequence[Runs]], path: Path, vary: str | None, names: Sequence[str] | None
+    groups: Sequence[Sequence[Runs]],
+    path: Path,
+    vary: str | None,
+    names: Sequence[str] | None,
+    against: Sequence[str] | None = None,
 ) -> None:
     """Draw each experiment as a point with its deviation; a line joins those of a group.
 
@@ -41,6 +51,7 @@ def draw(
         path: The file; its ending decides the format.
         vary: The setting in which the experiments of a group differ; its value stands beside each.
         names: The names of the groups, in their order; None takes them from the folders.
+        against: Keys of `PANELS`; None shows R_s, FLOPs and steps.
 
     Raises:
         RunError: The number of names is not that of the groups, or no recipe has the setting.
@@ -61,26 +72,31 @@ def draw(
     columns = max(1, min(len(names), int(WIDTH / (0.75 + 0.09 * max(map(len, names))))))
     rows = -(-len(names) // columns)
     with style.look():
-        figure, axes = style.panels(3, sharey=True, width=WIDTH, height=4.6 + 0.25 * rows)
-        for axis, (label, position) in zip(axes, PANELS, strict=True):
+        shown = against or ("R_s", "FLOPs", "steps")
+        size = {"width": WIDTH, "height": 4.6 + 0.25 * rows}
+        figure, axes = style.panels(len(shown), sharey=True, **size)
+        for axis, key in zip(axes, shown, strict=True):
+            label, position = PANELS[key]
             for place, (members, name) in enumerate(zip(groups, names, strict=True)):
                 draw_group(axis, members, position, place, name)
             axis.set(xlabel=label)
+            if key == "R_s":
+                axis.set(xlim=(-0.03, 1.04))
+            else:
+                scale(axis)
 
-        axes[0].set(ylabel="test top-1, %", xlim=(-0.03, 1.04))
-        for axis in axes[1:]:
-            scale(axis)
+        axes[0].set(ylabel="test top-1, %")
         if vary:
-            write_values(axes[0], groups, vary)
+            write_values(axes[0], PANELS[shown[0]][1], groups, vary)
 
-        handles, shown = axes[0].get_legend_handles_labels()
+        handles, texts = axes[0].get_legend_handles_labels()
         title = f"beside the points: {vary}" if vary else None
         place_below: dict[str, Any] = {
             "loc": "outside lower center",
             "ncols": columns,
             "handlelength": 3,
         }
-        figure.legend(handles, shown, title=title, **place_below)
+        figure.legend(handles, texts, title=title, **place_below)
         figure.savefig(path, dpi=150)
 
 
@@ -111,7 +127,8 @@ def draw_group(
     edge: dict[str, Any] = {"markersize": 8, "markeredgecolor": "white", "markeredgewidth": 0.4}
     axis.plot(xs, heights, linestyle=line, color=color, marker=marker, label=name, **edge)
 
-    if members[0].is_dense:
+    # A line of dense points is its own reference against a cost.
+    if members[0].is_dense and (not line or position is explored_of):
         for height in heights:
             axis.axhline(height, color=color, linewidth=1.0, linestyle=(0, (1, 3)), zorder=0.9)
 
@@ -128,7 +145,12 @@ def scale(axis: Axes) -> None:
         axis.set_xlim(low / 2, 2 * high)
 
 
-def write_values(axis: Axes, groups: Sequence[Sequence[Runs]], vary: str) -> None:
+def write_values(
+    axis: Axes,
+    position: Callable[[Runs], float | None],
+    groups: Sequence[Sequence[Runs]],
+    vary: str,
+) -> None:
     """Write the value that varies beside each point: above the higher lines, below the lower."""
     means = {}
     for place, members in enumerate(groups):
@@ -140,9 +162,12 @@ def write_values(axis: Axes, groups: Sequence[Sequence[Runs]], vary: str) -> Non
         dark = [0.7 * part for part in to_rgb(style.COLORS[place % len(style.COLORS)])]
         offset, align = ((-6, 5), "right") if mean >= middle else ((6, -11), "left")
         for runs in groups[place]:
+            x = position(runs)
+            if x is None:
+                continue
             text = axis.annotate(
                 runs.setting(vary),
-                (explored_of(runs), statistics.mean(runs.top1)),
+                (x, statistics.mean(runs.top1)),
                 offset,
                 textcoords="offset points",
                 horizontalalignment=align,

@@ -16,7 +16,7 @@ SMALL = [name for name in OURS if name != "resnet50_fan_in"]
 
 def image(name: str, *shape: int) -> torch.Tensor:
     """Blank images of the shape that a model takes by default, or of this one."""
-    default = (1, 28, 28) if name == "lenet300" else (3, 32, 32)
+    default = (1, 28, 28) if name in ("lenet300", "mlp1568") else (3, 32, 32)
     return torch.zeros(2, *(shape or default))
 
 
@@ -36,6 +36,16 @@ def test_lenet300_has_784_300_100_10_units() -> None:
     }
     assert count(model, "weight") == 266_200
     assert count(model, "bias") == 410
+
+
+def test_mlp1568_has_three_hidden_layers_of_1568_units() -> None:
+    model = timm.create_model("mlp1568")
+    assert [tuple(layer.weight.shape) for layer in model.layers] == [
+        (1568, 784),
+        (1568, 1568),
+        (1568, 1568),
+    ]
+    assert count(model, "weight") == 6_162_240
 
 
 def test_lenet300_takes_another_size_of_images_and_number_of_classes() -> None:

@@ -19,7 +19,8 @@ def write(folder: Path, top1: float | None, explored: float = 0.3, **recipe: Any
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     metrics = Metrics(folder)
     metrics.append({"epoch": 1, "step": 600, "sparsity": 0.98, "exploration_rate": 0.1})
-    metrics.append({"epoch": 2, "step": 1200, "sparsity": 0.98, "exploration_rate": explored})
+    line = {"epoch": 2, "step": 1200, "sparsity": 0.98, "exploration_rate": explored}
+    metrics.append({**line, "seconds": 8.0 + seed})
     if top1 is not None:
         metrics.append({"epoch": 2, "step": 1200, "test_loss": 0.3, "test_top1": top1})
 
@@ -52,6 +53,7 @@ def test_a_row_has_mean_and_spread_over_the_finished_seeds(tmp_path, capsys):
             "sparsity": "0.9800",
             "train FLOPs": "",
             "steps": "1,200",
+            "seconds": "9",
         }
     ]
 
@@ -157,6 +159,26 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return drawn
 
 
+def test_the_panels_can_be_chosen(tmp_path, figures):
+    for epochs, top1 in ((2, 88.0), (8, 89.0)):
+        for name, recipe in (("dense", {}), ("set", MASKS)):
+            write(
+                tmp_path / f"{name}-epochs={epochs}" / f"seed{epochs}",
+                top1,
+                **recipe,
+                epochs=epochs,
+            )
+    folders = sorted(tmp_path.iterdir())
+    chosen = ("--against", "seconds", "steps")
+    assert compare(*folders, "--vary", "epochs", "--picture", "x.png", *chosen) == 0
+    seconds, steps = figures[0].axes
+    assert (seconds.get_xlabel(), steps.get_xlabel()) == ("training time, s", "training steps")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in seconds.lines}
+    assert lines["dense"] == lines["set"] == [[10.0, 88.0], [16.0, 89.0]]
+    assert [text.get_text() for text in seconds.texts] == ["2", "8"] * 2
+    assert not any(list(line.get_xdata()) == [0, 1] for line in seconds.lines)
+
+
 @pytest.mark.parametrize("experiments", [1, 12])
 def test_the_figure_names_each_experiment(tmp_path, experiments):
     names = [f"a_net_erk98_{place}" for place in range(experiments)]
@@ -228,12 +250,14 @@ def test_folders_of_one_name_are_told_apart_or_named_in_full():
     assert comparison_figure.labels([["one_x", "two_y"], ["three_z"]]) == ["one_x", "three_z"]
 
 
-@pytest.mark.parametrize("option", [("--vary", "regrow.every"), ("--names", "Dense")])
+@pytest.mark.parametrize(
+    "option", [("--vary", "regrow.every"), ("--names", "Dense"), ("--against", "FLOPs")]
+)
 def test_options_of_the_figure_are_refused_without_one(option, tmp_path, capsys):
     write(tmp_path / "a_dense" / "seed0", 80.0)
     with pytest.raises(SystemExit):
         compare(tmp_path / "a_dense", *option)
-    assert "--vary and --names are of the picture; add --picture FILE" in capsys.readouterr().err
+    assert "--against are of the picture; add --picture FILE" in capsys.readouterr().err
 
 
 def test_a_setting_that_no_recipe_has_is_an_error(tmp_path, capsys):
