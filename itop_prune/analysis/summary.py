@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from itop_prune.analysis.flops import FLOPs, flops
-from itop_prune.kernels import products
+from itop_prune.kernels import runtime
 from itop_prune.layers.handle import ITOP, active_weights, find_masks
 from itop_prune.layers.maskable import (
     count_matrix_weights,
@@ -17,7 +17,7 @@ from itop_prune.layers.maskable import (
     unwrap,
     walk,
 )
-from itop_prune.layers.sparse_products import NAME, linear_forward
+from itop_prune.layers.sparse_products import NAME, can_take_kernels
 from itop_prune.topology import count_true
 
 
@@ -161,10 +161,10 @@ def _computes(itop: ITOP, active: int) -> str:
     """Tell how a layer computes with a masked weight: "kernel", "dense", or "" with a mask."""
     if itop.storage == "mask":
         return ""
-    takes_kernels = type(itop._layer).forward is linear_forward and itop._tensor_name == NAME
-    if not takes_kernels or not products.can_compute(itop.parameter) or not products.is_installed():
+    can = itop._tensor_name == NAME and can_take_kernels(itop._layer)
+    if not can or not runtime.can_compute(itop.parameter) or not runtime.is_installed():
         return "dense"
-    return "kernel" if products.uses_kernels(itop.shape, active) else "dense"
+    return "kernel" if runtime.uses_kernels(itop.shape, active) else "dense"
 
 
 def summarize(

@@ -29,7 +29,7 @@ from itop_prune.inference.sparse_layers import (
     replace,
     sparse,
 )
-from itop_prune.kernels.products import is_installed
+from itop_prune.kernels.runtime import is_installed
 from itop_prune.layers.handle import find_masks, remove
 from itop_prune.layers.maskable import Target, unwrap
 from itop_prune.messages import nearest

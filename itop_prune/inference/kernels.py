@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from itop_prune.kernels import products
+from itop_prune.kernels import linear_products, runtime
 
 if TYPE_CHECKING:
     from itop_prune.kernels.orders import Order
@@ -92,7 +92,7 @@ def numba(active: Active) -> Product:
     Raises:
         RuntimeError: Numba is not installed.
     """
-    if not products.is_installed():
+    if not runtime.is_installed():
         raise RuntimeError(
             "this layer was deployed with the kernel 'numba', and Numba is not installed here: "
             "pip install 'itop_prune[sparse]', or deploy the model again"
@@ -102,7 +102,7 @@ def numba(active: Active) -> Product:
     def by_columns(x: Tensor, bias: Tensor | None) -> Tensor:
         return bag(x.t().contiguous(), bias).t().contiguous()
 
-    if not products.can_compute(active.values):
+    if not runtime.can_compute(active.values):
         return by_columns
     order, inside = _order(active), _is_inside(active)
 
@@ -113,10 +113,10 @@ def numba(active: Active) -> Product:
                 "dict: load that of the same deployed model"
             )
         if torch.compiler.is_compiling():  # the compiler can't look into kernels
-            return torch.compiler.disable(products.forward)(x, active.values, order, bias)
-        if not products.can_compute(x):
+            return torch.compiler.disable(linear_products.forward)(x, active.values, order, bias)
+        if not runtime.can_compute(x):
             return by_columns(x, bias)
-        return products.forward(x, active.values, order, bias)
+        return linear_products.forward(x, active.values, order, bias)
 
     return product
 

@@ -1,5 +1,6 @@
 """In which order kernels take the weights of a matrix: by output and by input."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,8 +34,17 @@ class Order:
         self.input_addresses = tuple(array.ctypes.data for array in by_input)
 
 
-def make_order(positions: NDArray[np.integer], outputs: int, inputs: int) -> Order:
+def make_order(
+    positions: NDArray[np.integer], outputs: int, inputs: int, ranks: Sequence[int] = ()
+) -> Order:
     """Group the weights of a matrix; positions of -1 are left out.
+
+    Args:
+        positions: (slots,), in the flattened matrix.
+        outputs: Rows of the matrix.
+        inputs: Columns of the matrix.
+        ranks: Of a convolution: the rank that each place of its kernel takes in place of its own
+            number. Inputs of the matrix are counted by them.
 
     Raises:
         ValueError: If a position is outside of the matrix, or has two slots. Kernels would read
@@ -56,6 +66,9 @@ def make_order(positions: NDArray[np.integer], outputs: int, inputs: int) -> Ord
 
     slots = np.flatnonzero(positions >= 0).astype(np.int32)
     output, input = np.divmod(positions[slots].astype(np.int64), inputs)
+    if ranks:
+        channel, place = np.divmod(input, len(ranks))
+        input = channel * len(ranks) + np.asarray(ranks, np.int64)[place]
     by_output = _group(output, input, slots, outputs)
     ordered = positions[by_output.slots]
     twice = ordered[1:][ordered[1:] == ordered[:-1]]

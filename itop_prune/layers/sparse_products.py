@@ -1,9 +1,9 @@
 """Linear layers and convolutions in sparse storage.
 
-A linear layer that is sparse enough computes with its active weights, on a CPU with Numba
-(`itop_prune.kernels`). For all others the dense weight lives for one product. Autograd would keep
-the weight of every layer from the forward to the backward. Here the backward makes the weight
-again, so at any time one layer's is there.
+A linear layer or 2-d convolution that is sparse enough computes with its active weights, on a CPU
+with Numba (`itop_prune.kernels`). For all others the dense weight lives for one product. Autograd
+would keep the weight of every layer from the forward to the backward. Here the backward makes the
+weight again, so at any time one layer's is there.
 
 Under torch.compile both directions are operators of their own. Otherwise the compiler could keep
 the weights after all, and it can't look into kernels.
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from itop_prune.kernels import products
-from itop_prune.kernels.products import order_of
+from itop_prune.kernels import convolution_products, linear_products
+from itop_prune.kernels.convolution_products import Plan
+from itop_prune.kernels.runtime import can_compute
 from itop_prune.layers.names import layout_name, positions_name, probe_name, values_name
 from itop_prune.layers.sparse_storage import Layout, dense, gather
 
@@ -55,8 +56,37 @@ class Needs(NamedTuple):
     bias: bool
 
 
+class Kernel(NamedTuple):
+    """How kernels compute a layer."""
+
+    order: "Order"
+    """Of its weights."""
+    plan: Plan | None
+    """Of a convolution."""
+
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of input, values, dense weight and bias. One that is not needed may be None or empty."""
+
+
+def kernel_for(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    layout: Layout,
+    geometry: Geometry,
+    bias: Tensor | None = None,
+) -> Kernel | None:
+    """Find how kernels compute a layer; None if its dense weight computes this input."""
+    if not geometry.stride:
+        order = linear_products.order_of(x, values, positions, layout.shape, bias)
+        return None if order is None else Kernel(order, None)
+
+    plan = convolution_products.plan_of(x, layout.shape, *geometry)
+    if plan is None:
+        return None
+    order = convolution_products.order_of(x, values, positions, plan, bias)
+    return None if order is None else Kernel(order, plan)
 
 
 def forward(
@@ -66,11 +96,16 @@ def forward(
     bias: Tensor | None,
     layout: Layout,
     geometry: Geometry,
-    order: "Order | None",
+    kernel: Kernel | None,
 ) -> Tensor:
-    """Compute the output of a layer: by kernels if there is an order, else by the dense weight."""
-    if order is not None:
-        return products.forward(x, values, order, bias)
+    """Compute the output of a layer: by a kernel if there is one, else by the dense weight."""
+    if kernel is not None and kernel.plan is not None:
+        # As torch chooses the memory format of an output.
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        last = last or layout.channels_last
+        return convolution_products.forward(x, values, kernel.plan, kernel.order, bias, last)
+    if kernel is not None:
+        return linear_products.forward(x, values, kernel.order, bias)
 
     weight = dense(values, positions, layout)
     if not geometry.stride:
@@ -89,45 +124,65 @@ def backward(
     positions: Tensor,
     layout: Layout,
     geometry: Geometry,
-    order: "Order | None",
+    kernel: Kernel | None,
     needs: Needs,
 ) -> Gradients:
     """Compute the gradients of a layer, likewise."""
-    for_x = for_values = for_weight = for_bias = None
-    if order is not None:
-        # The dense weight's gradient holds that of the values.
-        for_sums = (needs.x, needs.values and not needs.weight, needs.bias)
-        for_x, for_values, for_bias = products.backward(gradient, x, values, order, for_sums)
-        if needs.weight:
-            for_weight = gradient.t().mm(x)
-            for_values = gather(for_weight, positions) if needs.values else None
-        return for_x, for_values, for_weight, for_bias
+    if kernel is None:
+        weight = dense(values, positions, layout) if needs.x else None
+        wanted = (needs.x, needs.weight or needs.values, needs.bias)
+        for_x, for_weight, for_bias = _dense_backward(gradient, x, weight, layout, geometry, wanted)
+        for_values = gather(for_weight, positions) if needs.values else None
+        return for_x, for_values, for_weight if needs.weight else None, for_bias
 
-    needs_weight = needs.weight or needs.values
-    if not geometry.stride:
-        for_x = gradient.mm(dense(values, positions, layout)) if needs.x else None
-        for_weight = gradient.t().mm(x) if needs_weight else None
-        for_bias = gradient.sum(0) if needs.bias else None
+    # The dense weight's gradient holds that of the values.
+    wanted = (needs.x, needs.values and not needs.weight, needs.bias)
+    order, plan = kernel
+    if plan is not None:
+        found = convolution_products.backward(gradient, x, values, plan, order, wanted)
     else:
-        stride, padding, dilation, groups = geometry
-        # Without the input's gradient the weight's numbers are not read, only its shape.
-        nowhere = values.new_empty(()).expand(layout.shape)
-        for_x, for_weight, for_bias = torch.ops.aten.convolution_backward(
-            gradient,
-            x,
-            dense(values, positions, layout) if needs.x else nowhere,
-            [layout.shape[0]],
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(stride),
-            groups,
-            (needs.x, needs_weight, needs.bias),
-        )
-    if for_weight is not None and needs.values:
-        for_values = gather(for_weight, positions)
-    return for_x, for_values, for_weight if needs.weight else None, for_bias
+        found = linear_products.backward(gradient, x, values, order, wanted)
+    for_x, for_values, for_bias = found
+    if not needs.weight:
+        return for_x, for_values, None, for_bias
+
+    alone = (False, True, False)
+    _, for_weight, _ = _dense_backward(gradient, x, None, layout, geometry, alone)
+    return for_x, gather(for_weight, positions) if needs.values else None, for_weight, for_bias
+
+
+def _dense_backward(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    layout: Layout,
+    geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Any, Any, Any]:
+    """Compute the gradients of input, dense weight and bias; only the input's needs the weight."""
+    needs_x, needs_weight, needs_bias = needs
+    if not geometry.stride:
+        for_x = gradient.mm(weight) if weight is not None else None
+        for_weight = gradient.t().mm(x) if needs_weight else None
+        return for_x, for_weight, gradient.sum(0) if needs_bias else None
+
+    if weight is None:  # its numbers are not read, only its shape
+        weight = gradient.new_empty(()).expand(layout.shape)
+    stride, padding, dilation, groups = geometry
+    nothing = [0] * len(stride)
+    return torch.ops.aten.convolution_backward(
+        gradient,
+        x,
+        weight,
+        [layout.shape[0]],
+        stride,
+        padding,
+        dilation,
+        False,
+        nothing,
+        groups,
+        (needs_x, needs_weight, needs_bias),
+    )
 
 
 def _flat_forward(
@@ -144,8 +199,8 @@ def _flat_forward(
 ) -> Tensor:
     layout = Layout(tuple(shape), channels_last)
     geometry = Geometry(stride, padding, dilation, groups)
-    order = None if stride else order_of(x, values, positions, shape, bias)
-    return forward(x, values, positions, bias, layout, geometry, order)
+    kernel = kernel_for(x, values, positions, layout, geometry, bias)
+    return forward(x, values, positions, bias, layout, geometry, kernel)
 
 
 def _flat_backward(
@@ -166,9 +221,9 @@ def _flat_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layout = Layout(tuple(shape), channels_last)
     geometry = Geometry(stride, padding, dilation, groups)
-    order = None if stride else order_of(x, values, positions, shape)
+    kernel = kernel_for(x, values, positions, layout, geometry)
     needs = Needs(needs_x, needs_values, needs_weight, needs_bias)
-    found = backward(gradient, x, values, positions, layout, geometry, order, needs)
+    found = backward(gradient, x, values, positions, layout, geometry, kernel, needs)
     # An operator returns tensors, each of its own memory.
     for_x, for_values, for_weight, for_bias = (
         gradient.new_empty(0) if tensor is None else tensor for tensor in found
@@ -233,20 +288,20 @@ class _EagerProduct(torch.autograd.Function):
         probe: Tensor | None,
         layout: Layout,
         geometry: Geometry,
-        order: "Order | None",
+        kernel: Kernel | None,
     ) -> Tensor:
-        ctx.layout, ctx.geometry, ctx.order = layout, geometry, order
+        ctx.layout, ctx.geometry, ctx.kernel = layout, geometry, kernel
         ctx.save_for_backward(x, values, positions)
-        return forward(x, values, positions, bias, layout, geometry, order)
+        return forward(x, values, positions, bias, layout, geometry, kernel)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        layout, geometry, order, needs = ctx.layout, ctx.geometry, ctx.order, _needs(ctx)
+        layout, geometry, kernel, needs = ctx.layout, ctx.geometry, ctx.kernel, _needs(ctx)
         x, values, positions = ctx.saved_tensors
         # A gradient that is to be differentiated again needs operations that torch knows.
-        if torch.is_grad_enabled() or not products.can_compute(gradient):
-            order = None
-        found = backward(gradient, x, values, positions, layout, geometry, order, needs)
+        if torch.is_grad_enabled() or not can_compute(gradient):
+            kernel = None
+        found = backward(gradient, x, values, positions, layout, geometry, kernel, needs)
         return (*_for_inputs(found, needs), None)
 
 
@@ -286,11 +341,11 @@ def product(
     if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
         narrow = torch.get_autocast_dtype(x.device.type)
 
-    order = None
-    if eager and not geometry.stride and x.is_cpu:
+    kernel = None
+    if eager and x.is_cpu:
         wide = x if narrow is None else x.to(values.dtype)
-        order = order_of(wide, values, positions, layout.shape, bias)
-    if order is not None:
+        kernel = kernel_for(wide, values, positions, layout, geometry, bias)
+    if kernel is not None:
         x = wide
     elif narrow is not None:
         x, values = x.to(narrow), values.to(narrow)
@@ -298,7 +353,7 @@ def product(
 
     inputs = (x, values, positions, bias, probe, layout, geometry)
     if eager and not torch._C._are_functorch_transforms_active():
-        output = _EagerProduct.apply(*inputs, order)
+        output = _EagerProduct.apply(*inputs, kernel)
     else:
         output = _Product.apply(*inputs)
     return output if narrow is None else output.to(narrow)
@@ -321,13 +376,19 @@ def linear_forward(layer: Any, x: Tensor) -> Tensor:
 def convolution_forward(layer: Any, x: Tensor) -> Tensor:
     """Stand in for the forward of a convolution that is not transposed.
 
-    Padding by another number than 0, "same" padding, and inputs without a batch take the weight as
-    a whole tensor.
+    Inputs without a batch take the weight as a whole tensor.
     """
-    plain = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    if not plain or x.ndim != len(getattr(layer, LAYOUT).shape):
+    if x.ndim != len(getattr(layer, LAYOUT).shape):
         return layer._conv_forward(x, layer.weight, layer.bias)
-    geometry = Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    padding, around = layer.padding, layer._reversed_padding_repeated_twice
+    named = isinstance(padding, str)
+    if named and around[::2] == around[1::2]:
+        padding, named = tuple(reversed(around[::2])), False
+    if named or layer.padding_mode != "zeros":
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = F.pad(x, around, mode=mode), (0,) * len(layer.stride)
+    geometry = Geometry(layer.stride, padding, layer.dilation, layer.groups)
     return product(layer, x, layer.bias, geometry)
 
 
@@ -339,3 +400,11 @@ def forward_of(base: type[nn.Module]) -> Any:
         if base.forward is kind.forward and base._conv_forward is kind._conv_forward:  # type: ignore[attr-defined]
             return convolution_forward
     return None
+
+
+def can_take_kernels(layer: nn.Module) -> bool:
+    """Tell whether a layer in sparse storage takes kernels, if it is sparse enough."""
+    forward = type(layer).forward
+    if forward is not convolution_forward or not isinstance(layer, nn.Conv2d):
+        return forward is linear_forward
+    return layer.groups == 1 and layer.stride[0] == layer.stride[1]

@@ -15,5 +15,5 @@ def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let linear layers compute with their dense weight, which rounds as masks do."""
-    monkeypatch.setattr("itop_prune.kernels.products.uses_kernels", lambda shape, active: False)
+    """Let layers compute with their dense weight, which rounds as masks do."""
+    monkeypatch.setattr("itop_prune.kernels.runtime.uses_kernels", lambda shape, active: False)

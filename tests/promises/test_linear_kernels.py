@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import itop_prune
-from itop_prune.kernels import products
+from itop_prune.kernels import known_orders, linear_products, runtime
 
 ROOT = Path(__file__).parents[2]
 F32, F64 = torch.float32, torch.float64
@@ -52,9 +52,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return call
 
     for name, attribute in (("forward", "forward"), ("backward", "backward")):
-        function = getattr(products, attribute)
-        monkeypatch.setattr(products, attribute, counting(name, function))
-    monkeypatch.setattr(products, "_remember", counting("orders", vars(products)["_remember"]))
+        function = getattr(linear_products, attribute)
+        monkeypatch.setattr(linear_products, attribute, counting(name, function))
+    monkeypatch.setattr(
+        known_orders, "_remember", counting("orders", vars(known_orders)["_remember"])
+    )
     return counted
 
 
@@ -438,7 +440,7 @@ def no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     hidden = functools.wraps(find)(lambda name, *rest: None if name == "numba" else find(name))
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
-    monkeypatch.setattr(products, "has_numba", functools.cache(products.has_numba.__wrapped__))
+    monkeypatch.setattr(runtime, "has_numba", functools.cache(runtime.has_numba.__wrapped__))
 
 
 @pytest.mark.usefixtures("no_numba")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import itop_prune
-from itop_prune.kernels import products
+from itop_prune.kernels import linear_products
 
 STEPS, EVERY = 300, 28  # ten updates
 
@@ -146,7 +146,7 @@ def test_linear_layers_of_these_runs_compute_with_kernels(
     calls: collections.Counter[str] = collections.Counter()
 
     def counting(name: str) -> Callable[..., Any]:
-        function = getattr(products, name)
+        function = getattr(linear_products, name)
 
         def call(*arguments: Any) -> Any:
             calls[name] += 1
@@ -155,7 +155,7 @@ def test_linear_layers_of_these_runs_compute_with_kernels(
         return call
 
     for name in ("forward", "backward"):
-        monkeypatch.setattr(products, name, counting(name))
+        monkeypatch.setattr(linear_products, name, counting(name))
     trained("sparse", steps=30, grow="gradient", checkpointing=checkpointing)
     assert calls == {"forward": 30 * (5 if checkpointing else 3), "backward": 30 * 3}
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import deployed
+from .convolutions import convolutions
 from .file_sizes import files
 from .measure import Measured, Row, Settings
 from .memory import memory
@@ -39,6 +40,7 @@ BENCHMARKS = {
     "update": update,
     "step": step,
     "sparse": sparse,
+    "convolutions": convolutions,
     "memory": memory,
     "scaling": scaling,
     "images": images,

@@ -40,16 +40,19 @@ class Training:
         compiled: bool = False,
         storage: Storage = "mask",
         optimizer: Callable[..., torch.optim.Optimizer] = SGD,
+        method: str = "ERK",
+        layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.device = settings.device
-        layout: torch.memory_format = torch.contiguous_format
         self.precision: Any = contextlib.nullcontext
         if self.device.type == "cuda":
             layout = torch.channels_last
             self.precision = functools.partial(torch.autocast, "cuda", torch.bfloat16)
 
         self.model = model.to(self.device).to(memory_format=layout).train()
-        masks = itop_prune.apply(self.model, sparsity, storage=storage) if sparsity else {}
+        masks = {}
+        if sparsity:
+            masks = itop_prune.apply(self.model, sparsity, method=method, storage=storage)
         self.called: Any = torch.compile(self.model) if compiled else self.model
         self.optimizer = optimizer(self.model.parameters())
         self.regrow = None

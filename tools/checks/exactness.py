@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 import itop_prune
 from itop_prune.inference.measurement import relative_error
-from itop_prune.kernels import products
+from itop_prune.kernels import runtime
 from itop_prune.layers.sparse_handle import Storage
 from itop_prune.layers.sparse_storage import gather
 
@@ -132,7 +132,7 @@ def train_beside_twin(
     model, x = with_images(name, keywords)
     _move_from_zero(model)
     # Kernels round differently, and a gradient that is 0 up to rounding would then differ wholly.
-    with mock.patch.object(products, "uses_kernels", return_value=False):
+    with mock.patch.object(runtime, "uses_kernels", return_value=False):
         pair = _Pair(model.train(), x, storage, sparsity)
         for step in range(2):
             pair.take_step(step)

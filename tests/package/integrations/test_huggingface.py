@@ -107,7 +107,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let sparse layers compute with their dense weight, since kernels compile for long."""
-    monkeypatch.setattr("itop_prune.kernels.products.uses_kernels", lambda shape, active: False)
+    monkeypatch.setattr("itop_prune.kernels.runtime.uses_kernels", lambda shape, active: False)
     level = transformers.logging.get_verbosity()
     yield
     transformers.logging.set_verbosity(level)

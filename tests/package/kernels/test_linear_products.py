@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from itop_prune.kernels import products
+from itop_prune.kernels import known_orders, linear_products, runtime
 from itop_prune.kernels.orders import Order, make_order
 from itop_prune.layers.sparse_storage import Layout, dense, gather
 
 NEEDS = list(itertools.product([False, True], repeat=3))
 ALL = (True, True, True)
-KNOWN = vars(products)["_known"]
+KNOWN = vars(known_orders)["_known"]
 
 
 @dataclass
@@ -47,8 +47,11 @@ class Layer:
 
     def computed(self) -> list[Tensor]:
         """The output and all gradients, by the kernels."""
-        output = products.forward(self.x, self.values, self.order, self.bias)
-        return [output, *products.backward(self.gradient, self.x, self.values, self.order, ALL)]
+        output = linear_products.forward(self.x, self.values, self.order, self.bias)
+        return [
+            output,
+            *linear_products.backward(self.gradient, self.x, self.values, self.order, ALL),
+        ]
 
     def expected(self) -> list[Tensor]:
         """The same by the dense weight."""
@@ -122,7 +125,7 @@ def layers(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Layer:
 @example(layer_of(1, 1, 1, 1.0, empty=False))
 def test_outputs_and_gradients_are_those_of_the_dense_weight(layer: Layer) -> None:
     assert_close(layer.computed(), layer.expected(), 1e-9)
-    output = products.forward(layer.x, layer.values, layer.order, None)
+    output = linear_products.forward(layer.x, layer.values, layer.order, None)
     assert_close([output], [F.linear(layer.x, layer.weight)], 1e-9)
 
 
@@ -138,7 +141,7 @@ def test_float32_too(layer: Layer) -> None:
 def test_gradients_that_are_not_needed_are_empty_and_change_no_other(
     layer: Layer, needs: tuple[bool, bool, bool]
 ) -> None:
-    some = products.backward(layer.gradient, layer.x, layer.values, layer.order, needs)
+    some = linear_products.backward(layer.gradient, layer.x, layer.values, layer.order, needs)
     for need, found, whole in zip(needs, some, layer.computed()[1:], strict=True):
         assert torch.equal(found, whole) if need else not found.numel()
 
@@ -199,13 +202,13 @@ def test_results_are_the_same_to_the_last_bit_for_any_number_of_threads(
     size: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = layer_of(*LARGE[size])
-    asked, run = [], vars(products)["_run"]
+    asked, run = [], runtime.run
 
     def note(kernel: Any, threads: int, *arguments: Any) -> None:
         asked.append(threads)
         run(kernel, threads, *arguments)
 
-    monkeypatch.setattr(products, "_run", note)
+    monkeypatch.setattr(runtime, "run", note)
     expected = None
     most = numba.config.NUMBA_NUM_THREADS
     for threads in {1, 2, 3, most + 1}:
@@ -228,7 +231,7 @@ def in_fresh_interpreter(program: str, **environment: str) -> None:
 def test_more_threads_than_tiles_and_cores_give_the_same_bits() -> None:
     program = """
 import torch
-from test_products import LARGE, layer_of
+from test_linear_products import LARGE, layer_of
 for size in LARGE.values():
     layer = layer_of(*size)
     results = []
@@ -245,7 +248,7 @@ for size in LARGE.values():
 def test_threads_of_python_may_call_at_once_where_numba_has_only_its_simplest_threads() -> None:
     """Those end the process if two of its threads call them at once."""
     program = """
-from test_products import *
+from test_linear_products import *
 torch.set_num_threads(2)
 several = [layer_of(*LARGE["many rows"], seed=seed) for seed in range(8)]
 expected = [layer.computed() for layer in several]
@@ -261,7 +264,7 @@ with ThreadPoolExecutor(8) as pool:
 def test_the_first_call_leaves_the_threads_of_torch_as_they_are() -> None:
     in_fresh_interpreter("""
 import torch
-from test_products import layer_of
+from test_linear_products import layer_of
 for threads in (1, 3):
     torch.set_num_threads(threads)
     layer_of(3, 4, 5).computed()
@@ -301,7 +304,7 @@ def test_threads_of_python_may_call_at_once() -> None:
 
 def order_of(layer: Layer) -> Order | None:
     shape = (len(layer.bias), layer.x.shape[1])
-    return products.order_of(layer.x, layer.values, layer.positions, shape, layer.bias)
+    return linear_products.order_of(layer.x, layer.values, layer.positions, shape, layer.bias)
 
 
 def test_an_order_is_made_again_when_positions_have_changed_and_forgotten_with_them() -> None:
@@ -337,7 +340,7 @@ def test_positions_whose_changes_can_not_be_seen_are_read_at_each_call() -> None
 def _output(layer: Layer) -> Tensor:
     order = order_of(layer)
     assert order
-    return products.forward(layer.x, layer.values, order, layer.bias)
+    return linear_products.forward(layer.x, layer.values, order, layer.bias)
 
 
 MISFITS: dict[str, dict[str, Any]] = {
@@ -369,8 +372,8 @@ def test_what_does_not_fit_is_left_to_the_dense_weight(what: str) -> None:
         "shape": (30, 20),
         "bias": torch.zeros(30).double(),
     }
-    assert products.order_of(**fitting) is not None
-    assert products.order_of(**{**fitting, **MISFITS[what]}) is None
+    assert linear_products.order_of(**fitting) is not None
+    assert linear_products.order_of(**{**fitting, **MISFITS[what]}) is None
 
 
 @pytest.mark.parametrize(
@@ -388,4 +391,4 @@ def test_what_does_not_fit_is_left_to_the_dense_weight(what: str) -> None:
 def test_a_layer_takes_kernels_by_its_shape_and_density(
     shape: tuple[int, int], active: int, sparse: bool
 ) -> None:
-    assert products.uses_kernels(shape, active) == sparse
+    assert runtime.uses_kernels(shape, active) == sparse

@@ -1,0 +1,313 @@
+"""Convolutions that compute with their active weights: tensors in, tensors out."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from itop_prune.kernels import runtime
+from itop_prune.kernels.known_orders import known_order
+from itop_prune.kernels.runtime import kind_of, stored, threads_for
+
+if TYPE_CHECKING:
+    from itop_prune.kernels.orders import Order
+
+LINE = 64
+"""Bytes of a packed pixel: one number for each image of a tile."""
+LARGEST_TILE = 1 << 28
+"""Bytes of a packed tile. Images that need more are computed with the dense weight."""
+
+
+class Plan(NamedTuple):
+    """The geometry of a convolution on images of one size, as the kernels take it.
+
+    Padding is part of the packed images. With a stride s they are split into s * s phases, by
+    the remainders of row and column. A place (dy, dx) of the kernel reads one of them, shifted.
+    """
+
+    shape: tuple[int, int, int, int]
+    """Of the weight: outputs, channels, height and width of the kernel."""
+    height: int
+    width: int
+    """Of an image."""
+    rows: int
+    columns: int
+    """Of a result."""
+    stride: int
+    top: int
+    left: int
+    """Padding."""
+    packed: tuple[int, int]
+    """Rows and columns of a phase."""
+    packed_gradient: tuple[int, int]
+    """Rows and columns of a packed gradient."""
+    reach: tuple[int, int]
+    """Rows above and columns before the gradient's own in a packed gradient."""
+    narrowest: int
+    """Columns of the narrowest results: the output, and the phases of the input's gradient."""
+    ranks: tuple[int, ...]
+    """The rank of each place of the kernel: places that read the same phase follow each other."""
+    shifts: NDArray[np.int32]
+    """By rank: the pixel of a packed channel that the place reads for the first output pixel."""
+    mirrored: NDArray[np.int32]
+    """By rank: likewise of the packed gradient, for the first pixel of the phase."""
+    phases: NDArray[np.int32]
+    """The ranks at which each phase begins, and where the last one ends."""
+
+    @property
+    def places(self) -> int:
+        """How many places the kernel has."""
+        return len(self.ranks)
+
+
+@functools.lru_cache(maxsize=4096)
+def make_plan(
+    shape: tuple[int, int, int, int],
+    size: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Plan | None:
+    """Plan a convolution of one group; None if the kernel is larger than the padded image.
+
+    Args:
+        shape: Of the weight.
+        size: Height and width of an image.
+        stride: In both directions.
+        padding: Rows above and below, columns before and after.
+        dilation: In both directions.
+    """
+    kernel = shape[2:]
+    padded = [n + 2 * p for n, p in zip(size, padding, strict=True)]
+    spans = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+    results = [(n - span - 1) // stride + 1 for n, span in zip(padded, spans, strict=True)]
+    if min(results) < 1:
+        return None
+
+    # For each axis: the rows of a phase, how far the kernel reaches in it, and its last row.
+    packed = [-(-n // stride) for n in padded]
+    reach = [span // stride for span in spans]
+    lasts = [(n - 1 + p) // stride for n, p in zip(size, padding, strict=True)]
+    of_gradient = [
+        far + max(n, last + 1) for far, n, last in zip(reach, results, lasts, strict=True)
+    ]
+
+    places = [
+        (y * dilation[0], x * dilation[1]) for y in range(kernel[0]) for x in range(kernel[1])
+    ]
+    phase_of = [y % stride * stride + x % stride for y, x in places]
+    by_rank = sorted(range(len(places)), key=lambda place: (phase_of[place], place))
+    shifts, mirrored = [], []
+    for place in by_rank:
+        y, x = (distance // stride for distance in places[place])
+        shifts.append((phase_of[place] * packed[0] + y) * packed[1] + x)
+        mirrored.append((reach[0] - y) * of_gradient[1] + reach[1] - x)
+
+    widths = [len(range((phase - padding[1]) % stride, size[1], stride)) for phase in range(stride)]
+    return Plan(
+        shape=shape,
+        height=size[0],
+        width=size[1],
+        rows=results[0],
+        columns=results[1],
+        stride=stride,
+        top=padding[0],
+        left=padding[1],
+        packed=(packed[0], packed[1]),
+        packed_gradient=(of_gradient[0], of_gradient[1]),
+        reach=(reach[0], reach[1]),
+        narrowest=min([results[1], *(width for width in widths if width)]),
+        ranks=tuple(by_rank.index(place) for place in range(len(places))),
+        shifts=np.array(shifts, np.int32),
+        mirrored=np.array(mirrored, np.int32),
+        phases=np.searchsorted(sorted(phase_of), range(stride * stride + 1)).astype(np.int32),
+    )
+
+
+def plan_of(
+    x: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Plan | None:
+    """Plan a convolution of these images; None if kernels can't compute it, or had better not.
+
+    A tile holds 16 images in float32. A batch that fills less than half of one is faster with the
+    dense weight.
+    """
+    if len(shape) != 4 or groups != 1 or x.ndim != 4 or x.shape[1] != shape[1]:
+        return None
+    lanes = LINE // x.element_size()
+    if stride[0] != stride[1] or 2 * x.shape[0] < lanes or min(padding) < 0:
+        return None
+
+    plan = make_plan(tuple(shape), tuple(x.shape[2:]), stride[0], tuple(padding), tuple(dilation))
+    if plan is None:
+        return None
+    outputs, channels = shape[:2]
+    packed = channels * plan.stride**2 * math.prod(plan.packed)
+    largest = max(packed, outputs * math.prod(plan.packed_gradient))
+    return plan if largest * LINE <= LARGEST_TILE else None
+
+
+def order_of(
+    x: Tensor, values: Tensor, positions: Tensor, plan: Plan, bias: Tensor | None = None
+) -> "Order | None":
+    """Find the order of a layer's weights; None if its dense weight computes this input.
+
+    Args:
+        x: (images, channels, height, width).
+        values: (1, slots).
+        positions: (slots,).
+        plan: Of this convolution.
+        bias: (outputs,).
+
+    Raises:
+        ValueError: If positions are outside of the weight, or one has two slots.
+    """
+    if bias is not None and bias.shape != plan.shape[:1]:
+        return None
+    if not runtime.can_compute(*((x, values) if bias is None else (x, values, bias))):
+        return None
+    return known_order(positions, values.numel(), plan.shape, plan.ranks)
+
+
+def forward(
+    x: Tensor,
+    values: Tensor,
+    plan: Plan,
+    order: "Order",
+    bias: Tensor | None,
+    channels_last: bool,
+) -> Tensor:
+    """Compute the output of a convolution.
+
+    Args:
+        x: (images, channels, height, width).
+        values: (1, slots), of the type of x.
+        plan: Of this convolution.
+        order: Of the layer's positions.
+        bias: (outputs,), of the type of x.
+        channels_last: Of the output; else it is contiguous.
+
+    Returns:
+        (images, outputs, rows, columns).
+    """
+    x, x_last = _stored(x)
+    values = stored(values)
+    bias = None if bias is None else stored(bias)
+    result = torch.empty(
+        (len(x), plan.shape[0], plan.rows, plan.columns),
+        dtype=x.dtype,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+    threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
+    runtime.run(
+        _kernels().forward,
+        threads,
+        _kind(x, plan),
+        x.data_ptr(),
+        *order.output_addresses,
+        values.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        result.data_ptr(),
+        plan.shifts.ctypes.data,
+        *_sizes(x, plan, order, x_last, channels_last),
+        _blocks(x, threads),
+    )
+    return result
+
+
+def backward(
+    gradient: Tensor,
+    x: Tensor,
+    values: Tensor,
+    plan: Plan,
+    order: "Order",
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of input, values and bias.
+
+    Args:
+        gradient: (images, outputs, rows, columns).
+        x: (images, channels, height, width), of the same type.
+        values: (1, slots), of the same type.
+        plan: Of this convolution.
+        order: Of the layer's positions.
+        needs: Which of the three to compute; the others are empty.
+    """
+    gradient, last = _stored(gradient)
+    x, x_last = _stored(x)
+    values = stored(values)
+    for_x = torch.empty_like(x) if needs[0] else x.new_empty(0)
+    for_values = values.new_zeros(values.shape if needs[1] else 0)
+    for_bias = gradient.sum((0, 2, 3)) if needs[2] else x.new_empty(0)
+    if needs[0] or needs[1]:
+        threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
+        runtime.run(
+            _kernels().backward,
+            threads,
+            _kind(x, plan),
+            gradient.data_ptr(),
+            x.data_ptr(),
+            *order.output_addresses,
+            *order.input_addresses,
+            values.data_ptr(),
+            for_x.data_ptr(),  # 0 if it is empty
+            for_values.data_ptr(),
+            plan.shifts.ctypes.data,
+            plan.mirrored.ctypes.data,
+            plan.phases.ctypes.data,
+            *_sizes(x, plan, order, x_last, last),
+            *plan.packed_gradient,
+            *plan.reach,
+            _blocks(x, threads),
+        )
+    return for_x, for_values, for_bias
+
+
+def _stored(images: Tensor) -> tuple[Tensor, bool]:
+    """Make images whose numbers lie in memory one after the other; tell if channels are last."""
+    images = images.resolve_neg()
+    if images.is_contiguous():
+        return images, False
+    if images.is_contiguous(memory_format=torch.channels_last):
+        return images, True
+    return images.contiguous(), False
+
+
+def _kind(x: Tensor, plan: Plan) -> Any:
+    """Choose vectors of one, two or four pixels."""
+    pixels = next(pixels for pixels in (4, 2, 1) if pixels <= plan.narrowest)
+    return kind_of(x.dtype, pixels * LINE)
+
+
+def _sizes(
+    x: Tensor, plan: Plan, order: "Order", x_last: bool, last: bool
+) -> tuple[int | bool, ...]:
+    outputs, channels, _, _ = plan.shape
+    images = (len(x), channels, plan.height, plan.width, x_last)
+    results = (outputs, plan.rows, plan.columns, last)
+    geometry = (plan.places, plan.stride, plan.top, plan.left, *plan.packed)
+    return (*images, *results, order.active, *geometry)
+
+
+def _blocks(x: Tensor, threads: int) -> int:
+    """Choose in how many parts of the channels a tile is computed, for more threads than tiles."""
+    tiles = -(-len(x) * x.element_size() // LINE)
+    return -(-threads // tiles)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """Import the kernels; they are compiled at their first call, once in an environment."""
+    from itop_prune.kernels import convolution
+
+    return convolution
