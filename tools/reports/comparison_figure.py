@@ -73,7 +73,7 @@ def draw(
     rows = -(-len(names) // columns)
     with style.look():
         shown = against or ("R_s", "FLOPs", "steps")
-        size = {"width": WIDTH, "height": 4.6 + 0.25 * rows}
+        size: dict[str, Any] = {"width": WIDTH, "height": 4.6 + 0.25 * rows}
         figure, axes = style.panels(len(shown), sharey=True, **size)
         for axis, key in zip(axes, shown, strict=True):
             label, position = PANELS[key]
