@@ -14,7 +14,7 @@ SHOWN = {  # metric: label, format
     "sparsity": ("sparsity", "{:.4f}"),
     "exploration_rate": ("R_s", "{:.4f}"),
     "survival": ("survival", "{:.4f}"),
-    "train_flops": ("train FLOPs", "{:.4f}"),
+    "train_flops": ("train FLOPs", "{:.4f} × dense"),
     "images_per_second": ("images/s", "{:,.0f}"),
 }
 
