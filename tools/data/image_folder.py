@@ -97,9 +97,8 @@ def read_splits(
 
     training = read(root / train)
     validation = read(val_root) if val or val_root.is_dir() else None
-    if validation is not None and test_root == val_root:
-        testing = validation
-    else:
+    testing = validation if test_root == val_root else None
+    if testing is None:
         testing = read(test_root)
 
     for path, split in ((val_root, validation), (test_root, testing)):
