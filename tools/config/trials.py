@@ -53,7 +53,10 @@ def trial_problems(sections: Mapping[str, Section], augment: Call) -> list[str]:
             return call(**{**(needed or {}), **sections[name]})
         except Exception as error:  # a factory may raise anything at a wrong argument
             found = _refused(name, sections[name], call, needed, reached) if needed else []
-            problems.extend(found or [f"{name}: {refusal(error, sections[name])}"])
+            # Together they may be wrong in another way; only a ValueError says in which.
+            if not found or isinstance(error, ValueError):
+                found.insert(0, f"{name}: {refusal(error, sections[name])}")
+            problems.extend(dict.fromkeys(found))
             return None
 
     model = None
@@ -113,30 +116,28 @@ def _refused(
         reached: Lists the calls that the call's open keywords are passed on to.
 
     Returns:
-        Nothing if `needed` are refused themselves, or only some arguments together.
+        Nothing if only some of them together are refused, or if the name of the model or the
+        optimizer already is.
     """
-    if _error_of(call, needed) is not None:
+    is_named = all(section.get(key) == value for key, value in needed.items())
+    if is_named and _error_of(call, needed) is not None:
         return []
 
-    alone = {
-        key: value
-        for key, value in section.items()
-        if _error_of(call, {**needed, key: value}) is not None
-    }
-    sound = {key: value for key, value in section.items() if key not in alone}
+    errors = {key: _error_of(call, {**needed, key: value}) for key, value in section.items()}
+    sound = {key: section[key] for key, error in errors.items() if error is None}
 
     problems: list[str] = []
-    for key, value in alone.items():
+    for key, error in errors.items():
+        arguments = {key: section[key]}
         # Some arguments need others, as timm's out_indices needs features_only.
-        error = _error_of(call, {**needed, **sound, key: value})
-        if error is None:
+        if error is None or _error_of(call, {**needed, **sound, **arguments}) is None:
             continue
         problem = ""
         if not isinstance(error, ValueError):
-            problem = refused_argument(key, value, error, reached())
-        described = f".{key}: {problem}" if problem else f": {refusal(error, {key: value})}"
+            problem = refused_argument(key, section[key], error, reached())
+        described = f".{key}: {problem}" if problem else f": {refusal(error, arguments)}"
         problems.append(f"{name}{described}")
-    return list(dict.fromkeys(problems))
+    return problems
 
 
 def _error_of(call: Call, arguments: Section) -> Exception | None:
