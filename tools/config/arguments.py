@@ -54,7 +54,7 @@ def argument_problems(
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         and parameter.name not in given
     }
-    hints = _type_hints(call)
+    hints = type_hints(call)
 
     problems = {}
     for name, parameter in known.items():
@@ -67,7 +67,7 @@ def argument_problems(
         elif name not in known and not open_ended:
             problems[name] = unknown_key(name, known)
         else:
-            hint = hints.get(name, _type_of_default(known.get(name)))
+            hint = hints.get(name, type_of_default(known.get(name)))
             problem = type_problem(value, hint)
             if problem:
                 problems[name] = problem
@@ -97,10 +97,10 @@ def refused_argument(name: str, value: object, error: Exception, calls: Iterable
     """
     known: dict[str, Any] = {}
     for call in calls:
-        hints = _type_hints(call)
+        hints = type_hints(call)
         for parameter in inspect.signature(call).parameters.values():
             if parameter.default is not parameter.empty:
-                hint = hints.get(parameter.name, _type_of_default(parameter))
+                hint = hints.get(parameter.name, type_of_default(parameter))
                 known[parameter.name] = hint
 
     if "unexpected keyword argument" in str(error) and repr(name) in str(error):
@@ -108,14 +108,16 @@ def refused_argument(name: str, value: object, error: Exception, calls: Iterable
     return type_problem(value, known.get(name, Any))
 
 
-def _type_hints(call: Call) -> dict[str, Any]:
+def type_hints(call: Call) -> dict[str, Any]:
+    """Read the types of a call's parameters by name; {} if they can't be resolved."""
     try:
         return typing.get_type_hints(call.__init__ if inspect.isclass(call) else call)
     except (NameError, TypeError):  # annotations that only their own module can resolve
         return {}
 
 
-def _type_of_default(parameter: inspect.Parameter | None) -> Any:
+def type_of_default(parameter: inspect.Parameter | None) -> Any:
+    """Guess the type of a parameter without a hint by its default; Any if it tells nothing."""
     default = parameter.default if parameter else None
     if isinstance(default, (bool, str)):
         return type(default)
