@@ -3,7 +3,7 @@
 
 import sys
 
-from itop_prune_tools.benchmarks.peers import main
+from itop_prune_tools import run_command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("benchmarks.peers"))

@@ -495,6 +495,6 @@ def _read_folder(folder: Path) -> Mapping[str, Entry]:
                 state |= _read_file(shard)
             return state
     raise FileNotFoundError(
-        f"{folder} has neither model.safetensors nor pytorch_model.bin; is it a folder of "
-        "Accelerate's?"
+        f"{folder} has neither model.safetensors nor pytorch_model.bin; allowed are a file of "
+        "weights, and a folder that Accelerate saved"
     )

@@ -230,11 +230,14 @@ def test_a_recipe_dry_runs_without_its_data(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    overrides = ["data.download=false"] if "download" in path.read_text() else []
-    assert train.main([str(path), *overrides, "--dry-run"]) == 0
+    is_missing = path in IMAGENET
+    assert train.main([str(path), "--dry-run"]) == int(is_missing)
     masks = READ[path].get("masks")
     expected = f"sparsity {masks['sparsity']:.4f}" if masks else "dense model"
-    assert expected in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert expected in out
+    assert ("data/imagenet/train is not a folder" in err) == is_missing
+    assert not list(tmp_path.iterdir())
 
 
 def generated(path: Path, shape: tuple[int, ...], labels: np.ndarray, batch_size: int) -> str:

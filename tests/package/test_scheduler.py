@@ -723,6 +723,30 @@ def test_masks_that_are_none_are_refused(masks: Any) -> None:
         MaskScheduler(masks, torch.optim.SGD(mlp().parameters(), lr=0.1), total_steps=1, every=1)
 
 
+def test_what_is_not_one_optimizer_is_refused_and_several_take_a_scheduler_each() -> None:
+    model = mlp()
+    masks = itop_prune.apply(model, 0.5)
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    rest = torch.optim.Adam([*model[2].parameters(), *model[4].parameters()])
+
+    schedule: Any = torch.optim.lr_scheduler.StepLR(first, 3)
+    for wrong, name in (([first, rest], "list"), (schedule, "StepLR")):
+        message = f"optimizer is {name}; allowed is one torch optimizer; of several each takes"
+        with pytest.raises(ValueError, match=message):
+            MaskScheduler(masks, wrong, total_steps=4, every=2)
+
+    own = {"0.weight": masks.pop("0.weight")}
+    schedulers = [
+        MaskScheduler(part, optimizer, total_steps=2, every=2)
+        for part, optimizer in ((own, first), (masks, rest))
+    ]
+    for step in range(2):
+        model(torch.randn(8, 20)).square().sum().backward()
+        first.step()
+        rest.step()
+        assert [scheduler.step() for scheduler in schedulers] == [step == 1] * 2
+
+
 def test_numbers_of_numpy_are_those_of_python() -> None:
     run = run_of(rate=np.float32(0.25), stop=np.float64(1), every=np.int64(6))
     assert type(run.regrow.rate) is float

@@ -5,12 +5,16 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from itop_prune.messages import nearest
+
+Section = dict[str, Any]
+"""Keyword arguments of one call, as YAML gives them."""
+Call = Callable[..., Any]
 
 PLAIN = {
     bool: "true or false",
@@ -28,7 +32,7 @@ LARGEST = 2**63 - 1
 
 
 def argument_problems(
-    arguments: Mapping[str, Any], call: Callable[..., Any], given: Sequence[str] = ()
+    arguments: Mapping[str, Any], call: Call, given: Sequence[str] = ()
 ) -> dict[str, str]:
     """Find the arguments that do not fit the signature of a call, by name.
 
@@ -50,7 +54,7 @@ def argument_problems(
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         and parameter.name not in given
     }
-    hints = _type_hints(call)
+    hints = type_hints(call)
 
     problems = {}
     for name, parameter in known.items():
@@ -61,23 +65,59 @@ def argument_problems(
         if name in given:
             problems[name] = "given by the runner itself"
         elif name not in known and not open_ended:
-            problems[name] = f"unknown key; known are {', '.join(known)}{nearest(name, known)}"
+            problems[name] = unknown_key(name, known)
         else:
-            hint = hints.get(name, _type_of_default(known.get(name)))
+            hint = hints.get(name, type_of_default(known.get(name)))
             problem = type_problem(value, hint)
             if problem:
                 problems[name] = problem
     return problems
 
 
-def _type_hints(call: Callable[..., Any]) -> dict[str, Any]:
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """Describe a key that no parameter has.
+
+    >>> unknown_key("lrr", ["lr", "momentum"])
+    "unknown key; known are lr, momentum (nearest: 'lr')"
+    """
+    return f"unknown key; known are {', '.join(known)}{nearest(name, known)}"
+
+
+def refused_argument(name: str, value: object, error: Exception, calls: Iterable[Call]) -> str:
+    """Explain why a call with open keywords refused one argument.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        error: What the call raised.
+        calls: The call, and those that its `**kwargs` are passed on to.
+
+    Returns:
+        What the signatures tell; "" if that is nothing.
+    """
+    known: dict[str, Any] = {}
+    for call in calls:
+        hints = type_hints(call)
+        for parameter in inspect.signature(call).parameters.values():
+            if parameter.default is not parameter.empty:
+                hint = hints.get(parameter.name, type_of_default(parameter))
+                known[parameter.name] = hint
+
+    if "unexpected keyword argument" in str(error) and repr(name) in str(error):
+        return unknown_key(name, known)
+    return type_problem(value, known.get(name, Any))
+
+
+def type_hints(call: Call) -> dict[str, Any]:
+    """Read the types of a call's parameters by name; {} if they can't be resolved."""
     try:
         return typing.get_type_hints(call.__init__ if inspect.isclass(call) else call)
     except (NameError, TypeError):  # annotations that only their own module can resolve
         return {}
 
 
-def _type_of_default(parameter: inspect.Parameter | None) -> Any:
+def type_of_default(parameter: inspect.Parameter | None) -> Any:
+    """Guess the type of a parameter without a hint by its default; Any if it tells nothing."""
     default = parameter.default if parameter else None
     if isinstance(default, (bool, str)):
         return type(default)

@@ -12,8 +12,8 @@ import yaml
 
 from itop_prune.messages import nearest
 
-from .arguments import shown, type_problem
-from .sections import Section, section_problems
+from .arguments import Section, shown, type_problem
+from .sections import section_calls, section_problems
 from .yaml_text import NotYaml, load_yaml
 
 
@@ -71,9 +71,9 @@ def read_recipe(path: Path | str, overrides: Iterable[str] = ()) -> Recipe:
 
     Args:
         path: The YAML file.
-        overrides: "section.key=value" or "key=value", with the value in YAML. The section must
-            exist in the recipe; a whole one can be given ("regrow={every: 100}") or taken out
-            ("regrow=null").
+        overrides: "section.key=value" or "key=value", with the value in YAML. A section that the
+            recipe lacks begins with its first key; a whole one can be given
+            ("regrow={every: 100}") or taken out ("regrow=null").
 
     Raises:
         RecipeError: All mistakes at once, with file, key, what is allowed, and the nearest name.
@@ -142,15 +142,17 @@ def _override(values: Section, override: str) -> list[str]:
     except NotYaml as error:
         return [f"override {shown(override)}: {error}"]
 
+    sections = section_calls({})
     if not key:
         values[section] = value
-    elif isinstance(values.get(section), dict):
+    elif section not in sections:
+        known = f"sections are {', '.join(sections)}{nearest(section, sections)}"
+        return [f"override {override!r}: {section} is no section; {known}"]
+    elif values.get(section) is None:
+        values[section] = {key: value}
+    elif isinstance(values[section], dict):
         values[section][key] = value
-    else:
-        sections = [name for name, part in values.items() if isinstance(part, dict)]
-        known = f"it has {', '.join(sections)}{nearest(section, sections)}"
-        return [f"override {override!r}: the recipe has no section {section}; {known}"]
-    return []
+    return []  # a section of another type is refused with the rest of the recipe
 
 
 SMALLEST = {

@@ -182,7 +182,7 @@ def _read(name: str, root: str, download: bool) -> Splits:
         offline = isinstance(error, URLError) or "Error downloading" in str(error)
 
         advice = ""
-        if name not in ("digits", "npz") and not offline:
+        if name in DOWNLOADS and not offline:
             advice = "; data.download=true fetches it"
             if there:  # torchvision fetches nothing over an existing file
                 advice = "; remove what is damaged there, and data.download=true fetches it"
@@ -252,3 +252,6 @@ ARRAYS: dict[str, Reader] = {
     "cifar100": torchvision_reader(torchvision.datasets.CIFAR100),
     "npz": read_npz,
 }
+
+DOWNLOADS = ("fashion_mnist", "cifar10", "cifar100")
+"""Sets that `data.download` fetches."""

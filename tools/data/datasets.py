@@ -6,6 +6,7 @@ workers, and see the same images. Batches of a folder come from torch's DataLoad
 list of indices; timm's `create_loader` takes no order from outside.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from itop_prune.topology import seeded
 
 from .arrays import Augmentation, read_arrays
-from .image_folder import read_folder
+from .image_folder import read_folder, read_splits
 from .source import CPU, Batch, DataError, Source
 
 
@@ -27,7 +28,9 @@ class Data:
 
     train: Source
     validation: Source | None
+    """Evaluated after every epoch."""
     test: Source
+    """Evaluated once, at the end; the same as `validation` where a folder has no others."""
     classes: int
     shape: tuple[int, int, int]
     """Channels, height and width of the images that the model gets."""
@@ -70,7 +73,8 @@ def open_data(
     download: bool = False,
     image_size: int = 224,
     train: str = "train",
-    test: str = "val",
+    val: str | None = None,
+    test: str | None = None,
     workers: int = 2,
     device: torch.device = CPU,
     seed: int = 0,
@@ -84,11 +88,14 @@ def open_data(
         batch_size: Images of a batch, per process.
         root: The folder of the data; for "npz" the file.
         eval_batch_size: Images of a batch of validation and test, per process.
-        validation: Number of training images to hold out; the same ones for every seed.
+        validation: Number of training images to hold out and to evaluate after every epoch; the
+            same ones for every seed. 0 takes the images of `val`, if there are any.
         download: Whether torchvision may fetch missing data; existing ones are used as they are.
         image_size: Height and width of a folder's images after the transform.
         train: Subfolder of `root` with the training images of a "folder".
-        test: Subfolder of `root` with the test images of a "folder".
+        val: Subfolder of a "folder" that is evaluated after every epoch; "val" if there is one.
+        test: Subfolder that is evaluated once, at the end; "test" if there is one, else that of
+            `val`.
         workers: Processes that load the images of a "folder".
         device: Device of the batches.
         seed: Seed of order and augmentation.
@@ -98,20 +105,26 @@ def open_data(
     Raises:
         DataError: Files are missing, damaged, too few, or do not fit together.
     """
+    if validation and val:
+        raise DataError(
+            f"data.validation holds out {validation} training images, and data.val names others; "
+            "leave one of them out"
+        )
     options = augment or {}
     training: Any
+    held_out: Any = None
     testing: Any
     shape: tuple[int, int, int]
     if name == "folder":
-        training, testing = (
-            read_folder(Path(root) / part, image_size, workers, device, seed, options)
-            for part in (train, test)
+        read = functools.partial(
+            read_folder,
+            image_size=image_size,
+            workers=workers,
+            device=device,
+            seed=seed,
+            options=options,
         )
-        if training.classes != testing.classes:
-            raise DataError(
-                f"{root}: {train} and {test} hold different classes; "
-                "they must have the same subfolders"
-            )
+        training, held_out, testing = read_splits(Path(root), train, val, test, read)
         classes, shape = len(training.classes), (3, image_size, image_size)
     else:
         augmentation = Augmentation(**options)
@@ -122,7 +135,6 @@ def open_data(
         raise DataError(
             f"data.validation is {validation}, and there are {len(training)} training images"
         )
-    held_out = None
     if validation:
         order = torch.randperm(len(training), generator=seeded(CPU, "validation"))
         held_out = training.take(order[:validation])

@@ -81,6 +81,35 @@ def ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def read_splits(
+    root: Path, train: str, val: str | None, test: str | None, read: Callable[[Path], Folder]
+) -> tuple[Folder, Folder | None, Folder]:
+    """Read the folders for training, for every epoch, and for the end.
+
+    Unless they are named, these are "val", if there is one, and "test", or else that of `val`.
+
+    Raises:
+        DataError: As `read_folder`, or their classes differ.
+    """
+    val_root = root / (val or "val")
+    default = root / "test" if (root / "test").is_dir() else val_root
+    test_root = root / test if test else default
+
+    training = read(root / train)
+    validation = read(val_root) if val or val_root.is_dir() else None
+    testing = validation if test_root == val_root else None
+    if testing is None:
+        testing = read(test_root)
+
+    for path, split in ((val_root, validation), (test_root, testing)):
+        if split is not None and split.classes != training.classes:
+            raise DataError(
+                f"{root / train} and {path} hold different classes; they must have the same "
+                "subfolders"
+            )
+    return training, validation, testing
+
+
 def read_folder(
     root: Path,
     image_size: int,
@@ -97,7 +126,8 @@ def read_folder(
     """
     if not root.is_dir():
         raise MissingData(
-            f"{root} is not a folder; data.root, data.train and data.test say where the images are"
+            f"{root} is not a folder; data.root, data.train, data.val and data.test say where the "
+            "images are"
         )
     try:
         reader = timm.data.create_dataset("", root=str(root)).reader

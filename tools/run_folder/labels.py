@@ -18,11 +18,14 @@ SHOWN = {  # metric: label, format
     "images_per_second": ("images/s", "{:,.0f}"),
 }
 
+UNITS = {"train_flops": " × dense"}
+"""What text adds to a number whose label does not say what it is a share of."""
+
 
 def labelled(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Write label and text of the metrics that are there, in the order of `SHOWN`."""
     return [
-        (label, form.format(metrics[key]))
+        (label, form.format(metrics[key]) + UNITS.get(key, ""))
         for key, (label, form) in SHOWN.items()
         if metrics.get(key) is not None
     ]

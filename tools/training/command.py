@@ -71,7 +71,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seeds", type=int, metavar="N", help="train N seeds in sequence; print mean and spread"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="build, check, print layers and plan; do not train"
+        "--dry-run",
+        action="store_true",
+        help="build, check, print layers and plan; do not train, do not download",
     )
     parser.add_argument(
         "--evaluate",

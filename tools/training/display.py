@@ -25,10 +25,18 @@ from rich.text import Text
 from itop_prune import Summary
 
 from ..run_folder.labels import SHOWN, labelled, summary_line
+from .layer_table import grouped, layer_table
 
 CURVES = ("train_loss", "val_top1", "exploration_rate")
 REFRESH_SECONDS = 0.25
 BARS = "▁▂▃▄▅▆▇█"
+MARGIN = 4
+"""Free columns beside the live display: a terminal writes ^C there, and "^C^C", which would
+otherwise start a line of its own that is not erased."""
+CELL = 24
+"""Columns of a number with its label."""
+LINES_AROUND_TABLE = 10
+"""Title, header and total of the table of layers, the lines after it, and the prompt."""
 
 
 class Display:
@@ -103,14 +111,22 @@ class Display:
         """Print a line, above the live display if there is one."""
         self.console.print(text, markup=False)
 
-    def table(self, summary: Summary) -> None:
-        """Print the table of layers."""
+    def table(self, summary: Summary, whole: str) -> None:
+        """Print the table of layers; on a terminal that it does not fit, layers in groups.
+
+        Args:
+            summary: The counts of the layers.
+            whole: Says where each layer has a row, for the line after groups.
+        """
         if not any(row.masked for row in summary.rows):
             self.say("no masked layers: a dense model")
         elif not is_terminal(self.console):
             self.say(str(summary))
         else:
-            self.console.print(layer_table(summary))
+            shown = grouped(summary, self.console.height - LINES_AROUND_TABLE)
+            self.console.print(layer_table(shown))
+            if shown != summary:
+                self.say(f"{len(summary.rows)} layers in {len(shown.rows)} rows; {whole}")
             for text in (*summary.share(), *summary.cost()):
                 self.say(text)
 
@@ -118,9 +134,11 @@ class Display:
         latest = {**(self._history[-1] if self._history else {}), **metrics}
         cells = [("epoch", f"{metrics['epoch']}/{self._epochs}"), *labelled(latest)]
         texts = [f"[dim]{label}[/] [bold]{text}[/]" for label, text in cells]
-        numbers = Table.grid(padding=(0, 3), expand=True)
-        for start in range(0, len(texts), 4):
-            numbers.add_row(*texts[start : start + 4])
+        width = self.console.width - MARGIN
+        columns = max(1, width // CELL)
+        numbers = Table.grid(padding=(0, 2), expand=True)
+        for start in range(0, len(texts), columns):
+            numbers.add_row(*texts[start : start + columns])
 
         curves = Table.grid(padding=(0, 2))
         for key in CURVES:
@@ -129,24 +147,12 @@ class Display:
                 curves.add_row(f"[dim]{SHOWN[key][0]}[/]", f"[cyan]{sparkline(values)}[/]")
 
         content = Group(numbers, curves, self._progress)
-        return Panel(content, title=Text(self._title), border_style="dim")
+        return Panel(content, title=Text(self._title), border_style="dim", width=width)
 
 
 def is_terminal(console: Console) -> bool:
     """Tell whether a console can be drawn on; FORCE_COLOR does not make a log file a terminal."""
     return console.is_interactive and console.file.isatty()
-
-
-def layer_table(summary: Summary) -> Table:
-    """Build the table of layers for rich."""
-    header, *rows, total = summary.cells()
-    title = f"sparsity {summary.sparsity:.4f}"
-    table = Table(title=title, show_footer=True, header_style="bold", box=None)
-    for index, (name, footer) in enumerate(zip(header, total, strict=True)):
-        table.add_column(name, footer=footer, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def sparkline(values: list[float], width: int = 40) -> str:

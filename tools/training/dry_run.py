@@ -1,5 +1,6 @@
 """Show what a recipe would do, its layers and its plan, without training."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from accelerate import Accelerator
 import itop_prune
 
 from ..config.recipe import Recipe
+from ..data.arrays import DOWNLOADS
 from ..data.source import MissingData
 from ..run_folder.labels import counted
 from .build import build, open_for, steps_per_epoch
@@ -19,10 +21,15 @@ UNKNOWN_STEPS = 10**6
 
 
 def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
-    """Build everything and print layers and plan; report missing data and go on without."""
+    """Build everything and print layers and plan; missing data are not downloaded.
+
+    Raises:
+        MissingData: The run would not find its data. The layers are printed before.
+    """
     data = missing = None
     try:
-        data = open_for(recipe, accelerator)
+        here = replace(recipe, data={**recipe.data, "download": False})
+        data = open_for(here, accelerator)
     except MissingData as error:
         missing = error
 
@@ -34,10 +41,17 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
     example = None
     if data and run.cost:
         example = torch.zeros(1, *data.shape, device=accelerator.device)
-    display.table(itop_prune.summarize(run.unwrapped_model, example_inputs=example))
+    summary = itop_prune.summarize(run.unwrapped_model, example_inputs=example)
+    display.table(summary, "add | cat for a row each")
 
     if missing:
-        display.say(f"the number of steps is not known without the data: {missing}")
+        if not recipe.data.get("download") or recipe.data["name"] not in DOWNLOADS:
+            raise missing
+        root = recipe.data.get("root", "data")
+        display.say(
+            f"{recipe.data['name']} is not in {root} and the run will download it; until then the "
+            "number of steps is not known"
+        )
         return 0
 
     display.say(f"{run.epochs} epochs of {steps} steps, {run.total_steps} in all")

@@ -11,13 +11,14 @@ from torch import nn
 
 import itop_prune
 from itop_prune.files.state_dicts import read_state
+from itop_prune.messages import listed
 
 from ..config.recipe import Recipe, read_recipe
 from ..data.datasets import Data
 from ..data.source import Source
 from ..run_folder.folder import RunError
 from .build import build_model
-from .checkpoint import CheckpointError, check_weights
+from .checkpoint import CheckpointError, Checkpoints, check_weights
 from .stop import StopRequest
 
 
@@ -96,6 +97,8 @@ def load_weights(recipe: Recipe, model: nn.Module, path: Path) -> None:
     Raises:
         RunError: They are missing, damaged, or of another model.
     """
+    check_holds_weights(path)
+
     # Of the two models of a checkpoint, a run tests the average.
     if recipe.ema and (path / "ema.safetensors").exists():
         path = path / "ema.safetensors"
@@ -108,6 +111,25 @@ def load_weights(recipe: Recipe, model: nn.Module, path: Path) -> None:
             model.load_state_dict(read_state(path))
     except (CheckpointError, OSError, ValueError, RuntimeError) as error:
         raise RunError(f"{path} can't be read: {error}") from None
+
+
+def check_holds_weights(path: Path) -> None:
+    """Refuse a folder of seeds, and a run without final weights.
+
+    Raises:
+        RunError: This one is; the message names what may be taken.
+    """
+    if (path / "model.safetensors").exists():
+        return
+
+    seeds = sorted(file.parent for file in path.glob("seed*/recipe.yaml"))
+    if seeds:
+        names = listed(list(map(str, seeds)))
+        raise RunError(f"{path} is a folder of seeds, each with weights of its own; take {names}")
+    if (path / "recipe.yaml").exists():
+        last = Checkpoints(path / "checkpoints", keep=1).last()
+        advice = f"take its last checkpoint, {last}, or go on" if last else "go on"
+        raise RunError(f"{path} is a run that has not ended; {advice} with --resume")
 
 
 def evaluate_only(recipe: Recipe, accelerator: Accelerator, data: Data, path: Path) -> int:

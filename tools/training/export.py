@@ -43,7 +43,7 @@ from ..data.source import CPU, DataError
 from ..run_folder.folder import RunError, in_a_line
 from .build import build_model
 from .checkpoint import save_model
-from .evaluation import load_weights, read_recipe_for_weights
+from .evaluation import check_holds_weights, load_weights, read_recipe_for_weights
 
 TOLERANCE = 1e-4
 """Largest allowed difference of the outputs, as a share of their norm; not with --dtype."""
@@ -135,6 +135,7 @@ def export(args: argparse.Namespace) -> str:
             "of weights"
         )
 
+    check_holds_weights(args.source)
     run = find_run(args.source)
     recipe = read_recipe_for_weights(recipe_path(args, run))
     model = build_model(recipe, None, CPU).eval()

@@ -107,6 +107,11 @@ class Training:
             enabled=self.is_main,
         )
         messages += filter(None, [explain_no_update(self.run, self.recipe)])
+        if self.data.test is self.data.validation:
+            messages.append(
+                "there is no test set: the final accuracy is that of the images of every epoch; "
+                "data.validation=N holds out training images for the epochs instead"
+            )
         for message in messages:
             self.display.say(message)
 
@@ -310,7 +315,8 @@ class Training:
         on_main(self.accelerator, save_result, weights, self.folder / "model.safetensors")
 
         explored = run.regrow.explored if run.regrow else None
-        self.display.table(itop_prune.summarize(run.unwrapped_model, explored))
+        whole = f"{self.folder / 'report.html'} has a row for each"
+        self.display.table(itop_prune.summarize(run.unwrapped_model, explored), whole)
         self.display.finish({**tested, **sparse_numbers(run)}, self.progress.seconds)
         if self.is_main:
             self.display.say(attempt(self.folder))

@@ -102,7 +102,7 @@ seed: -1
         "data.batch_size:",
         "optimizer.lr:",
         "lr_schedule.warmup_epoch:",
-        "model: ",
+        "model.foo:",
         "masks: sparsity",
         "regrow: unknown grow 'gradeint'",
         "seed:",
@@ -128,11 +128,16 @@ def test_an_unknown_key_of_a_section_is_answered_with_the_nearest(path: Path) ->
     assert mistake.endswith(" (nearest: 'method')")
 
 
-@pytest.mark.parametrize("override", ["model.foo=1", "optimizer.foo=1"])
-def test_an_unknown_key_of_an_open_ended_factory_is_caught(path: Path, override: str) -> None:
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [("model.pretraned=true", "pretrained"), ("optimizer.momentun=0.9", "momentum")],
+)
+def test_an_unknown_key_of_an_open_ended_factory_is_answered_with_the_nearest(
+    path: Path, override: str, nearest: str
+) -> None:
     (mistake,) = mistakes_of(path, override)
-    assert mistake.startswith(override.partition(".")[0] + ": ")
-    assert "'foo'" in mistake
+    assert mistake.startswith(f"{override.partition('=')[0]}: unknown key; known are ")
+    assert mistake.endswith(f" (nearest: '{nearest}')")
 
 
 @pytest.mark.parametrize(
@@ -345,22 +350,41 @@ def test_a_number_that_is_text_to_yaml_is_found_in_an_override_and_text_of_digit
     assert read(path, "data.root='2012'").data["root"] == "2012"
 
 
-def test_an_override_of_a_section_that_is_not_there_is_answered_with_the_nearest(
-    path: Path,
-) -> None:
-    (mistake,) = mistakes_of(path, "maks.sparsity=0.5")
-    assert mistake == (
-        "override 'maks.sparsity=0.5': the recipe has no section maks; "
-        "it has model, data, optimizer, lr_schedule, masks, regrow (nearest: 'masks')"
+def test_an_override_begins_a_section_that_the_recipe_lacks(path: Path) -> None:
+    recipe = read(path, "checkpoint.every=2", "checkpoint.keep=3", "ema.decay=0.5")
+    assert (recipe.checkpoint, recipe.ema) == ({"every": 2, "keep": 3}, {"decay": 0.5})
+    dense = ("masks=null", "regrow=null")
+    assert read(path, *dense, "masks.sparsity=0.5").masks == {"sparsity": 0.5}
+    assert mistakes_of(path, *dense, "masks.method=ERK") == (
+        "masks.sparsity: missing; it is needed",
     )
+    assert mistakes_of(path, "checkpoint.evry=2") == (
+        "checkpoint.evry: unknown key; known are every, keep (nearest: 'every')",
+    )
+
+
+@pytest.mark.parametrize(("name", "advice"), [("maks", " (nearest: 'masks')"), ("epochs", "")])
+def test_an_override_of_what_is_no_section_is_answered_with_the_sections(
+    path: Path, name: str, advice: str
+) -> None:
+    (mistake,) = mistakes_of(path, f"{name}.sparsity=0.5")
+    assert mistake.startswith(
+        f"override '{name}.sparsity=0.5': {name} is no section; sections are model, data, "
+    )
+    assert mistake.endswith(f"checkpoint{advice}")
+
+
+def test_an_override_within_a_section_of_another_type_leaves_one_mistake(path: Path) -> None:
+    (mistake,) = mistakes_of(path, "masks=3", "masks.sparsity=0.5", "regrow=null")
+    assert mistake.startswith("masks: is 3; allowed is a mapping")
 
 
 def test_every_wrong_override_is_reported(path: Path) -> None:
     without_value, without_section, not_yaml, unknown = mistakes_of(
-        path, "epochs", "ema.decay=0.5", "seed={", "epcohs=3"
+        path, "epochs", "eam.decay=0.5", "seed={", "epcohs=3"
     )
     assert without_value == "override 'epochs': has no value; write section.key=value"
-    assert without_section.startswith("override 'ema.decay=0.5': the recipe has no section ema; ")
+    assert without_section.startswith("override 'eam.decay=0.5': eam is no section; ")
     assert not_yaml.startswith("override 'seed={': line 1: not YAML: ")
     assert unknown.startswith("epcohs: unknown key")
 

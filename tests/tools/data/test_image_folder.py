@@ -84,6 +84,31 @@ def test_training_and_test_can_be_one_folder(drawn: Path) -> None:
     assert len(open_folder(drawn, train="val", test="val").train) == 8
 
 
+def test_val_is_for_every_epoch_and_test_for_the_end(root: Path) -> None:
+    without = open_folder(root)
+    assert without.validation is without.test
+
+    shutil.copytree(root / "val", root / "test")
+    draw(root / "test" / "cat" / "extra.png", seed=1)
+    both = open_folder(root)
+    assert (len(both.validation or ()), len(both.test)) == (8, 9)
+    named = open_folder(root, test="val")
+    assert named.validation is named.test
+
+    shutil.rmtree(root / "val")
+    only_test = open_folder(root)
+    assert (only_test.validation, len(only_test.test)) == (None, 9)
+    swapped = open_folder(root, val="test", test="train")
+    assert (len(swapped.validation or ()), len(swapped.test)) == (9, 8)
+
+
+def test_training_images_that_are_held_out_leave_val_for_the_end(drawn: Path) -> None:
+    data = open_folder(drawn, validation=3)
+    assert (len(data.train), len(data.validation or ()), len(data.test)) == (5, 3, 8)
+    with pytest.raises(DataError, match=r"data\.validation holds out 3 .* data\.val names others"):
+        open_folder(drawn, validation=3, val="val")
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
 def test_an_image_of_any_mode_has_three_channels(root: Path, mode: str) -> None:
     name = "cat/odd.jpg" if mode == "CMYK" else "cat/odd.png"
@@ -295,8 +320,8 @@ def test_a_missing_folder_names_itself_and_the_keys(root: Path, part: str) -> No
     with pytest.raises(DataError) as caught:
         open_folder(root)
     assert str(caught.value) == (
-        f"{root / part} is not a folder; data.root, data.train and data.test say where the "
-        "images are"
+        f"{root / part} is not a folder; data.root, data.train, data.val and data.test say where "
+        "the images are"
     )
 
 
@@ -306,11 +331,14 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
         open_folder(tmp_path)
 
 
-def test_training_and_test_with_different_classes_are_an_error(root: Path) -> None:
+@pytest.mark.parametrize("has_test", [False, True])
+def test_splits_with_different_classes_are_an_error(root: Path, has_test: bool) -> None:
+    if has_test:
+        shutil.copytree(root / "val", root / "test")
     (root / "val" / "dog").rename(root / "val" / "wolf")
-    with pytest.raises(DataError, match="train and val hold different classes") as caught:
+    with pytest.raises(DataError) as caught:
         open_folder(root)
-    assert str(caught.value).startswith(str(root))
+    assert str(caught.value).startswith(f"{root / 'train'} and {root / 'val'} hold different cla")
 
 
 @NEEDS_DATA

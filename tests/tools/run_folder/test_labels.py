@@ -14,9 +14,10 @@ def test_a_line_has_one_order_and_rounded_numbers() -> None:
         "seconds": 3.0,
         "rate": None,
         "train_loss": 0.51234,
+        "train_flops": 0.05,
     }
-    expected = "loss 0.5123  val top-1 88.12 %  lr 0.1  R_s 0.3100  images/s 12,346"
-    assert summary_line(metrics) == expected
+    expected = "loss 0.5123  val top-1 88.12 %  lr 0.1  R_s 0.3100  train FLOPs 0.0500 × dense"
+    assert summary_line(metrics) == f"{expected}  images/s 12,346"
 
 
 def test_a_loss_that_is_not_finite_is_shown() -> None:

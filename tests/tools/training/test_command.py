@@ -1,8 +1,10 @@
 """The command line of the runner: folders, dry runs, evaluation, launchers, and one clear error."""
 
 import signal
+import sys
 from pathlib import Path
 
+import itop_prune_tools
 import pytest
 from helpers.processes import (
     QUICKSTART,
@@ -73,6 +75,28 @@ def test_a_dry_run_of_data_that_do_not_fit_is_an_error(capsys):
     assert problem in capsys.readouterr().err
 
 
+def test_a_dry_run_without_its_data_prints_layers_and_is_an_error(tmp_path, capsys):
+    missing = tmp_path / "none"
+    folder = f"data={{name: folder, root: {missing}, batch_size: 32}}"
+    for data in (folder, f"data={{name: npz, root: {missing}, batch_size: 32, download: true}}"):
+        assert train.main([QUICKSTART, data, "--dry-run"]) == 1
+        out, err = capsys.readouterr()
+        assert "layers.0.weight" in out
+        assert err.startswith("error: ")
+        assert str(missing) in err
+
+
+def test_a_dry_run_of_data_that_the_run_will_download_says_so_and_downloads_nothing(
+    tmp_path, capsys
+):
+    missing = tmp_path / "none"
+    data = f"data={{name: fashion_mnist, root: {missing}, batch_size: 32, download: true}}"
+    assert train.main([QUICKSTART, data, "model.img_size=28", "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert f"fashion_mnist is not in {missing} and the run will download it" in out
+    assert (err, missing.exists()) == ("", False)
+
+
 # Evaluation
 
 
@@ -105,6 +129,44 @@ def test_evaluate_does_not_need_the_weights_that_the_run_began_with(tmp_path, ca
     recipe = str(tmp_path / "run" / "recipe.yaml")
     found = evaluated(capsys, recipe, "--evaluate", str(tmp_path / "run"))
     assert found[1] == f"{metrics(tmp_path / 'run')[-1]['test_loss']:.4f}"
+
+
+def test_evaluate_names_the_seeds_of_a_folder_and_the_checkpoint_of_an_unfinished_run(
+    tmp_path, capsys
+):
+    seeds = [tmp_path / "run" / f"seed{seed}" for seed in (0, 1)]
+    with stopped_at(50):
+        assert run(seeds[0]) == 130
+    run(seeds[1], "seed=1", "epochs=1")
+    capsys.readouterr()
+
+    assert train.main([QUICKSTART, "--evaluate", str(tmp_path / "run")]) == 1
+    expected = "is a folder of seeds, each with weights of its own; take "
+    assert f"run {expected}{seeds[0]}, {seeds[1]}" in capsys.readouterr().err
+
+    assert train.main([QUICKSTART, "--evaluate", str(seeds[0])]) == 1
+    checkpoint = seeds[0] / "checkpoints" / "step-000000049"
+    expected = f"has not ended; take its last checkpoint, {checkpoint}, or go on with --resume"
+    assert expected in capsys.readouterr().err
+
+    assert train.main([QUICKSTART, "--evaluate", str(tmp_path)]) == 1
+    assert "allowed are a file of weights, and a folder" in capsys.readouterr().err
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("while_it", ["is imported", "runs"])
+def test_ctrl_c_ends_a_command_without_a_traceback(while_it, tmp_path, capsys, monkeypatch):
+    lines = {
+        "is imported": "raise KeyboardInterrupt",
+        "runs": "def main():\n    raise KeyboardInterrupt",
+    }
+    (tmp_path / "slow_command.py").write_text(lines[while_it])
+    monkeypatch.setattr(itop_prune_tools, "__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "itop_prune_tools.slow_command", raising=False)
+    assert itop_prune_tools.run_command("slow_command") == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 # One clear error

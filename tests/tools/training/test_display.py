@@ -8,8 +8,9 @@ import sys
 import pytest
 from helpers import toys
 from itop_prune_tools.run_folder.labels import summary_line
-from itop_prune_tools.training.display import Display, is_terminal, layer_table, sparkline
+from itop_prune_tools.training.display import Display, is_terminal, sparkline
 from rich.console import Console
+from torch import nn
 
 import itop_prune
 
@@ -84,7 +85,7 @@ def test_in_a_pipe_text_and_tables_are_printed_as_they_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     display = Display("runs/x", epochs=3, total_steps=30)
-    display.table(summary())
+    display.table(summary(), "elsewhere")
     display.say("a [bold]b[/bold] [/c] :smile:")
     assert capsys.readouterr().out == f"{summary()}\na [bold]b[/bold] [/c] :smile:\n"
 
@@ -127,7 +128,7 @@ def test_a_dense_model_has_no_table(
     where: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     request.getfixturevalue(where)
-    Display("runs/x", epochs=3, total_steps=30).table(itop_prune.summarize(toys.mlp()))
+    Display("runs/x", epochs=3, total_steps=30).table(itop_prune.summarize(toys.mlp()), "")
     assert plain(capsys.readouterr().out) == "no masked layers: a dense model\n"
 
 
@@ -141,7 +142,7 @@ def test_a_disabled_display_prints_nothing(
         display.step(5, METRICS)
         display.epoch(METRICS)
         display.say("something")
-        display.table(summary())
+        display.table(summary(), "")
         display.finish(METRICS, 3.0)
     assert capsys.readouterr() == ("", "")
 
@@ -210,22 +211,47 @@ def test_on_a_terminal_the_live_display_is_erased_at_the_end(
 
 @pytest.mark.usefixtures("terminal")
 def test_on_a_terminal_the_table_of_layers_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
-    Display("runs/x", epochs=3, total_steps=30).table(summary())
+    Display("runs/x", epochs=3, total_steps=30).table(summary(), "elsewhere")
     out = plain(capsys.readouterr().out)
     assert "sparsity 0.7500" in out
     assert all(row.name in out for row in summary().rows)
+    assert "elsewhere" not in out
 
 
-# The table of layers
-
-
-def test_the_table_of_layers_holds_every_cell_of_the_summary(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.usefixtures("terminal")
+def test_a_table_that_is_higher_than_the_terminal_is_shown_in_groups_that_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Console(width=100, no_color=True, force_terminal=False).print(layer_table(summary()))
-    rows = [text.split() for text in capsys.readouterr().out.splitlines()]
-    for cells in summary().cells():
-        assert [cell for cell in cells if cell] in rows
+    model = nn.Sequential(*(nn.Sequential(*(nn.Linear(8, 8) for _ in range(9))) for _ in range(4)))
+    itop_prune.apply(model, 0.75)
+    found = itop_prune.summarize(model)
+    display = Display("runs/x", epochs=3, total_steps=30)
+    display.table(found, "runs/x/report.html has a row for each")
+    out = plain(capsys.readouterr().out)
+    lines = out.splitlines()
+    assert len(lines) < 40
+    assert lines[-1] == "36 layers in 4 rows; runs/x/report.html has a row for each"
+    assert f"{found.active}" in lines[-2]
+
+    monkeypatch.setenv("LINES", "60")
+    Display("runs/x", epochs=3, total_steps=30).table(found, "elsewhere")
+    out = plain(capsys.readouterr().out)
+    assert all(row.name in out for row in found.rows)
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("columns", [60, 80, 140])
+def test_the_live_display_leaves_room_for_what_a_terminal_writes_at_ctrl_c(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    """Otherwise ^C begins a new line, and the border above is not erased."""
+    monkeypatch.setenv("COLUMNS", f"{columns}")
+    numbers = {**METRICS, "survival": 0.5, "train_flops": 0.05}
+    with Display("runs/x", epochs=3, total_steps=30) as display:
+        display.step(1, numbers)
+    lines = plain(capsys.readouterr().out).splitlines()
+    assert any("train FLOPs 0.0500 × dense" in line for line in lines)
+    assert max(map(len, lines)) == columns - len("^C^C")
 
 
 # Sparklines

@@ -54,7 +54,7 @@ WRONG = {
     "optimizer.fallback_list=[1]": "optimizer: expected str",
     "accelerator={kwargs_handlers: [1]}": "accelerator: Unsupported kwargs handler passed: 1",
     "model.checkpoint_path=none": "the model can't be built: [Errno 2] No such file",
-    'lr_schedule.sched="a\\e[31m"': "Unknown scheduler 'a\\x1b[31m'",
+    'lr_schedule.sched="a\\e[31m"': "timm knows no sched 'a\\x1b[31m'",
     # A pattern that no layer takes
     "masks={sparsity: 0.5, pattern: 1:1000000}": "the pattern 1:1000000 divides no weight",
     # Deep nesting

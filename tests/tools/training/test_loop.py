@@ -215,6 +215,22 @@ def test_a_run_over_a_folder_with_workers_resumes_within_an_epoch(tmp_path):
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_a_folder_with_train_and_val_shows_the_accuracy_of_every_epoch(tmp_path, capsys):
+    for part in ("train", "val"):
+        photos(tmp_path / "photos" / part, 8)
+    data = (
+        f"{{name: folder, root: {tmp_path / 'photos'}, batch_size: 4, image_size: 8, workers: 0}}"
+    )
+    model = "model={model_name: lenet300, img_size: 8, in_chans: 3, num_classes: 2}"
+    assert run(tmp_path / "run", f"data={data}", model, "regrow=null") == 0
+    first, second, test = metrics(tmp_path / "run")
+    assert 0 <= first["val_top1"] <= 100
+    assert (second["val_loss"], second["val_top1"]) == (test["test_loss"], test["test_top1"])
+    out = capsys.readouterr().out
+    assert out.startswith("there is no test set: the final accuracy is that of the images of every")
+    assert out.count("val top-1 ") == 2
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the dense gradient of")  # timm's ResNets begin with scales of 0
 @pytest.mark.skipif(
