@@ -176,8 +176,8 @@ class MaskScheduler:
             )
         if not hasattr(optimizer, "param_groups"):
             raise ValueError(
-                f"optimizer is {type(optimizer).__name__}; allowed is one torch optimizer; of several "
-                "each takes a MaskScheduler of its own, with the masks that it holds"
+                f"optimizer is {type(optimizer).__name__}; allowed is one torch optimizer; of "
+                "several each takes a MaskScheduler of its own, with the masks that it holds"
             )
         self._masks, self._optimizer = dict(masks), optimizer
         self._seed, self._check_ranks = checked_seed(seed), check_ranks

@@ -17,6 +17,8 @@ class Cost:
             ValueError: The model can't be run on one image of this shape.
         """
         self._flops = itop_prune.flops(model, torch.zeros(1, *shape, device=device))
+        self.dense_forward = self._flops.dense_forward
+        """FLOPs of a forward of one image through the dense model."""
         self.measure(model)
 
     def measure(self, model: nn.Module) -> None:
@@ -25,7 +27,7 @@ class Cost:
         densities = {
             name: active / masks[name].size for name, active in active_weights(masks).items()
         }
-        self.forward = self._flops.forward(densities) / max(1, self._flops.dense_forward)
+        self.forward = self._flops.forward(densities) / max(1, self.dense_forward)
         """FLOPs of a forward, divided by those of the dense model."""
 
     def step(self, dense_gradient: bool) -> float:
