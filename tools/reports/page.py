@@ -208,6 +208,8 @@ def final_numbers(history: History) -> str:
     """Write the last numbers, under their names in metrics.jsonl, and the versions."""
     rows = [f"<tr><th>metric</th><th>after epoch {history.epochs[-1]['epoch']:,}</th></tr>"]
     for key, value in history.last.items():
+        if value is None:  # the rate of masks that never move
+            continue
         name, text = html.escape(key), html.escape(f"{rounded(value)} {UNITS.get(key, '')}".strip())
         rows.append(f'<tr><td>{name}</td><td data-number="{name}">{text}</td></tr>')
 
@@ -220,18 +222,14 @@ def final_numbers(history: History) -> str:
     return block("numbers", "Final numbers and versions", content)
 
 
-def rounded(value: object) -> str:
+def rounded(value: float) -> str:
     """Write a number with five significant digits, or up to the unit if it is larger.
 
     >>> rounded(0.004255815534729902), rounded(3880.0494), rounded(123456.78), rounded(3800)
     ('0.0042558', '3,880', '123,457', '3,800')
-    >>> rounded(float("nan")), rounded(None)
-    ('nan', 'None')
+    >>> rounded(float("nan"))
+    'nan'
     """
-    if isinstance(value, int):
-        return f"{value:,}"
-    if not isinstance(value, float):
-        return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}"
 
 
