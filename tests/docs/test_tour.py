@@ -27,7 +27,7 @@ def pictures(cells: list[Any]) -> int:
 
 
 def check_outputs(cells: list[Any]) -> None:
-    """Each cell ran once, in order, without errors and warnings; the numbers are those of a tour."""
+    """Each cell ran once, in order, without errors or warnings, and the model has learned."""
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         for output in cell.outputs:
@@ -41,7 +41,7 @@ def check_outputs(cells: list[Any]) -> None:
     assert trained > 90
     assert loaded == trained
     assert deployed == pytest.approx(trained, abs=0.3)  # one image may round to the other side
-    assert "sparsity 0.9500" in text
+    assert "sparsity 0.9000" in text
 
 
 def test_the_committed_tour_has_the_outputs_of_a_run() -> None:
@@ -64,7 +64,7 @@ def test_without_a_package_the_first_cell_says_in_one_line_what_to_install(
         return None if name in ("numba", "timm") else found(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", without)
-    with pytest.raises(Exception, match="Not installed here: timm, numba") as caught:
+    with pytest.raises(Exception, match="Not installed: timm, numba") as caught:
         exec(CELLS[0].source, {})
     (line,) = caught.value._render_traceback_()  # what Jupyter shows
     assert "%pip install 'itop_prune[train,sparse]'" in line
