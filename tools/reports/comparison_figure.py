@@ -78,8 +78,8 @@ def draw(
     rows = -(-len(names) // columns)
     with style.look():
         shown = against or ("R_s", "FLOPs", "steps")
-        size = {"width": WIDTH, "height": 4.6 + 0.25 * rows}
-        figure, axes = style.panels(len(shown), sharey=True, **size)
+        height = 4.6 + 0.25 * rows
+        figure, axes = style.panels(len(shown), width=WIDTH, height=height, sharey=True)
         for axis, key in zip(axes, shown, strict=True):
             title, label, position = PANELS[key]
             for place, (members, name) in enumerate(zip(groups, names, strict=True)):
