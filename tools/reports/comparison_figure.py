@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patheffects import withStroke
 
 from ..run_folder.folder import RunError
+from ..run_folder.labels import subject
 from . import style
 from .comparison import Runs
 
@@ -28,13 +29,17 @@ def seconds_of(runs: Runs) -> float | None:
     return statistics.mean(runs.seconds) if runs.seconds else None
 
 
-PANELS: dict[str, tuple[str, Callable[[Runs], float | None]]] = {
-    "R_s": ("R_s, share of weights explored", explored_of),
-    "FLOPs": ("training FLOPs, in steps of dense training", lambda runs: runs.dense_steps),
-    "steps": ("training steps", lambda runs: runs.steps),
-    "seconds": ("training time, s", seconds_of),
+PANELS: dict[str, tuple[str, str, Callable[[Runs], float | None]]] = {
+    "R_s": ("Against exploration", "R_s, share of weights explored", explored_of),
+    "FLOPs": (
+        "Against FLOPs",
+        "training FLOPs, in steps of dense training",
+        lambda runs: runs.dense_steps,
+    ),
+    "steps": ("Against steps", "training steps", lambda runs: runs.steps),
+    "seconds": ("Against time", "training time, s", seconds_of),
 }
-"""The label of each panel, and the position of an experiment on its lower axis."""
+"""Title and label of each panel, and the position of an experiment on its lower axis."""
 
 
 def draw(
@@ -73,13 +78,13 @@ def draw(
     rows = -(-len(names) // columns)
     with style.look():
         shown = against or ("R_s", "FLOPs", "steps")
-        size: dict[str, Any] = {"width": WIDTH, "height": 4.6 + 0.25 * rows}
-        figure, axes = style.panels(len(shown), sharey=True, **size)
+        height = 4.6 + 0.25 * rows
+        figure, axes = style.panels(len(shown), width=WIDTH, height=height, sharey=True)
         for axis, key in zip(axes, shown, strict=True):
-            label, position = PANELS[key]
+            title, label, position = PANELS[key]
             for place, (members, name) in enumerate(zip(groups, names, strict=True)):
                 draw_group(axis, members, position, place, name)
-            axis.set(xlabel=label)
+            axis.set(title=title, xlabel=label)
             if key == "R_s":
                 axis.set(xlim=(-0.03, 1.04))
             else:
@@ -87,16 +92,17 @@ def draw(
 
         axes[0].set(ylabel="test top-1, %")
         if vary:
-            write_values(axes[0], PANELS[shown[0]][1], groups, vary)
+            write_values(axes[0], PANELS[shown[0]][2], groups, vary)
 
         handles, texts = axes[0].get_legend_handles_labels()
-        title = f"beside the points: {vary}" if vary else None
+        beside = f"beside the points: {vary}" if vary else None
         place_below: dict[str, Any] = {
             "loc": "outside lower center",
             "ncols": columns,
             "handlelength": 3,
         }
-        figure.legend(handles, texts, title=title, **place_below)
+        figure.legend(handles, texts, title=beside, **place_below)
+        figure.suptitle(title_of(groups), x=0.01, horizontalalignment="left")
         figure.savefig(path, dpi=150)
 
 
@@ -133,16 +139,30 @@ def draw_group(
             axis.axhline(height, color=color, linewidth=1.0, linestyle=(0, (1, 3)), zorder=0.9)
 
 
+def title_of(groups: Sequence[Sequence[Runs]]) -> str:
+    """Name what is compared: model and images if all share them, and what the bars mean."""
+    found = [runs for members in groups for runs in members]
+    subjects = {subject(runs.recipe) if runs.recipe else "" for runs in found}
+    start = f"{subjects.pop()}: test" if len(subjects) == 1 and subjects != {""} else "Test"
+    has_bars = any(len(runs.top1) > 1 for runs in found)
+    return f"{start} accuracy{', mean ± deviation over seeds' if has_bars else ''}"
+
+
 def scale(axis: Axes) -> None:
-    """Make an axis of costs logarithmic, or say that nobody counted them."""
+    """Begin an axis of costs at 0, or make it logarithmic where they differ much.
+
+    If nobody counted them, the panel says so.
+    """
     if not axis.lines:
         axis.text(0.5, 0.5, "not counted", transform=axis.transAxes, ha="center", color=style.GREY)
+        axis.set(xticks=[])
         return
 
-    style.logarithmic(axis, "x")
     low, high = axis.dataLim.intervalx
-    if low == high:
-        axis.set_xlim(low / 2, 2 * high)
+    if high > 5 * low:  # any such span holds two of 1, 2, 5, 10, ...
+        style.logarithmic(axis, "x")
+    else:
+        style.from_zero(axis, 1.15 * high)
 
 
 def write_values(

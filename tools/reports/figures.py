@@ -17,7 +17,7 @@ from .style import BLACK, BLUE, GREY, SKY, VERMILLION
 
 
 class Picture(NamedTuple):
-    """A section of the page: a drawing, or the sentence in place of one."""
+    """A section of the page: a drawing, or the sentence that stands in its place."""
 
     name: str
     """Of its file, without .png."""
@@ -30,24 +30,13 @@ class Picture(NamedTuple):
 
 
 def draw(history: History) -> list[Picture]:
-    """Draw all pictures of a run; if the number of narrow ones is odd, the first is wide."""
+    """Draw all pictures of a run, in their order."""
+    pictures = []
     with style.look():
-        drawn = {name: figure(history) for name, _, _, _, figure in PICTURES}
-        narrow = []
-        for name, _, _, wide, _ in PICTURES:
-            if isinstance(drawn[name], Figure) and not wide:
-                narrow.append(name)
-        widened = narrow[0] if len(narrow) % 2 == 1 else None
-
-        pictures = []
-        for name, title, caption, wide, _ in PICTURES:
-            content = drawn[name]
-            if isinstance(content, Figure):
-                if name == widened:
-                    content.set_size_inches(style.WIDE, content.get_figheight())
-                    wide = True
-                pictures.append(Picture(name, title, caption, wide, style.png(content)))
-            elif content:
+        for name, title, caption, wide, figure in PICTURES:
+            drawn = figure(history)
+            content = style.png(drawn) if isinstance(drawn, Figure) else drawn
+            if content:
                 pictures.append(Picture(name, title, caption, wide, content))
     return pictures
 
@@ -165,8 +154,9 @@ def cost(history: History) -> Figure | str:
         (training, "training so far", "--", BLACK, 1.9),
     ):
         look = {"color": color, "linewidth": width, **style.marked(values)}
-        axes.plot(history.steps, values, line, label=f"{name}, {values[-1]:.4f}", **look)
-    axes.set(ylabel="FLOPs, share of dense", ylim=(0, 1.08 * max(1.0, np.nanmax(training))))
+        label = f"{name}, {values[-1]:.4f} × dense"
+        axes.plot(history.steps, values, line, label=label, **look)
+    axes.set(ylabel="FLOPs, × dense", ylim=(0, 1.08 * max(1.0, np.nanmax(training))))
     style.steps_below(axes, history.end)
     style.legend_below(figure)
     return figure
@@ -208,7 +198,7 @@ PICTURES: tuple[tuple[str, str, str, bool, Callable[[History], Figure | str]], .
     (
         "exploration_by_layer",
         "R_s by layer",
-        "A row per layer, the first on top; darker is more explored.",
+        "A row per layer, the first on top; a stronger colour is more explored.",
         True,
         layer_figures.exploration_map,
     ),
@@ -222,7 +212,7 @@ PICTURES: tuple[tuple[str, str, str, bool, Callable[[History], Figure | str]], .
     (
         "first_layer",
         "Mask of the first masked layer",
-        "As the run left it; darker is more active weights.",
+        "As the run left it; a stronger colour is more active weights.",
         True,
         layer_figures.first_layer,
     ),

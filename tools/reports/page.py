@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..run_folder.history import History
-from ..run_folder.labels import SHOWN, counted
+from ..run_folder.labels import SHOWN, counted, subject
 from .figures import Picture
 from .layer_figures import short
 
@@ -19,6 +19,8 @@ Drawn by itop_prune from recipe.yaml, metrics.jsonl, layers.jsonl and the weight
 <code>python tools/report.py FOLDER</code> draws it again."""
 OPEN_LAYERS = 40
 """A longer table of layers is closed at first."""
+UNITS = {"forward_flops": "× dense", "train_flops": "× dense", "seconds": "s"}
+"""Units of metrics whose names and formats leave them out."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """A browser may load nothing for the page but what is in it."""
 STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
@@ -27,22 +29,20 @@ STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 def page(history: History, pictures: Sequence[Picture]) -> str:
     """Write the page."""
     title = html.escape(history.title)
-    drawn = [section(picture) for picture in pictures if isinstance(picture.content, bytes)]
-    absent = [section(picture) for picture in pictures if isinstance(picture.content, str)]
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en">',
         '<head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
         f"<title>{title}</title><style>{STYLE}</style></head>",
         f'<body><header><h1>{title}</h1><p class="what">{html.escape(describe(history))}</p>',
         *(f'<p class="notice">{html.escape(notice)}</p>' for notice in notices(history)),
         f'<dl class="numbers">{"".join(headline(history))}</dl></header>',
         "<main>",
-        *drawn,
+        *(section(picture) for picture in pictures),
         table_of_layers(history),
-        *absent,
         settings(history),
         final_numbers(history),
         "</main>",
@@ -56,13 +56,9 @@ def page(history: History, pictures: Sequence[Picture]) -> str:
 def describe(history: History) -> str:
     """Describe in a sentence what was trained."""
     recipe = history.recipe
-    model, data = recipe.get("model") or {}, recipe.get("data") or {}
     masks, regrow = recipe.get("masks"), recipe.get("regrow")
-    images = data.get("name", "its data")
-    if images in ("npz", "folder") and data.get("root"):  # these names are file formats
-        images = Path(str(data["root"])).name
 
-    parts = [f"{model.get('model_name', 'a model')} on {images}"]
+    parts = [subject(recipe)]
     if not masks:
         parts.append("dense")
     elif "sparsity" in masks:
@@ -121,7 +117,7 @@ def headline(history: History) -> Iterator[str]:
     for key in ["test_top1" if "test_top1" in last else "val_top1", *shown]:
         if last.get(key) is not None:
             label, form = SHOWN.get(key, (key, "{:.4f}"))
-            yield tile(labels.get(key, label), key, form.format(last[key]))
+            yield tile(labels.get(key, label), key, form.format(last[key]), UNITS.get(key, ""))
 
     if masks and masks.names and history.recipe.get("regrow"):
         made = masks.updates_before + int((masks.steps[1:] <= history.steps[-1]).sum())
@@ -130,9 +126,10 @@ def headline(history: History) -> Iterator[str]:
         yield tile("training took", "seconds", duration(last["seconds"]))
 
 
-def tile(label: str, key: str, text: str) -> str:
-    """Write one of these numbers."""
-    value = f'<dd data-shown="{key}">{html.escape(text)}</dd>'
+def tile(label: str, key: str, text: str, unit: str = "") -> str:
+    """Write one of these numbers, and its unit smaller."""
+    small = f" <small>{html.escape(unit)}</small>" if unit else ""
+    value = f'<dd data-shown="{key}">{html.escape(text)}{small}</dd>'
     return f"<div><dt>{html.escape(label)}</dt>{value}</div>"
 
 
@@ -157,7 +154,7 @@ def section(picture: Picture) -> str:
     """Write a picture with its title, inline, or the sentence in its place."""
     if isinstance(picture.content, str):
         sentence = f"<p>{html.escape(picture.content)}</p>"
-        return block(picture.name, picture.title, sentence, "absent wide")
+        return block(picture.name, picture.title, sentence, "wide" if picture.wide else "")
 
     title, caption = html.escape(picture.title), html.escape(picture.caption)
     data = base64.b64encode(picture.content).decode()
@@ -208,18 +205,32 @@ def settings(history: History) -> str:
 
 
 def final_numbers(history: History) -> str:
-    """Write the last numbers in full, and the versions."""
+    """Write the last numbers, under their names in metrics.jsonl, and the versions."""
     rows = [f"<tr><th>metric</th><th>after epoch {history.epochs[-1]['epoch']:,}</th></tr>"]
     for key, value in history.last.items():
-        name, text = html.escape(key), html.escape(str(value))
+        if value is None:  # the rate of masks that never move
+            continue
+        name, text = html.escape(key), html.escape(f"{rounded(value)} {UNITS.get(key, '')}".strip())
         rows.append(f'<tr><td>{name}</td><td data-number="{name}">{text}</td></tr>')
 
     made_with = (history.beginning or {}).get("made_with", {})
     versions = ""
     if made_with:
         versions = table([("made with", ""), *((key, str(made_with[key])) for key in made_with)])
-    content = f"<table>{''.join(rows)}</table>{versions}"
+    note = '<p class="note">Rounded; metrics.jsonl has all digits of every epoch.</p>'
+    content = f"<table>{''.join(rows)}</table>{note}{versions}"
     return block("numbers", "Final numbers and versions", content)
+
+
+def rounded(value: float) -> str:
+    """Write a number with five significant digits, or up to the unit if it is larger.
+
+    >>> rounded(0.004255815534729902), rounded(3880.0494), rounded(123456.78), rounded(3800)
+    ('0.0042558', '3,880', '123,457', '3,800')
+    >>> rounded(float("nan"))
+    'nan'
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}"
 
 
 def table(rows: Sequence[tuple[str, ...]], total: bool = False) -> str:

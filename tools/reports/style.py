@@ -23,7 +23,7 @@ LINES: tuple[Any, ...] = (
 )
 SHADES: Colormap = LinearSegmentedColormap.from_list("shades", ["#F1EFE8", "#7FA8C9", "#0B2545"])
 """From nothing to all, ever darker: it reads in grey too."""
-HALF, WIDE = 5.7, 11.6
+HALF, WIDE = 5.2, 10.6
 """Inches: of a picture beside another, and of one alone."""
 SETTINGS = {
     "font.family": "DejaVu Sans",
@@ -61,9 +61,16 @@ def panels(
 
 def steps_below(axes: Axes, last: float) -> None:
     """Label the lower axis with optimizer steps, from 0 to the last."""
-    axes.set(xlabel="optimizer steps", xlim=(0, max(1.0, last) * 1.02))
+    axes.set(xlabel="optimizer steps")
+    from_zero(axes, max(1.0, last) * 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def from_zero(axes: Axes, end: float) -> None:
+    """Begin the lower axis at 0, with thousands set apart."""
+    axes.set(xlim=(0, end))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
 def logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:

@@ -1,6 +1,7 @@
-"""Write the metrics of a run as text: a label and a format for each."""
+"""Write a run as text: its metrics, with a label and a format for each, and what it trains."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 SHOWN = {  # metric: label, format
@@ -43,3 +44,18 @@ def counted(number: int, what: str) -> str:
     ('1 update', '1,200 updates')
     """
     return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def subject(recipe: Mapping[str, Any]) -> str:
+    """Name the model of a recipe and its images; own images by their place, if it is known.
+
+    >>> subject({"model": {"model_name": "lenet300"}, "data": {"name": "digits"}})
+    'lenet300 on digits'
+    >>> subject({"model": {"model_name": "vgg"}, "data": {"name": "npz", "root": "/my/cats.npz"}})
+    'vgg on cats.npz'
+    """
+    model, data = recipe.get("model") or {}, recipe.get("data") or {}
+    images = data.get("name", "its data")
+    if images in ("npz", "folder"):  # these names are file formats
+        images = Path(str(data["root"])).name if data.get("root") else "its data"
+    return f"{model.get('model_name', 'a model')} on {images}"

@@ -211,6 +211,43 @@ def test_the_points_are_the_means_and_a_dense_one_is_a_level(tmp_path, figures):
         assert [line.get_ydata() for line in across] == levels
 
 
+def test_the_figure_and_its_panels_have_titles(tmp_path, figures):
+    for name, data in (("dense", "digits"), ("set", "digits"), ("other", "cifar10")):
+        write(tmp_path / name / "seed0", 88.0, data={"name": data})
+    write(tmp_path / "set" / "seed1", 89.0, data={"name": "digits"})
+    dense, of_seeds, other = (tmp_path / name for name in ("dense", "set", "other"))
+    for folders in ((dense,), (dense, of_seeds), (dense, other)):
+        assert compare(*folders, "--picture", "x.png") == 0
+    assert [figure.get_suptitle() for figure in figures] == [
+        "m on digits: test accuracy",
+        "m on digits: test accuracy, mean ± deviation over seeds",
+        "Test accuracy",
+    ]
+    titles = [axis.get_title(loc="left") for axis in figures[0].axes]
+    assert titles == ["Against exploration", "Against FLOPs", "Against steps"]
+
+
+@pytest.mark.parametrize("last", [1200, 1201, 1900, 3000, 5999, 6001, 40000, 1200000])
+def test_an_axis_of_costs_has_several_numbers(tmp_path, figures, last):
+    write(tmp_path / "one" / "seed0", 88.0)
+    write(tmp_path / "two" / "seed0", None)
+    line = {"epoch": 2, "step": last, "test_loss": 0.3, "test_top1": 89.0}
+    Metrics(tmp_path / "two" / "seed0").append(line)
+    assert compare(tmp_path / "one", tmp_path / "two", "--picture", "x.png") == 0
+    axis = figures[0].axes[2]
+    figures[0].draw_without_rendering()
+    low, high = axis.get_xlim()
+    ticks = [
+        tick.label1.get_text()
+        for tick in axis.xaxis.get_major_ticks()
+        if low <= tick.get_loc() <= high
+    ]
+    assert 2 <= len(ticks) <= 7
+    assert len(set(ticks)) == len(ticks)
+    assert "" not in ticks
+    assert low <= 1200 < last + 1 <= high + 1
+
+
 @pytest.mark.parametrize("shared", ["-epochs=2", ""])
 def test_experiments_that_differ_in_one_setting_are_a_line_with_its_values(
     tmp_path, figures, shared

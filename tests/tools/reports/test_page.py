@@ -80,19 +80,22 @@ def test_the_pictures_are_those_of_the_folder_and_not_blank(
 
 
 def test_no_row_of_pictures_has_a_gap(made: dict[str, Path]) -> None:
-    """Two narrow ones stand side by side; of an odd number the first is wide, and drawn as wide."""
-    first_is_wide = set()
+    """Two narrow ones stand side by side; a sentence is as wide as the picture it stands for."""
     for folder in made.values():
         found = Page(folder)
-        shown = ""
-        for section, data in pictures_of(found).items():
-            wide = "wide" in found.sections[section].split()
-            shown += "w" if wide else "n"
-            width, _ = Image.open(io.BytesIO(data)).size
-            assert width == pytest.approx(160 * (style.WIDE if wide else style.HALF), abs=1)
+        shown = "".join("w" if wide else "n" for wide in found.sections.values())
         assert shown.replace("nn", "").strip("w") == ""
-        first_is_wide.add(shown[0] == "w")
-    assert first_is_wide == {True, False}  # both kinds of runs are among these
+        for section, data in pictures_of(found).items():
+            width, _ = Image.open(io.BytesIO(data)).size
+            wide = found.sections[section] == "wide"
+            assert width == pytest.approx(160 * (style.WIDE if wide else style.HALF), abs=1)
+
+
+def test_a_sentence_stands_where_its_picture_would(made: dict[str, Path]) -> None:
+    orders = [list(Page(folder).sections) for folder in made.values()]
+    assert orders[0][:2] == ["accuracy", "loss"]
+    assert all(order == orders[0] for order in orders if "layers" in order)
+    assert Page(made["without validation"]).content["accuracy"].startswith("AccuracyNo images")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,11 +115,21 @@ def test_the_numbers_are_those_of_the_metrics(made: dict[str, Path], kind: str) 
     lines = (made[kind] / "metrics.jsonl").read_text().splitlines()
     last = {**json.loads(lines[-2]), **json.loads(lines[-1])}
     found = Page(made[kind]).content
+    assert all((f"number:{key}" in found) == (last[key] is not None) for key in last)
     for key, value in last.items():
-        assert found[f"number:{key}"] == str(value)
+        if value is None:
+            continue
+        number, _, unit = found[f"number:{key}"].partition(" ")
+        assert float(number.replace(",", "")) == pytest.approx(value, rel=1e-3)
+        assert sum(character.isdigit() for character in number) <= 9, (key, number)
+        assert unit == {"forward_flops": "× dense", "train_flops": "× dense", "seconds": "s"}.get(
+            key, ""
+        )
     assert found["shown:test_top1"] == f"{last['test_top1']:.2f} %"
-    for key in ("sparsity", "exploration_rate", "train_flops"):
+    for key in ("sparsity", "exploration_rate"):
         assert found[f"shown:{key}"] == f"{last[key]:.4f}"
+    for key in ("forward_flops", "train_flops"):
+        assert found[f"shown:{key}"] == f"{last[key]:.4f} × dense"
 
 
 def test_the_settings_are_the_resolved_recipe(made: dict[str, Path]) -> None:

@@ -144,6 +144,9 @@ document.title = `images ${images.length} broken ${broken} overflow ${Math.max(0
 </script></body>"""
 
 
+DARK, LIGHT = (f"--blink-settings=preferredColorScheme={number}" for number in (0, 1))
+
+
 def browse(path: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [
         str(BROWSER),
@@ -184,7 +187,34 @@ def test_in_a_browser_the_page_renders_without_errors(
     assert policy in text
     probed = tmp_path / "probed.html"
     probed.write_text(text.replace(policy, "").replace("</body>", PROBE), encoding="utf-8")
-    for width in (1240, 400):
+    for width in (1240, 500):  # a window of Chromium is at least 500 wide
         found = browse(probed, profile, "--dump-dom", f"--window-size={width},900")
         title = f"<title>images {text.count('<img ')} broken 0 overflow 0</title>"
         assert title in found.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    BROWSER is None, reason="no browser: install chromium to see the report rendered"
+)
+@pytest.mark.parametrize("width", [1240, 400])
+def test_in_a_dark_browser_the_page_and_its_pictures_are_dark_on_one_ground(
+    made: dict[str, Path], tmp_path: Path, width: int
+) -> None:
+    """The frame makes the page narrower than a window can be."""
+    report_file, size = (made["moving"] / "report.html").as_uri(), f"width:{width}px;height:3000px"
+    frame = tmp_path / "frame.html"
+    body = f'<body style="margin:0"><iframe src="{report_file}" style="border:0;{size}">'
+    frame.write_text(body, encoding="utf-8")
+
+    brightness = {}
+    for scheme in (DARK, LIGHT):
+        shot = tmp_path / "shot.png"
+        flags = (scheme, f"--screenshot={shot}", "--window-size=1240,3000", "--hide-scrollbars")
+        browse(frame, tmp_path / "profile", *flags)
+        pixels = np.asarray(Image.open(shot).convert("L"))[:, :width]
+        ground = pixels[2, 2]
+        brightness[scheme] = ground
+        assert (pixels == ground).mean() > 0.7  # pictures share the ground of the page
+    assert brightness[DARK] < 50
+    assert brightness[LIGHT] == 255
