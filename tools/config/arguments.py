@@ -50,7 +50,7 @@ def argument_problems(
         if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         and parameter.name not in given
     }
-    hints = _type_hints(call)
+    hints = type_hints(call)
 
     problems = {}
     for name, parameter in known.items():
@@ -63,21 +63,23 @@ def argument_problems(
         elif name not in known and not open_ended:
             problems[name] = f"unknown key; known are {', '.join(known)}{nearest(name, known)}"
         else:
-            hint = hints.get(name, _type_of_default(known.get(name)))
+            hint = hints.get(name, type_of_default(known.get(name)))
             problem = type_problem(value, hint)
             if problem:
                 problems[name] = problem
     return problems
 
 
-def _type_hints(call: Callable[..., Any]) -> dict[str, Any]:
+def type_hints(call: Callable[..., Any]) -> dict[str, Any]:
+    """Read the types of a call's parameters by name; {} if they can't be resolved."""
     try:
         return typing.get_type_hints(call.__init__ if inspect.isclass(call) else call)
     except (NameError, TypeError):  # annotations that only their own module can resolve
         return {}
 
 
-def _type_of_default(parameter: inspect.Parameter | None) -> Any:
+def type_of_default(parameter: inspect.Parameter | None) -> Any:
+    """Guess the type of a parameter without a hint by its default; Any if it tells nothing."""
     default = parameter.default if parameter else None
     if isinstance(default, (bool, str)):
         return type(default)
@@ -90,7 +92,7 @@ def type_problem(value: object, hint: Any) -> str:
     """Explain why a value is not of a type; "" if it is, or if YAML can't write the type."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     hints = typing.get_args(hint) if is_union else (hint,)
-    kinds = [_yaml_type(part) for part in hints]
+    kinds = [yaml_type(part) for part in hints]
 
     if isinstance(value, str) and str not in kinds and _reads_as_number(value):
         number = float(value)
@@ -122,7 +124,7 @@ def type_problem(value: object, hint: Any) -> str:
     return ""
 
 
-def _yaml_type(hint: Any) -> Any:
+def yaml_type(hint: Any) -> Any:
     """Find the type of `PLAIN` that a hint stands for.
 
     Returns:
