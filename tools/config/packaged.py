@@ -1,11 +1,9 @@
-"""The recipes that come with the runner, by name."""
+"""The recipes that come with the runner, by name. Imports no torch: a list of names is quick."""
 
 import difflib
 from pathlib import Path
 
 import itop_prune_recipes
-
-from itop_prune.messages import listed
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -51,4 +49,4 @@ def nearest_recipes(name: str, known: dict[str, Path]) -> str:
     """Suggest the names that contain `name`, or else those most similar to it, or return ""."""
     similar = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     found = [other for other in known if name.lower() in other] or similar
-    return f" (nearest: {listed(found, most=3)})" if found else ""
+    return f" (nearest: {', '.join(found[:3])})" if found else ""

@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.argv[0] = f"itop-prune {name}"  # how the parser of the subcommand names itself
     try:
         module = importlib.import_module(f"itop_prune_tools.{command.module}")
-        return module.main([*arguments, *command.adds])
+        status = module.main([*arguments, *command.adds])
+        sys.stdout.flush()
+        return status
     except ModuleNotFoundError as error:
         advice = "pip install 'itop_prune[train]' installs all that itop-prune needs"
         print(f"error: {error}; {advice}", file=sys.stderr)
