@@ -23,7 +23,7 @@ PACKAGE_ORDER = [set(line.split(", ")) for line in MAP.split("```")[1].split("\n
 TOOLS_ORDER = [
     {"config", "data", "models"},
     {"run_folder", "training", "reports"},
-    {"benchmarks", "checks"},
+    {"benchmarks", "checks", "console"},
 ]
 
 

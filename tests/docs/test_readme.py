@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from itop_prune_tools.config.packaged import packaged_recipes
+from itop_prune_tools.console.command import main as console
 from torch import nn
 
 import itop_prune
@@ -198,6 +200,34 @@ def test_a_command_of_tools_parses(command, capsys, monkeypatch, tmp_path):
     is_missing = "resnet50" in " ".join(command) and "train is not a folder; " in printed.err
     assert ended.value.code == is_missing or ended.value.code is None, printed.err
     assert [flag for flag in flags if flag not in printed.out] == []
+
+
+def console_commands() -> list[list[str]]:
+    """Collect every command of `itop-prune`, also behind a launcher, without redirections."""
+    found = []
+    for command in commands():
+        for start in ("itop-prune", "itop_prune_tools"):
+            if start in command:
+                words = command[command.index(start) + 1 :]
+                found.append(words[: words.index(">")] if ">" in words else words)
+    return found
+
+
+def test_there_are_commands_of_the_console():
+    assert {command[0] for command in console_commands()} >= {"train", "recipes", "evaluate"}
+
+
+@pytest.mark.parametrize("command", console_commands(), ids=" ".join)
+def test_a_command_of_the_console_has_its_recipe_and_its_flags(command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["itop-prune"])
+    name, *arguments = command
+    if name == "train":
+        assert arguments[0] in packaged_recipes()
+    with pytest.raises(SystemExit) as ended:
+        console([name, "--help"])
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    assert [word for word in arguments if word.startswith("--") and word not in printed] == []
 
 
 # Names, links and pictures

@@ -216,7 +216,7 @@ def test_a_recipe_is_sound_says_how_to_run_it_and_survives_being_written_resolve
     path: Path, tmp_path: Path
 ) -> None:
     recipe = read_recipe(path)
-    assert f"accelerate launch tools/train.py {path.relative_to(ROOT)}" in path.read_text()
+    assert f"itop-prune train {path.stem}" in path.read_text()
     again = tmp_path / "again.yaml"
     again.write_text(recipe.as_yaml())
     assert read_recipe(again) == recipe

@@ -130,7 +130,7 @@ def type_problem(value: object, hint: Any) -> str:
     """Explain why a value is not of a type; "" if it is, or if YAML can't write the type."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     hints = typing.get_args(hint) if is_union else (hint,)
-    kinds = [_yaml_type(part) for part in hints]
+    kinds = [yaml_type(part) for part in hints]
 
     if isinstance(value, str) and str not in kinds and _reads_as_number(value):
         number = float(value)
@@ -162,7 +162,7 @@ def type_problem(value: object, hint: Any) -> str:
     return ""
 
 
-def _yaml_type(hint: Any) -> Any:
+def yaml_type(hint: Any) -> Any:
     """Find the type of `PLAIN` that a hint stands for.
 
     Returns:

@@ -44,7 +44,9 @@ class Recipe:
     multiplier: int = 1
     """Extends the training, as in the paper: multiplies epochs and milestones, not warm-up."""
     seed: int = 0
+    """Of the weights, the masks, and the order of the images."""
     loss: Section | None = None
+    """None: cross-entropy."""
     mixup: Section | None = None
     ema: Section | None = None
     augment: Section | None = None
@@ -55,6 +57,7 @@ class Recipe:
     compile: bool = False
     """Whether to torch.compile the model."""
     channels_last: bool = False
+    """Whether weights and images keep the channels of a pixel beside each other in memory."""
     init: str | None = None
     """A dense checkpoint, loaded before the masks are placed."""
     stop_after_bad_losses: int | None = None

@@ -58,6 +58,39 @@ class Data:
         return source.load(batches, None)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of data set, for the reference of recipe keys."""
+
+    names: tuple[str, ...]
+    about: str
+    keys: tuple[str, ...]
+    """Arguments of `open_data` that it uses beside those of every kind."""
+
+
+COMMON_KEYS = ("name", "batch_size", "eval_batch_size", "validation")
+"""Arguments of `open_data` that every kind uses."""
+KINDS = (
+    Kind(("digits",), "1,797 handwritten digits of 8×8 pixels; they come with the runner.", ()),
+    Kind(
+        ("fashion_mnist", "cifar10", "cifar100"),
+        "The data sets of torchvision, in its files.",
+        ("root", "download"),
+    ),
+    Kind(
+        ("npz",),
+        "A NumPy file of your own with x_train, y_train, x_test and y_test: uint8 images of the "
+        "shape [N, H, W] or [N, H, W, C], and a whole number from 0 for each image.",
+        ("root",),
+    ),
+    Kind(
+        ("folder",),
+        "Image files of your own in root/train/CLASS/ and root/val/CLASS/.",
+        ("root", "train", "test", "image_size", "workers"),
+    ),
+)
+
+
 def augmentation_of(section: Mapping[str, Any]) -> Callable[..., Any]:
     """Choose the call of a recipe's section `augment` by its section `data`."""
     return timm.data.create_transform if section.get("name") == "folder" else Augmentation
@@ -83,8 +116,7 @@ def open_data(
     """Open a data set.
 
     Args:
-        name: "npz" is a file of arrays (see `arrays.read_npz`), "folder" a folder of images with
-            one subfolder a class.
+        name: One of these sets, "npz" for a file of arrays, or "folder" for images in files.
         batch_size: Images of a batch, per process.
         root: The folder of the data; for "npz" the file.
         eval_batch_size: Images of a batch of validation and test, per process.

@@ -1,7 +1,7 @@
 r"""Compare finished runs: mean and spread over their seeds, as a Markdown table and a figure.
 
-  python tools/compare.py runs/fashion_mnist_* --picture compare.png
-  python tools/compare.py runs/*set-itop* runs/*dense* --vary multiplier \
+  itop-prune compare runs/fashion_mnist_* --picture compare.png
+  itop-prune compare runs/*set-itop* runs/*dense* --vary multiplier \
       --picture compare.png --names SET-ITOP dense
 
 The figure shows test accuracy against R_s, as in the paper, and against the cost of the training in

@@ -16,7 +16,7 @@ PAPER = "https://arxiv.org/abs/2102.02887"
 FOOTER = f"""R_s is the share of the masked weights that were active at least once:
 <a href="{PAPER}">Liu et al., Do We Actually Need Dense Over-Parameterization?, ICML 2021</a>.
 Drawn by itop_prune from recipe.yaml, metrics.jsonl, layers.jsonl and the weights in the run folder;
-<code>python tools/report.py FOLDER</code> draws it again."""
+<code>itop-prune report FOLDER</code> draws it again."""
 OPEN_LAYERS = 40
 """A longer table of layers is closed at first."""
 UNITS = {"forward_flops": "× dense", "train_flops": "× dense", "seconds": "s"}

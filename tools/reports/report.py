@@ -1,7 +1,7 @@
 """Draw the report of runs: one self-contained page and its pictures, in each run folder.
 
-  python tools/report.py runs/quickstart/seed0       # writes report.html and pictures/*.png there
-  python tools/report.py runs/fashion_mnist_*        # for every seed<k>/ in these
+  itop-prune report runs/quickstart/seed0       # writes report.html and pictures/*.png there
+  itop-prune report runs/fashion_mnist_*        # for every seed<k>/ in these
 
 The runner does the same at the end of a run. This command draws any run folder, also of a run that
 was stopped or is still training. It needs recipe.yaml and metrics.jsonl, and uses layers.jsonl and
@@ -51,7 +51,7 @@ def attempt(folder: Path) -> str:
     try:
         return f"report: {write(folder)}"
     except Exception as error:  # no error in drawing may end a run that is trained and saved
-        again = f"the run itself is whole, and python tools/report.py {folder} tries again"
+        again = f"the run itself is whole, and itop-prune report {folder} tries again"
         return f"no report: {type(error).__name__}: {in_a_line(error)}; {again}"
 
 

@@ -1,9 +1,12 @@
 """Train a recipe: dense, with static masks, or with masks that move.
 
-  accelerate launch tools/train.py recipes/quickstart.yaml
-  accelerate launch tools/train.py recipes/resnet50.yaml data.root=/data/imagenet seed=1
-  torchrun --nproc_per_node 2 tools/train.py recipes/quickstart.yaml   # two processes on a CPU
-  accelerate launch tools/train.py recipes/quickstart.yaml --seeds 3   # seeds 0, 1 and 2
+  itop-prune train quickstart
+  itop-prune train my.yaml data.root=/data/imagenet seed=1
+  itop-prune train quickstart --seeds 3                             # seeds 0, 1 and 2
+  accelerate launch -m itop_prune_tools train quickstart            # as many processes as GPUs
+  torchrun --nproc_per_node 2 -m itop_prune_tools train quickstart  # two, on a CPU too
+
+In a clone, tools/train.py stands for -m itop_prune_tools train.
 
 A run writes into runs/<recipe>[-key=value...]/seed<k>/:
 
@@ -16,7 +19,7 @@ A run writes into runs/<recipe>[-key=value...]/seed<k>/:
   report.html          pictures of all of it
 
 Ctrl-C leaves a checkpoint; the same command with --resume goes on from it. The sections of a
-recipe are keyword arguments; tools/config/sections.py lists the calls they belong to.
+recipe are keyword arguments; itop-prune recipes --keys lists them.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from safetensors import SafetensorError
 
 from itop_prune.distributed import RanksDiffer
 
+from ..config.packaged import find_recipe
 from ..config.recipe import Recipe, RecipeError, read_recipe
 from ..data.source import DataError
 from ..run_folder.folder import RunError, opened, run_folder
@@ -58,7 +62,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", type=Path, help="a YAML file; see recipes/")
+    parser.add_argument(
+        "recipe", type=Path, help="a YAML file, or a name that itop-prune recipes lists"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="replaces a value of the recipe"
     )
@@ -103,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(args: argparse.Namespace) -> int:
     """Read the recipe and do what the command line asks for; return the exit status."""
+    args.recipe = find_recipe(args.recipe)
     if args.evaluate:
         recipe = read_recipe_for_weights(args.recipe, args.overrides)
     else:

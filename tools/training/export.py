@@ -1,10 +1,10 @@
 """Export a model from a run to a file, and check that the file computes the same outputs.
 
-  python tools/export.py runs/quickstart/seed0 digits.safetensors --to dense
-  python tools/export.py runs/quickstart/seed0 small.safetensors --to sparse --dtype float16
-  python tools/export.py runs/quickstart/seed0 digits.onnx --to onnx
-  python tools/export.py runs/quickstart/seed0 digits.pt2 --to torch --deployed
-  python tools/export.py weights.pt digits.onnx --to onnx --recipe recipes/quickstart.yaml
+  itop-prune export runs/quickstart/seed0 digits.safetensors --to dense
+  itop-prune export runs/quickstart/seed0 small.safetensors --to sparse --dtype float16
+  itop-prune export runs/quickstart/seed0 digits.onnx --to onnx
+  itop-prune export runs/quickstart/seed0 digits.pt2 --to torch --deployed
+  itop-prune export weights.pt digits.onnx --to onnx --recipe quickstart
 
   --to dense    .safetensors or .pth: plain weights with zeros under the masks, for timm's
                 `checkpoint_path` and `load_state_dict`
@@ -37,6 +37,7 @@ import itop_prune
 from itop_prune.files.writing import replacing
 from itop_prune.inference.measurement import Report, relative_error
 
+from ..config.packaged import find_recipe
 from ..config.recipe import Recipe, RecipeError
 from ..data.datasets import open_data
 from ..data.source import CPU, DataError
@@ -79,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         type=Path,
-        metavar="YAML",
+        metavar="RECIPE",
         help="recipe of the model, if the source is not in a run folder",
     )
     parser.add_argument(
@@ -166,13 +167,14 @@ def recipe_path(args: argparse.Namespace, run: Path | None) -> Path:
 
     Raises:
         RunError: There is none.
+        FileNotFoundError: The given one does not exist.
     """
     if args.recipe:
-        return args.recipe
+        return find_recipe(args.recipe)
     if run:
         return run / "recipe.yaml"
     raise RunError(
-        f"{args.source} lies in no folder of a run; name the recipe of the model with --recipe YAML"
+        f"{args.source} lies in no folder of a run; name the recipe of the model with --recipe"
     )
 
 

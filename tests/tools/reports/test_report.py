@@ -103,7 +103,7 @@ def test_if_drawing_fails_the_weights_are_saved_and_one_line_says_so(
     assert train(tmp_path / "run", "epochs=1") == 0
     assert saved == ["model.safetensors"]
     said = [line for line in capsys.readouterr().out.splitlines() if "report" in line]
-    again = f"the run itself is whole, and python tools/report.py {tmp_path / 'run'} tries again"
+    again = f"the run itself is whole, and itop-prune report {tmp_path / 'run'} tries again"
     assert said == [f"no report: RuntimeError: no ink; {again}"]
 
 

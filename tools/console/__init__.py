@@ -1,0 +1,1 @@
+"""The command `itop-prune`, which puts the runner's commands under one name."""
