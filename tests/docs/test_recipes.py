@@ -31,8 +31,8 @@ def task(path: Path) -> tuple[str, str]:
     return READ[path]["model"]["model_name"], READ[path]["data"]["name"]
 
 
-# Recipes whose learning rate, smoothing and length are tuned too.
-TUNED = {path for path in FASHION if "sparse-to-sparser" in path.stem}
+# Recipes whose learning rate, schedule, smoothing and length are tuned too.
+TUNED = {path for path in READ if "_tuned_" in path.stem}
 PAIRS = [
     (one, other)
     for one, other in combinations([path for path in READ if path not in TUNED], 2)
@@ -70,7 +70,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def test_there_are_recipes() -> None:
     assert len(READ) >= 30
-    assert (len(FASHION), len(CIFAR)) == (17, 12)
+    assert (len(FASHION), len(CIFAR), len(TUNED)) == (20, 12, 7)
     assert all("lr_schedule" in recipe for recipe in READ.values())
     assert ONE_OF_EACH_MODEL.keys() == {model for model, _ in map(task, READ)}
     compared = {path for pair in PAIRS for path in pair} - set(FASHION)
@@ -115,13 +115,14 @@ def test_recipes_of_one_task_differ_by_whole_sections_of_masks_alone(
 
 @pytest.mark.parametrize("path", sorted(TUNED), ids=stem)
 def test_a_tuned_recipe_says_so_and_keeps_model_data_and_kind_of_optimizer(path: Path) -> None:
-    dense = READ[FOLDER / "fashion_mnist_lenet300_dense.yaml"]
-    recipe = READ[path]
-    assert "tuned too" in path.read_text()
+    recipe, text = READ[path], path.read_text()
+    dense = READ[FOLDER / f"{path.stem.partition('_tuned_')[0]}_tuned_dense.yaml"]
+    assert "tuned too" in text
+    assert "recipes/results/beat_dense.md" in text
     assert {key: recipe[key] for key in ("model", "data", "seed", "multiplier")} == {
         key: dense[key] for key in ("model", "data", "seed", "multiplier")
     }
-    assert {**recipe["optimizer"], "lr": 0.1} == dense["optimizer"]
+    assert {**recipe["optimizer"], "lr": dense["optimizer"]["lr"]} == dense["optimizer"]
 
 
 # --- settings of the paper -----------------------------------------------------------------------
