@@ -165,7 +165,6 @@ def test_the_wheel_alone_trains_evaluates_compares_reports_and_exports(
     assert places.count(str(bin_folder.parent)) == 3
 
     (tmp_path / "my.yaml").write_text(run("itop-prune", "recipes", "quickstart"))
-    assert "2 epochs" in run("itop-prune", "dry-run", "quickstart", "epochs=2")
     assert "test top-1" in run("itop-prune", "train", "quickstart", "epochs=2")
     run("itop-prune", "train", "my.yaml", "epochs=2", "masks.sparsity=0.9")
 
@@ -176,12 +175,8 @@ def test_the_wheel_alone_trains_evaluates_compares_reports_and_exports(
     (tmp_path / one / "seed0" / "report.html").unlink()
     assert run("itop-prune", "report", one) == f"{one}/seed0/report.html\n"
     assert "test_top1" in run("itop-prune", "evaluate", f"{one}/seed0")
-    run("itop-prune", "export", f"{one}/seed0", "digits.safetensors", "--to", "dense")
     run("itop-prune", "export", f"{one}/seed0", "digits.onnx", "--to", "onnx")
 
-    launched = ("-m", "itop_prune_tools", "train", "quickstart", "epochs=1")
-    run("python", "-m", "accelerate.commands.launch", "--cpu", *launched, "--out", "launched")
-    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    run("python", *ranks, *launched, "--out", "two_ranks")
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "-m", "itop_prune_tools")
+    run("python", *launch, "train", "quickstart", "epochs=1", "--out", "launched")
     assert (tmp_path / "launched" / "model.safetensors").exists()
-    assert (tmp_path / "two_ranks" / "model.safetensors").exists()

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough, as in `itop-prune recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # also while packages are imported, which takes seconds
+        print("interrupted", file=sys.stderr)
         return 130
 
 

@@ -18,8 +18,16 @@ from ..training.export import find_run, recipe_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate each run; return the exit status of the first that fails, or 0."""
+    """Evaluate each run; return 0, or the exit status of the first that fails."""
     args = parse(argv)
+    if not args.source.exists():
+        print(
+            f"error: {args.source} does not exist; give a run folder, one of its checkpoints, or a "
+            "file of weights",
+            file=sys.stderr,
+        )
+        return 1
+
     found = folders([args.source])
     for source in found:
         args.source = source

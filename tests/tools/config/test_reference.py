@@ -96,6 +96,8 @@ def test_values_and_meanings_are_in_words() -> None:
 def test_each_kind_of_data_is_explained() -> None:
     known = typing.get_args(inspect.signature(open_data).parameters["name"].annotation)
     assert sorted(name for kind in KINDS for name in kind.names) == sorted(known)
+    given = set(section_calls({})["data"][1])
+    assert keys_of("data").keys() == inspect.signature(open_data).parameters.keys() - given
 
 
 def test_augment_takes_other_keys_for_a_folder() -> None:

@@ -73,6 +73,9 @@ def test_evaluate_needs_no_recipe_for_a_run_and_takes_a_folder_of_seeds(
     assert both.count("test_top1") == 2
     assert one in both
 
+    assert main(["evaluate", "nowhere"]) == 1
+    assert "nowhere does not exist; give a run folder" in capsys.readouterr().err
+
     weights = (tmp_path / "runs/quickstart-epochs=1/seed1/model.safetensors").rename(
         "w.safetensors"
     )
