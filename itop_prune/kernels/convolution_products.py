@@ -2,12 +2,11 @@
 
 import functools
 import math
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from itop_prune.kernels import runtime
@@ -52,11 +51,11 @@ class Plan(NamedTuple):
     """Columns of the narrowest results: the output, and the phases of the input's gradient."""
     ranks: tuple[int, ...]
     """The rank of each place of the kernel: places that read the same phase follow each other."""
-    shifts: NDArray[np.int32]
+    shifts: array
     """By rank: the pixel of a packed channel that the place reads for the first output pixel."""
-    mirrored: NDArray[np.int32]
+    mirrored: array
     """By rank: likewise of the packed gradient, for the first pixel of the phase."""
-    phases: NDArray[np.int32]
+    phases: array
     """The ranks at which each phase begins, and where the last one ends."""
 
     @property
@@ -123,9 +122,9 @@ def make_plan(
         reach=(reach[0], reach[1]),
         narrowest=min([results[1], *(width for width in widths if width)]),
         ranks=tuple(by_rank.index(place) for place in range(len(places))),
-        shifts=np.array(shifts, np.int32),
-        mirrored=np.array(mirrored, np.int32),
-        phases=np.searchsorted(sorted(phase_of), range(stride * stride + 1)).astype(np.int32),
+        shifts=array("i", shifts),
+        mirrored=array("i", mirrored),
+        phases=array("i", (sum(n < phase for n in phase_of) for phase in range(stride**2 + 1))),
     )
 
 
@@ -218,7 +217,7 @@ def forward(
         values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         result.data_ptr(),
-        plan.shifts.ctypes.data,
+        _address(plan.shifts),
         *_sizes(x, plan, order, x_last, channels_last),
         _blocks(x, threads),
     )
@@ -262,9 +261,9 @@ def backward(
             values.data_ptr(),
             for_x.data_ptr(),  # 0 if it is empty
             for_values.data_ptr(),
-            plan.shifts.ctypes.data,
-            plan.mirrored.ctypes.data,
-            plan.phases.ctypes.data,
+            _address(plan.shifts),
+            _address(plan.mirrored),
+            _address(plan.phases),
             *_sizes(x, plan, order, x_last, last),
             *plan.packed_gradient,
             *plan.reach,
@@ -281,6 +280,10 @@ def _stored(images: Tensor) -> tuple[Tensor, bool]:
     if images.is_contiguous(memory_format=torch.channels_last):
         return images, True
     return images.contiguous(), False
+
+
+def _address(numbers: array) -> int:
+    return numbers.buffer_info()[0]
 
 
 def _kind(x: Tensor, plan: Plan) -> Any:

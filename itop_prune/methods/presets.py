@@ -43,7 +43,7 @@ PRESETS: dict[str, Preset] = {
         start=lambda density: 1.0,
     ),
     "Sparse-to-sparser": Preset(
-        90,
+        45,
         {
             "grow": "sampled_gradient",
             "gradient_steps": 5,

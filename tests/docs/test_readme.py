@@ -338,9 +338,8 @@ def test_a_row_of_the_methods_can_be_built(row):
 @pytest.mark.parametrize("row", [row for row in methods() if row[2]], ids=lambda row: row[0])
 def test_a_row_of_the_methods_says_what_its_recipe_does(row):
     name, to_apply, every, to_regrow = row
-    (path,) = (ROOT / "recipes").glob(
-        f"fashion_mnist_lenet300_*98_{name.lower().replace('/', '')}.yaml"
-    )
+    pattern = f"fashion_mnist_lenet300_*98_{name.lower().replace('/', '')}.yaml"
+    path = min((ROOT / "recipes").glob(pattern))  # a tuned one is for names without another
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     given = {} if to_regrow == "the defaults" else arguments_of(to_regrow)
     defaults = {
@@ -349,4 +348,5 @@ def test_a_row_of_the_methods_says_what_its_recipe_does(row):
     }
 
     assert {**defaults, **recipe["regrow"]} == {**defaults, "every": int(every), **given}
-    assert {"method": "ERK", **recipe["masks"]} == {"method": "ERK", **arguments_of(to_apply)}
+    masks = {key: value for key, value in recipe["masks"].items() if key != "storage"}
+    assert {"method": "ERK", **masks} == {"method": "ERK", **arguments_of(to_apply)}

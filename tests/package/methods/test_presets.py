@@ -67,7 +67,7 @@ def test_a_falling_density_starts_above_the_final_one(
 
 
 def test_few_steps_between_updates_sum_up_fewer_gradients() -> None:
-    _, second = itop_prune.preset("Sparse-to-sparser", 0.9, 240)
+    _, second = itop_prune.preset("Sparse-to-sparser", 0.9, 120)
     assert (second["every"], second["gradient_steps"]) == (2, 2)
 
 

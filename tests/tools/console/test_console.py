@@ -125,7 +125,7 @@ def test_a_file_comes_before_a_packaged_recipe_of_its_name(
     ("name", "nearest"),
     [
         ("quikstart", "(nearest: quickstart)"),
-        ("granet", "(nearest: fashion_mnist_lenet300_global98_granet)"),
+        ("granet", "(nearest: fashion_mnist_lenet300_global98_granet, "),
         ("recipes/quickstart.yaml", "the packaged recipe is called quickstart"),
         ("xyz", "itop-prune recipes lists them"),
     ],
