@@ -85,8 +85,9 @@ KINDS = (
     ),
     Kind(
         ("folder",),
-        "Image files of your own in root/train/CLASS/ and root/val/CLASS/.",
-        ("root", "train", "test", "image_size", "workers"),
+        "Image files of your own in root/train/CLASS/, root/val/CLASS/ and root/test/CLASS/. Without "
+        "a folder test, val is the test set.",
+        ("root", "train", "val", "test", "image_size", "workers"),
     ),
 )
 
