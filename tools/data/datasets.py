@@ -85,8 +85,8 @@ KINDS = (
     ),
     Kind(
         ("folder",),
-        "Image files of your own in root/train/CLASS/, root/val/CLASS/ and root/test/CLASS/. Without "
-        "a folder test, val is the test set.",
+        "Image files of your own in root/train/CLASS/, root/val/CLASS/ and root/test/CLASS/. "
+        "Without a folder test, val is the test set.",
         ("root", "train", "val", "test", "image_size", "workers"),
     ),
 )
