@@ -98,6 +98,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--ours", type=Path, metavar="FOLDER", help="folder with seed<k>/ runs of the same recipe"
     )
     args = parser.parse_args(argv)
+    if args.method == "dense" and args.sparsity is not None:
+        parser.error("--sparsity is of masks, and --method dense has none; leave it out")
     if args.seeds < 2:
         parser.error(f"--seeds is {args.seeds}; a deviation needs two, so give a number from 2")
     return args

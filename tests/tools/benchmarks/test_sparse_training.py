@@ -53,7 +53,9 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str, int]]:
     calls: list[tuple[float, str, int]] = []
     real = itop_prune.apply
 
-    def apply(model: nn.Module, sparsity: float, storage: str = "mask") -> object:
+    def apply(
+        model: nn.Module, sparsity: float, method: str = "ERK", storage: str = "mask"
+    ) -> object:
         calls.append((sparsity, storage, torch.get_num_threads()))
         return real(model, sparsity)  # masks, so that no kernel is compiled
 

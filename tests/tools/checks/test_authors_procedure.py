@@ -271,8 +271,9 @@ def test_one_run_and_none_are_refused(set_itop, tmp_path, capsys):
 
 
 def test_what_can_not_be_read_is_said(tmp_path, capsys):
-    assert authors.main(["--method", "dense", "--sparsity", "0.98"]) == 1
-    assert "the recipe has no section masks" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        authors.main(["--method", "dense", "--sparsity", "0.98"])
+    assert "--sparsity is of masks, and --method dense has none" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         authors.main(["--method", "dense", "--seeds", "1"])
     assert "a deviation needs two, so give a number from 2" in capsys.readouterr().err
