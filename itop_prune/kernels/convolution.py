@@ -12,7 +12,8 @@ output pixels:
 With strides s, planes are split first by the phases of row and column: s · s planes a channel,
 in which neighbours are s pixels apart. So all loops read lines that lie one after the other.
 
-Results do not depend on the number of threads. Nothing is checked here: `products.py` checks.
+Results do not depend on the number of threads. Nothing is checked here: `convolution_products.py`
+checks.
 """
 
 # mypy: disable-error-code=no-untyped-def

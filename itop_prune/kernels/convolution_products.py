@@ -150,31 +150,27 @@ def plan_of(
     plan = make_plan(tuple(shape), tuple(x.shape[2:]), stride[0], tuple(padding), tuple(dilation))
     if plan is None:
         return None
-    outputs, channels = shape[:2]
-    packed = channels * plan.stride**2 * math.prod(plan.packed)
-    largest = max(packed, outputs * math.prod(plan.packed_gradient))
-    return plan if largest * LINE <= LARGEST_TILE else None
+    return plan if _tile_bytes(plan) <= LARGEST_TILE else None
 
 
-def order_of(
-    x: Tensor, values: Tensor, positions: Tensor, plan: Plan, bias: Tensor | None = None
-) -> "Order | None":
-    """Find the order of a layer's weights; None if its dense weight computes this input.
+def _tile_bytes(plan: Plan) -> int:
+    """Compute the bytes of a packed tile, of images or of the gradient, whichever is larger."""
+    outputs, channels, _, _ = plan.shape
+    images = channels * plan.stride**2 * math.prod(plan.packed)
+    return LINE * max(images, outputs * math.prod(plan.packed_gradient))
+
+
+def order_of(values: Tensor, positions: Tensor, plan: Plan) -> "Order | None":
+    """Find the order of a layer's weights; None if the layer computes with its dense weight.
 
     Args:
-        x: (images, channels, height, width).
         values: (1, slots).
         positions: (slots,).
         plan: Of this convolution.
-        bias: (outputs,).
 
     Raises:
         ValueError: If positions are outside of the weight, or one has two slots.
     """
-    if bias is not None and bias.shape != plan.shape[:1]:
-        return None
-    if not runtime.can_compute(*((x, values) if bias is None else (x, values, bias))):
-        return None
     return known_order(positions, values.numel(), plan.shape, plan.ranks)
 
 
@@ -205,6 +201,7 @@ def forward(
     result = torch.empty(
         (len(x), plan.shape[0], plan.rows, plan.columns),
         dtype=x.dtype,
+        device=x.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
     threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
@@ -219,7 +216,7 @@ def forward(
         result.data_ptr(),
         _address(plan.shifts),
         *_sizes(x, plan, order, x_last, channels_last),
-        _blocks(x, threads),
+        _blocks(x, threads, plan),
     )
     return result
 
@@ -247,7 +244,8 @@ def backward(
     values = stored(values)
     for_x = torch.empty_like(x) if needs[0] else x.new_empty(0)
     for_values = values.new_zeros(values.shape if needs[1] else 0)
-    for_bias = gradient.sum((0, 2, 3)) if needs[2] else x.new_empty(0)
+    # Image by image: torch splits one large sum by threads.
+    for_bias = gradient.sum((2, 3)).sum(0) if needs[2] else x.new_empty(0)
     if needs[0] or needs[1]:
         threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
         runtime.run(
@@ -267,7 +265,7 @@ def backward(
             *_sizes(x, plan, order, x_last, last),
             *plan.packed_gradient,
             *plan.reach,
-            _blocks(x, threads),
+            _blocks(x, threads, plan),
         )
     return for_x, for_values, for_bias
 
@@ -302,10 +300,13 @@ def _sizes(
     return (*images, *results, order.active, *geometry)
 
 
-def _blocks(x: Tensor, threads: int) -> int:
-    """Choose in how many parts of the channels a tile is computed, for more threads than tiles."""
+def _blocks(x: Tensor, threads: int, plan: Plan) -> int:
+    """Choose in how many parts of the channels a tile is computed, for more threads than tiles.
+
+    Each part packs the whole tile, so together they take no more than the largest tile may.
+    """
     tiles = -(-len(x) * x.element_size() // LINE)
-    return -(-threads // tiles)
+    return min(-(-threads // tiles), max(1, LARGEST_TILE // _tile_bytes(plan)))
 
 
 @functools.cache

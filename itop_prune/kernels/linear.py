@@ -9,7 +9,7 @@ vector.
     values' gradient    weight:    gradient[output] · x[input], over all rows
 
 Results do not depend on the number of threads. Tensors come as addresses of contiguous numbers,
-which costs the least at a call. Nothing is checked here: `products.py` checks.
+which costs the least at a call. Nothing is checked here: `linear_products.py` checks.
 """
 
 # mypy: disable-error-code=no-untyped-def

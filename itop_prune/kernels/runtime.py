@@ -1,7 +1,8 @@
 """What all kernels share: when they compute, in what type, on how many threads.
 
-Layers compute with kernels or with their dense weight by shape and density alone. So all ranks
-decide the same, a resumed run does too, and both round the same.
+Layers compute with kernels or with their dense weight by shapes and density alone, and nothing is
+timed. So ranks with batches of one shape decide the same, a resumed run does too, and both round
+the same.
 """
 
 import functools

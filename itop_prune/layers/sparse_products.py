@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 
 from itop_prune.kernels import convolution_products, linear_products
@@ -82,10 +83,13 @@ def kernel_for(
         order = linear_products.order_of(x, values, positions, layout.shape, bias)
         return None if order is None else Kernel(order, None)
 
-    plan = convolution_products.plan_of(x, layout.shape, *geometry)
-    if plan is None:
+    # First: sizes of traced and faked images may be symbols, which a plan would fix.
+    if not can_compute(*((x, values) if bias is None else (x, values, bias))):
         return None
-    order = convolution_products.order_of(x, values, positions, plan, bias)
+    plan = convolution_products.plan_of(x, layout.shape, *geometry)
+    if plan is None or (bias is not None and bias.shape != layout.shape[:1]):
+        return None
+    order = convolution_products.order_of(values, positions, plan)
     return None if order is None else Kernel(order, plan)
 
 
@@ -100,9 +104,7 @@ def forward(
 ) -> Tensor:
     """Compute the output of a layer: by a kernel if there is one, else by the dense weight."""
     if kernel is not None and kernel.plan is not None:
-        # As torch chooses the memory format of an output.
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        last = last or layout.channels_last
+        last = _is_channels_last(x, layout)
         return convolution_products.forward(x, values, kernel.plan, kernel.order, bias, last)
     if kernel is not None:
         return linear_products.forward(x, values, kernel.order, bias)
@@ -139,6 +141,9 @@ def backward(
     wanted = (needs.x, needs.values and not needs.weight, needs.bias)
     order, plan = kernel
     if plan is not None:
+        # The input's gradient takes the memory format of x.
+        last = _is_channels_last(x, layout)
+        x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         found = convolution_products.backward(gradient, x, values, plan, order, wanted)
     else:
         found = linear_products.backward(gradient, x, values, order, wanted)
@@ -149,6 +154,11 @@ def backward(
     alone = (False, True, False)
     _, for_weight, _ = _dense_backward(gradient, x, None, layout, geometry, alone)
     return for_x, gather(for_weight, positions) if needs.values else None, for_weight, for_bias
+
+
+def _is_channels_last(x: Tensor, layout: Layout) -> bool:
+    """Tell whether torch would give the output of a 2-d convolution channels last."""
+    return layout.channels_last or suggest_memory_format(x) is torch.channels_last
 
 
 def _dense_backward(

@@ -35,7 +35,7 @@ def find_recipe(given: Path) -> Path:
         return known[name]
     if given.stem in known:
         raise FileNotFoundError(
-            f"{given}: no such file; the packaged recipe is called {given.stem}, without a suffix"
+            f"{given}: no such file; the packaged recipe is called {given.stem}, without more"
         )
     if given.suffix or given.exists():
         return given

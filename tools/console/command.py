@@ -47,14 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = COMMANDS[parse(name)]
     sys.argv[0] = f"itop-prune {name}"  # how the parser of the subcommand names itself
     try:
-        module = importlib.import_module(f"itop_prune_tools.{command.module}")
+        try:
+            module = importlib.import_module(f"itop_prune_tools.{command.module}")
+        except ModuleNotFoundError as error:
+            advice = "pip install 'itop_prune[train]' installs all that itop-prune needs"
+            print(f"error: {error}; {advice}", file=sys.stderr)
+            return 1
+
         status = module.main([*arguments, *command.adds])
         sys.stdout.flush()
         return status
-    except ModuleNotFoundError as error:
-        advice = "pip install 'itop_prune[train]' installs all that itop-prune needs"
-        print(f"error: {error}; {advice}", file=sys.stderr)
-        return 1
     except BrokenPipeError:  # the reader has seen enough, as in `itop-prune recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

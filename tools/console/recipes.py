@@ -41,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         try:
             print(find_recipe(args.name).read_text(encoding="utf-8"), end="")
-        except OSError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except FileNotFoundError as error:
+            reason = f"{args.name}: no such file" if error.filename else error
+            print(f"error: {reason}", file=sys.stderr)
             return 1
     return 0
 

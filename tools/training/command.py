@@ -44,7 +44,7 @@ from .evaluation import evaluate_only, read_recipe_for_weights
 from .loop import train
 from .ranks import OtherRankFailed, on_main
 from .seeds import train_seeds
-from .threads import limit_threads
+from .threads import limited_threads
 
 ERRORS = (
     RecipeError,
@@ -131,9 +131,9 @@ def train_recipe(recipe: Recipe, folder: Path, resume: bool) -> int:
     accelerator = make_accelerator(recipe)
     data = open_for(recipe, accelerator)
     run = build(recipe, accelerator, data, steps_per_epoch(data, accelerator))
-    if run.cost:
-        limit_threads(run.cost.dense_forward * data.batch_size)
     with ExitStack() as held:
+        if run.cost and accelerator.device.type == "cpu":
+            held.enter_context(limited_threads(run.cost.dense_forward * data.batch_size))
         on_main(accelerator, held.enter_context, opened(folder, recipe, resume))
         return train(run, recipe, accelerator, data, folder, resume)
 

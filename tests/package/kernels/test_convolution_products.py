@@ -22,7 +22,7 @@ ALL = (True, True, True)
 
 @dataclass
 class Convolution:
-    """A convolution and its images. Free slots hold NaN, which whoever reads them spreads."""
+    """A convolution and its images. Free slots hold NaN; a kernel that reads one spreads it."""
 
     x: Tensor
     values: Tensor
@@ -94,7 +94,7 @@ def convolution_of(
     values = draw(1, len(positions))
     values[0, positions < 0] = torch.nan
 
-    # Around the images lies NaN, which whoever reads it spreads.
+    # Around the images lies NaN; a kernel that reads it spreads it.
     around = torch.full((images + 2, shape[1], *size), torch.nan, dtype=dtype)
     if last:
         around = around.contiguous(memory_format=torch.channels_last)
@@ -234,6 +234,17 @@ def test_results_are_the_same_to_the_last_bit_for_any_number_of_threads(
         expected = expected or found
         assert all(map(torch.equal, found, expected))
     assert set(asked) == {1, most}
+
+
+@pytest.mark.usefixtures("threads_of_torch")
+def test_the_gradient_of_a_single_bias_is_the_same_for_any_number_of_threads() -> None:
+    one = convolution_of(64, (1, 3, 1, 1), (64, 64), dtype=torch.float32)
+    gradient, found = torch.randn(64, 1, 64, 64), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(one.gradients(gradient, (False, False, True))[2])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_images_that_lie_elsewhere_in_memory_compute_the_same() -> None:

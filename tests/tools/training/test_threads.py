@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers.processes import QUICKSTART
 from itop_prune_tools.training import command as train
-from itop_prune_tools.training.threads import limit_threads
+from itop_prune_tools.training.evaluation import evaluate
+from itop_prune_tools.training.threads import limited_threads
 
 
 @pytest.fixture(autouse=True)
@@ -19,13 +20,22 @@ def _four_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("operations", "threads"), [(0, 1), (9.9e7, 1), (2.9e8, 2), (1e12, 4)])
-def test_threads_follow_the_work_and_are_never_more_than_before(
+def test_threads_follow_the_work_are_never_more_than_before_and_come_back(
     operations: float, threads: int
 ) -> None:
-    limit_threads(operations)
-    assert torch.get_num_threads() == threads
+    with limited_threads(operations):
+        assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 4
 
 
-def test_the_quickstart_takes_one_thread(tmp_path: Path) -> None:
+def test_the_quickstart_takes_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def note(*arguments: object) -> object:
+        seen.append(torch.get_num_threads())
+        return evaluate(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("itop_prune_tools.training.loop.evaluate", note)
     assert train.main([QUICKSTART, "epochs=1", "--out", str(tmp_path / "run")]) == 0
-    assert torch.get_num_threads() == 1
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 4
