@@ -128,10 +128,17 @@ def _refused(
 
     problems: list[str] = []
     for key, error in errors.items():
-        arguments = {key: section[key]}
-        # Some arguments need others, as timm's out_indices needs features_only.
-        if error is None or _error_of(call, {**needed, **sound, **arguments}) is None:
+        if error is None:
             continue
+
+        # Some arguments need others: timm's out_indices needs features_only, density and
+        # final_sparsity need each other.
+        arguments = {key: section[key]}
+        partners = [{other: section[other]} for other in errors if other not in {key, *sound}]
+        beside = [{**needed, **sound, **partner, **arguments} for partner in ({}, *partners)]
+        if any(_error_of(call, given) is None for given in beside):
+            continue
+
         problem = ""
         if not isinstance(error, ValueError):
             problem = refused_argument(key, section[key], error, reached())
