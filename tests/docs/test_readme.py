@@ -242,6 +242,19 @@ def test_every_file_that_is_named_exists():
     assert [name for name in sorted(named | links | pictures) if not (ROOT / name).exists()] == []
 
 
+def test_links_of_all_other_pages_lead_to_files():
+    pages = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+    for folder in ("itop_prune", "tools", "recipes", "recipes/results"):
+        pages += (ROOT / folder).glob("*.md")
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        for name in re.findall(r"recipes/results/[\w-]+\.md", recipe.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{recipe.name}: {name}"
+
+
 def pictures() -> list[tuple[str, str]]:
     of_markdown = [(path, alt) for alt, path in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", README)]
     of_html = [
