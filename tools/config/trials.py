@@ -136,11 +136,9 @@ def _refused(
         arguments = {key: section[key]}
         partners = [{other: section[other]} for other in errors if other not in {key, *sound}]
         beside = [{**needed, **sound, **partner, **arguments} for partner in ({}, *partners)]
-        found = [error for given in beside if (error := _error_of(call, given))]
-        if len(found) < len(beside):
+        if any(_error_of(call, given) is None for given in beside):
             continue
 
-        error = found[0]
         problem = ""
         if not isinstance(error, ValueError):
             problem = refused_argument(key, section[key], error, reached())
