@@ -441,45 +441,17 @@ def backward(
 ):
     """Compute the gradients of input and values; one whose address is 0 is not computed.
 
-    Arguments that `forward` has too mean the same.
+    There is at least one image. Beside the arguments of `forward`, which mean the same, there are:
 
-    Args:
-        kind: See there.
-        gradient: images * outputs * rows * columns; it is read.
-        x: See there.
-        starts: See there.
-        others: See there.
-        slots: See there.
-        input_starts: `Order.by_input.starts`, with ranks likewise.
-        input_others: `Order.by_input.others`.
-        input_slots: `Order.by_input.slots`.
-        values: See there.
-        for_x: As x; it is written.
-        for_values: slots; written but for free slots.
-        shifts: See there.
-        mirrored: `Plan.mirrored`.
-        phases: `Plan.phases`.
-        images: At least 1; see there.
-        channels: See there.
-        height: See there.
-        width: See there.
-        x_last: See there.
-        outputs: See there.
-        rows: See there.
-        columns: See there.
-        last: As `x_last`, of the gradient.
-        active: See there.
-        places: See there.
-        s: See there.
-        top: See there.
-        left: See there.
-        hq: See there.
-        wq: See there.
-        hg: Rows of a packed gradient.
-        wg: Columns of a packed gradient.
-        qy: Rows above the gradient's own.
-        qx: Columns before the gradient's own.
-        blocks: In how many parts of the channels a tile is computed.
+    - gradient: images * outputs * rows * columns; it is read. `last` is about it.
+    - input_starts, input_others, input_slots: `Order.by_input`, with ranks likewise.
+    - for_x: as x; it is written.
+    - for_values: slots; written but for free slots.
+    - mirrored, phases: `Plan.mirrored`, `Plan.phases`.
+    - hg, wg: rows and columns of a packed gradient.
+    - qy, qx: rows above and columns before the gradient's own.
+
+    `blocks` is in how many parts of the channels a tile is computed.
     """
     needs_x, needs_values = for_x != 0, for_values != 0
     for_x, nothing = pointer(kind, for_x), pointer(kind, 0)

@@ -19,8 +19,8 @@ import itop_prune
 from itop_prune.inference.measurement import interleave
 
 from ..models import registration as models  # noqa: F401  (registers VGG-C and ResNet-34 with timm)
-from .measure import CPU, Measured, Settings, seconds
-from .sparse_training import Step, turn
+from .measure import CPU, Measured, Settings
+from .sparse_training import Step, layer_step, turn
 from .steps import Training
 
 Method = Literal["ERK", "uniform"]
@@ -41,15 +41,8 @@ class Single:
         if sparsity:
             itop_prune.apply(layer, sparsity, method=method, storage="sparse")
         shape = (self.batch, self.channels, self.pixels, self.pixels)
-        x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
-        gradient = torch.randn(shape).contiguous(memory_format=layout)
-
-        def forward_and_backward() -> None:
-            layer(x).backward(gradient)
-            layer.zero_grad()
-            x.grad = None
-
-        return functools.partial(seconds, forward_and_backward)
+        x, gradient = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
+        return layer_step(layer, x, gradient)
 
 
 @dataclass(frozen=True)

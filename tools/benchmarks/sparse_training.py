@@ -64,15 +64,20 @@ class Layer:
         layer = nn.Linear(self.inputs, self.outputs)
         if sparsity:
             itop_prune.apply(layer, sparsity, storage=storage)
-        x = torch.randn(self.rows, self.inputs, requires_grad=True)
-        gradient = torch.randn(self.rows, self.outputs)
+        x = torch.randn(self.rows, self.inputs)
+        return layer_step(layer, x, torch.randn(self.rows, self.outputs))
 
-        def forward_and_backward() -> None:
-            layer(x).backward(gradient)
-            layer.zero_grad()
-            x.grad = None
 
-        return functools.partial(seconds, forward_and_backward)
+def layer_step(layer: nn.Module, x: torch.Tensor, gradient: torch.Tensor) -> Step:
+    """Make a step of one layer: a forward, and the gradients of input, weight and bias."""
+    x.requires_grad_()
+
+    def forward_and_backward() -> None:
+        layer(x).backward(gradient)
+        layer.zero_grad()
+        x.grad = None
+
+    return functools.partial(seconds, forward_and_backward)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ CURVES = ("train_loss", "val_top1", "exploration_rate")
 REFRESH_SECONDS = 0.25
 BARS = "▁▂▃▄▅▆▇█"
 MARGIN = 4
-"""Free columns beside the live display: a terminal writes ^C there, and "^C^C", which would
-otherwise start a line of its own that is not erased."""
+"""Free columns beside the live display, where a terminal writes ^C or ^C^C. Without them that would
+start a line of its own, which is not erased."""
 CELL = 24
 """Columns of a number with its label."""
 LINES_AROUND_TABLE = 10
