@@ -6,7 +6,7 @@ r"""Compare finished runs: mean and spread over their seeds, as a Markdown table
 
 The figure shows test accuracy against R_s, as in the paper, and against the cost of the training in
 FLOPs and in steps; --against seconds takes the time of the training. A line joins experiments whose
-recipes differ in the setting of --vary alone.
+recipes differ in the settings of --vary alone. The first of them stands beside each point.
 """
 
 import argparse
@@ -188,14 +188,14 @@ def dense_twin(runs: Runs, found: Sequence[Runs]) -> Runs | None:
     return None
 
 
-def families(found: Sequence[Runs], vary: str | None) -> list[list[Runs]]:
-    """Group experiments whose recipes differ in one setting alone, in the order of its values.
+def families(found: Sequence[Runs], vary: Sequence[str]) -> list[list[Runs]]:
+    """Group experiments whose recipes differ in some settings alone, in the order of the first.
 
-    Without a setting each experiment is a group.
+    Without settings each experiment is a group.
 
     >>> rates = ("1e-1", "0.05", "1e-3")
     >>> runs = [Runs(rate, {"lr": float(rate)}, *[[]] * 5, steps=9, seconds=[]) for rate in rates]
-    >>> [[member.name for member in members] for members in families(runs, "lr")]
+    >>> [[member.name for member in members] for members in families(runs, ["lr"])]
     [['1e-3', '0.05', '1e-1']]
     """
     if not vary:
@@ -203,10 +203,10 @@ def families(found: Sequence[Runs], vary: str | None) -> list[list[Runs]]:
 
     groups: dict[str, list[Runs]] = {}
     for place, runs in enumerate(found):
-        key = without(runs.recipe, vary) if runs.setting(vary) else f"alone {place}"
+        key = without(runs.recipe, *vary) if runs.setting(vary[0]) else f"alone {place}"
         groups.setdefault(key, []).append(runs)
     for members in groups.values():
-        members.sort(key=lambda runs: (as_number(runs.setting(vary)), runs.setting(vary)))
+        members.sort(key=lambda runs: (as_number(runs.setting(vary[0])), runs.setting(vary[0])))
     return list(groups.values())
 
 
@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .comparison_figure import draw  # needs matplotlib, which the table does without
 
         groups = families(found, options.vary)
-        draw(groups, options.picture, options.vary, options.names, options.against)
+        draw(groups, options.picture, next(iter(options.vary), None), options.names, options.against)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -262,7 +262,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--picture", type=Path, metavar="FILE", help="draw a figure too: .png, .svg or .pdf"
     )
     parser.add_argument(
-        "--vary", metavar="KEY", help="join experiments that differ in a setting: regrow.every"
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="join experiments that differ in these settings alone: epochs regrow.every",
     )
     parser.add_argument(
         "--names", nargs="+", metavar="NAME", help="name the experiments of the figure, in order"

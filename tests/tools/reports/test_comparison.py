@@ -269,6 +269,21 @@ def test_experiments_that_differ_in_one_setting_are_a_line_with_its_values(
     assert figures[0].legends[0].get_title().get_text() == "beside the points: regrow.every"
 
 
+def test_a_line_joins_experiments_that_differ_in_two_settings(tmp_path, figures):
+    """The interval grows with the length; the dense runs have none."""
+    for epochs in (20, 5):
+        recipe = {"regrow": {"every": 10 * epochs}, "masks": {"sparsity": 0.9}}
+        write(tmp_path / f"set-epochs={epochs}" / "seed0", 80.0, epochs / 20, epochs=epochs, **recipe)
+        write(tmp_path / f"dense-epochs={epochs}" / "seed0", 85.0, 1.0, epochs=epochs)
+    folders = sorted(tmp_path.iterdir())
+    assert compare(*folders, "--vary", "epochs", "regrow.every", "--picture", "x.png") == 0
+    panel = figures[0].axes[0]
+    lines = {line.get_label(): line.get_xdata().tolist() for line in panel.lines}
+    assert lines["set"] == [0.25, 1.0]
+    assert [text.get_text() for text in panel.texts] == ["5", "20"] * 2
+    assert figures[0].legends[0].get_title().get_text() == "beside the points: epochs"
+
+
 def test_the_experiments_of_a_figure_can_be_named(tmp_path, capsys):
     for name in ("a_dense", "a_erk98_set-itop-regrow.every=100"):
         write(tmp_path / name / "seed0", 80.0)
