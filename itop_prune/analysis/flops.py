@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from itop_prune.layers.handle import active_weights, find_masks
-from itop_prune.layers.maskable import refuse_deployed, unwrap
+from itop_prune.layers.handle import active_weights, find_masks, refuse_deployed
+from itop_prune.layers.maskable import unwrap
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from itop_prune.analysis.flops import FLOPs, flops
 from itop_prune.kernels import runtime
-from itop_prune.layers.handle import ITOP, active_weights, find_masks
+from itop_prune.layers.handle import ITOP, active_weights, find_masks, refuse_deployed
 from itop_prune.layers.maskable import (
     count_matrix_weights,
-    refuse_deployed,
     tied_to_embedding,
     unwrap,
     walk,

@@ -1,11 +1,10 @@
-"""Copy a masked model for inference and give each layer its fastest kernel."""
+"""Copy a masked model for inference, with the layers in sparse storage that are faster so."""
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.analysis.flops import run
-from itop_prune.inference.kernels import KERNELS, ROW_KERNELS
 from itop_prune.inference.measurement import (
     Choice,
     Report,
@@ -22,66 +20,56 @@ from itop_prune.inference.measurement import (
     relative_error,
     tensors_in,
 )
-from itop_prune.inference.sparse_layers import (
-    SparseLinear,
-    kernels_for,
-    obstacle,
-    replace,
-    sparse,
-)
-from itop_prune.kernels.runtime import is_installed
+from itop_prune.kernels.runtime import has_numba, uses_kernels
 from itop_prune.layers.handle import find_masks, remove
 from itop_prune.layers.maskable import Target, unwrap
+from itop_prune.layers.masked_layer import attach_sparse
+from itop_prune.layers.sparse_products import can_take_kernels, forward_of
 from itop_prune.messages import nearest
 
-CHOICES = ("dense", *KERNELS, *ROW_KERNELS)
+CHOICES = ("dense", "sparse")
 TOLERANCE = 1e-5
 """The largest relative error of outputs."""
 CLEARLY = 1.05
-"""A kernel must be so many times as fast as the dense layer to take its place."""
-HOPELESS = 3.0
-"""A kernel that takes so many times as long in its first calls is not measured closer."""
+"""A sparse layer must be so many times as fast as the dense one to take its place."""
 
 
 def deploy(
     model: nn.Module, example_inputs: Any, *, choices: Sequence[str] | None = None
 ) -> nn.Module:
-    """Copy a masked model for inference, each layer computed in the fastest way measured.
+    """Copy a masked model for inference on a CPU, each layer dense or sparse, whichever is faster.
 
-    A linear layer or a convolution takes a sparse kernel if that is clearly faster on the inputs
-    that the layer gets here. The whole model stays dense if it is not faster in the end. Some
-    layers always stay dense: grouped, transposed and weight-standardized convolutions, recurrent
-    layers, and subclasses. So do weights that a parent reads or that are not float32.
-
-    The kernels are "csr", "embedding_bag" and "numba". The last one is for linear layers on the
-    CPU, and needs Numba (`pip install 'itop_prune[sparse]'`). Numba compiles it at the first use in
-    an environment, which takes some seconds. Its calls from several threads take turns.
+    A sparse layer holds its active weights alone, as in `apply(..., storage="sparse")`. It is
+    timed beside the dense one on the inputs that the layer gets here, if kernels can compute it
+    (`pip install 'itop_prune[sparse]'`): linear layers and 2-d convolutions of one group, in
+    float32 or float64, that are sparse enough. All others stay dense. The whole model stays dense
+    if it is not faster in the end. Kernels are compiled at the first use in an environment, which
+    takes some seconds.
 
     Args:
-        model: Masked by `itop_prune.apply` or `load`, on the CPU or a GPU; wrapped or not. It is
-            left as it was.
+        model: Masked by `itop_prune.apply` or `load`, on the CPU; wrapped or not. It is left as it
+            was.
         example_inputs: What its forward takes, a tensor or a tuple of arguments, of the sizes that
             should be fast.
-        choices: What each layer may choose from; None: "dense" and all kernels that are installed.
-            Without "dense" every layer takes a kernel if it can, even a slower one.
+        choices: What each layer may choose from, "dense" and "sparse"; None: both. With "sparse"
+            alone every masked weight is held sparse, even where that is slower.
 
     Returns:
         The copy, without masks, in evaluation mode; no parameter requires a gradient. It computes
         inputs of other sizes too. `print(copy.report)` shows what was chosen. `torch.export.export`
-        and `torch.onnx.export` take the copy on the CPU, and write only the active weights of
-        sparse layers. A program of torch.export computes with these alone; onnxruntime makes dense
-        layers of them once, when it loads the file.
+        and `torch.onnx.export` take the copy. They write only the active weights of sparse layers.
+        What they wrote makes the dense weights of them and computes with these.
 
     Raises:
-        ValueError: The model has no masks, is not on one device or can't be run with these inputs;
-            or a choice is unknown or not installed.
+        ValueError: The model has no masks, is not on the CPU or can't be run with these inputs; or
+            a choice is unknown.
 
     >>> import itop_prune
     >>> model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
     >>> masks = itop_prune.apply(model, sparsity=0.9)
-    >>> deployed = deploy(model, torch.zeros(1, 64), choices=("csr",))
-    >>> [choice.kernel for choice in deployed.report.choices]
-    ['csr', 'csr']
+    >>> deployed = deploy(model, torch.zeros(1, 64), choices=("sparse",))
+    >>> [choice.storage for choice in deployed.report.choices]
+    ['sparse', 'sparse']
     """
     choices = _checked(choices)
     _check(model)
@@ -97,20 +85,17 @@ def deploy(
     with torch.no_grad():
         expected = run(dense, clone_tensors(arguments))
         rows = _choose(deployed, targets, arguments, choices)
-        for row, (layer, _) in zip(rows, targets.values(), strict=True):
-            if row.kernel != "dense":
-                replace(layer, sparse(layer, row.kernel))
-        _keep_transposed(deployed, arguments)
+        for row, (layer, tensor) in zip(rows, targets.values(), strict=True):
+            if row.storage == "sparse":
+                _make_sparse(layer, tensor)
 
         error = relative_error(deployed(*clone_tensors(arguments)), expected)
         inputs = clone_tensors(arguments)
         models = {"dense": lambda: dense(*inputs), "deployed": lambda: deployed(*inputs)}
-        seconds = interleaved_times(
-            models, at_least=11, within=1.0, reduce=median, wait=_wait_for(deployed)
-        )
+        seconds = interleaved_times(models, at_least=11, within=1.0, reduce=median)
 
     fallback = ""
-    if all(row.kernel == "dense" for row in rows):
+    if all(row.storage == "dense" for row in rows):
         seconds["deployed"] = seconds["dense"]  # both are the same model
     elif math.isnan(error):
         fallback = "all of it dense: no numbers in the outputs, or NaN, to compare"
@@ -120,7 +105,9 @@ def deploy(
         fallback = f"all of it dense: it would take {1e3 * seconds['deployed']:.3f} ms"
     if fallback:
         deployed, error, seconds["deployed"] = dense, 0.0, seconds["dense"]
-        rows = [dataclasses.replace(row, kernel="dense", seconds=row.dense_seconds) for row in rows]
+        rows = [
+            dataclasses.replace(row, storage="dense", seconds=row.dense_seconds) for row in rows
+        ]
 
     deployed.report = Report(  # type: ignore[assignment]
         choices=tuple(rows),
@@ -135,9 +122,9 @@ def deploy(
 
 
 def _checked(choices: Sequence[str] | None) -> Sequence[str]:
-    """Check choices; None stands for all that are installed."""
+    """Check choices; None stands for all."""
     if choices is None:
-        return CHOICES if is_installed() else ("dense", *KERNELS)
+        return CHOICES
     if isinstance(choices, str) or not choices:
         raise ValueError(
             f"choices is {choices!r}; allowed are some of {', '.join(CHOICES)}, as a tuple"
@@ -147,11 +134,6 @@ def _checked(choices: Sequence[str] | None) -> Sequence[str]:
             raise ValueError(
                 f"unknown choice {choice!r}; known are {', '.join(CHOICES)}"
                 f"{nearest(choice, CHOICES)}"
-            )
-        if choice in ROW_KERNELS and not is_installed():
-            raise ValueError(
-                f"choice {choice!r} needs Numba, which is not installed; allowed without it are "
-                f"dense, {', '.join(KERNELS)}: leave it out, or pip install 'itop_prune[sparse]'"
             )
     return choices
 
@@ -169,12 +151,11 @@ def _check(model: nn.Module) -> None:
             "another name"
         )
 
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if len(devices) != 1 or {device.type for device in devices} - {"cpu", "cuda"}:
-        where = ", ".join(sorted(map(str, devices)))
+    devices = {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}
+    if devices != {"cpu"}:
         raise ValueError(
-            f"the model is on {where}; allowed is one device, the CPU or a GPU: call model.to(...) "
-            "first"
+            f"the model is on {', '.join(sorted(devices))}; allowed is the CPU, for which the "
+            "kernels are: call model.cpu() first"
         )
 
 
@@ -184,118 +165,80 @@ def _choose(
     arguments: tuple[Any, ...],
     choices: Sequence[str],
 ) -> list[Choice]:
-    """Choose kernels: run the model once and time all kernels of a layer on its inputs."""
-    calls: dict[nn.Module, list[dict[str, float]]] = {}
-
-    def measure(
-        layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor
-    ) -> None:
-        seconds = _seconds(layer, (*inputs, *named.values()), output, choices)
-        calls.setdefault(layer, []).append(seconds)
-
-    reasons = {name: obstacle(*place) for name, place in targets.items()}
-    layers = [layer for name, (layer, _) in targets.items() if not reasons[name]]
-    hooks = [layer.register_forward_hook(measure, with_kwargs=True) for layer in layers]
+    """Choose storages: run the model once and time layers on the inputs that they get."""
+    sparse = {place: _sparse_copy(*place) for place in targets.values()}
+    reasons = {place: _why_dense(*place, sparse[place]) for place in sparse}
+    seconds: dict[Target, dict[str, float]] = {}
+    hooks = []
+    for place, reason in reasons.items():
+        if not reason and "sparse" in choices:
+            measure = functools.partial(_measure, sparse[place], seconds.setdefault(place, {}))
+            hooks.append(place[0].register_forward_hook(measure, with_kwargs=True))
     model(*clone_tensors(arguments))
     for hook in hooks:
         hook.remove()
 
     rows = []
-    for name, (layer, tensor) in targets.items():
-        # A layer may be called several times; a kernel counts if it could compute every call.
-        found = calls.get(layer, [])
-        seconds = {}
-        for kernel in CHOICES:
-            if found and all(kernel in call for call in found):
-                seconds[kernel] = sum(call[kernel] for call in found)
-
-        dense = seconds.pop("dense", 0.0)
-        kernel = min(seconds, key=seconds.__getitem__, default="dense")
-        if "dense" in choices and seconds and dense < CLEARLY * seconds[kernel]:
-            kernel = "dense"
-
-        why = reasons[name]
-        if not why and not found:
+    for name, place in targets.items():
+        found, why = seconds.get(place, {}), reasons[place]
+        if found == {} and place in seconds:
             why = "not called: what holds it reads its weight"
-        weight = layer.get_parameter(tensor)
+        faster = bool(found) and found["dense"] >= CLEARLY * found["sparse"]
+        storage = "sparse" if faster or "dense" not in choices else "dense"
+        weight = place[0].get_parameter(place[1])
         rows.append(
             Choice(
                 name=name,
                 shape=tuple(weight.shape),
                 density=int(weight.count_nonzero()) / weight.numel(),
-                kernel=kernel,
-                dense_seconds=dense,
-                seconds=seconds.get(kernel, dense),
+                storage=storage,
+                dense_seconds=found.get("dense", 0.0),
+                seconds=found.get(storage, 0.0),
                 why=why,
             )
         )
     return rows
 
 
-def _seconds(
-    layer: nn.Module, inputs: tuple[Any, ...], output: Tensor, choices: Sequence[str]
-) -> dict[str, float]:
-    """Time one call of a layer, dense and with each kernel that gives the same output."""
-    functions = {"dense": functools.partial(layer.forward, *inputs)}
-    for kernel in kernels_for(layer):
-        if kernel not in choices:
-            continue
-        with contextlib.suppress(RuntimeError):  # this torch has no such product for this layer
-            function = functools.partial(sparse(layer, kernel).forward, *inputs)
-            if relative_error(function(), output) <= TOLERANCE:
-                functions[kernel] = function
-
-    timed = functools.partial(interleaved_times, reduce=min, wait=_wait_for(layer))
-    if "dense" in choices:
-        first = timed(functions, at_least=2, within=0.0)
-        limit = HOPELESS * first["dense"]
-        functions = {name: call for name, call in functions.items() if first[name] <= limit}
-    return timed(functions, at_least=7, within=0.05)
+def _make_sparse(layer: nn.Module, tensor: str) -> None:
+    """Let a layer hold the active weights of a dense parameter alone."""
+    attach_sparse(layer, tensor, layer.get_parameter(tensor) != 0)
 
 
-def _wait_for(model: nn.Module) -> Callable[[], object]:
-    """Make a function that waits until the device of a model has computed all."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if tensors[0].is_cuda:
-        return functools.partial(torch.cuda.synchronize, tensors[0].device)
-    return lambda: None
+def _sparse_copy(layer: nn.Module, tensor: str) -> nn.Module:
+    made = copy.deepcopy(layer)
+    _make_sparse(made, tensor)
+    return made
 
 
-def _keep_transposed(model: nn.Module, arguments: tuple[Any, ...]) -> None:
-    """Let a linear layer leave its output transposed if the next linear layer takes it so.
+def _why_dense(layer: nn.Module, tensor: str, sparse: nn.Module) -> str:
+    """Say why kernels can't compute a layer, or ""."""
+    kind = type(layer).__name__
+    if tensor != "weight" or forward_of(type(layer)) is None or "forward" in vars(layer):
+        package = type(layer).__module__.partition(".")[0]
+        return f"{package}'s {kind} computes in a way of its own"
+    if not can_take_kernels(sparse):
+        return f"no kernel computes such a {kind}"
+    weight = layer.get_parameter(tensor)
+    if weight.dtype not in (torch.float32, torch.float64):
+        return f"{weight.dtype}, not float32 or float64"
+    if not uses_kernels(weight.shape, int(weight.count_nonzero())):
+        return "too many active weights for a kernel"
+    return "" if has_numba() else "Numba is not installed"
 
-    The product of a sparse layer gives columns, and a layer takes columns. Between two layers that
-    are called one after the other, with only elementwise functions between, two transposes can be
-    left out. All layers try it, and those keep it whose output arrives transposed. It is done only
-    for inputs of the shapes in the example.
-    """
-    layers = [layer for layer in model.modules() if type(layer) is SparseLinear]
-    if not layers:
-        return
 
-    called: list[tuple[SparseLinear, torch.Size]] = []
-    arrived: set[tuple[SparseLinear, torch.Size]] = set()
-
-    def note(layer: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        x = (*inputs, *named.values())[0]
-        fits = called and called[-1][0].out_features == layer.in_features < x.numel()
-        if fits and x.reshape(-1, layer.in_features).t().is_contiguous():
-            arrived.add(called[-1])
-        called.append((layer, x.shape))
-
-    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    model(*clone_tensors(arguments))
-    kept, tried = set(called), set[tuple[SparseLinear, torch.Size]]()
-    while kept != tried:
-        tried = set(kept)
-        called.clear()
-        arrived.clear()
-        for layer in layers:
-            layer.keeps_transposed = {shape for keeper, shape in kept if keeper is layer}
-        try:
-            model(*clone_tensors(arguments))
-            kept &= arrived
-        except RuntimeError:  # a view of a transposed output, most likely of the last layer
-            kept = kept - {called[-1]} if called[-1] in kept else set()
-    for hook in hooks:
-        hook.remove()
+def _measure(
+    sparse: Any,
+    seconds: dict[str, float],
+    layer: nn.Module,
+    inputs: tuple[Any, ...],
+    named: dict[str, Any],
+    output: Tensor,
+) -> None:
+    """Time one call of a layer, dense and sparse, and add to the seconds of its calls."""
+    functions = {
+        "dense": functools.partial(layer.forward, *inputs, **named),
+        "sparse": functools.partial(sparse.forward, *inputs, **named),
+    }
+    for kind, taken in interleaved_times(functions, at_least=7, within=0.05, reduce=min).items():
+        seconds[kind] = seconds.get(kind, 0.0) + taken

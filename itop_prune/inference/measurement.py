@@ -18,8 +18,8 @@ class Choice:
     name: str
     shape: tuple[int, ...]
     density: float
-    kernel: str
-    """One of `itop_prune.inference.deployment.CHOICES`."""
+    storage: str
+    """ "dense" or "sparse"."""
     dense_seconds: float
     """Time of the dense layer in one forward; 0 if it was not measured."""
     seconds: float
@@ -58,7 +58,7 @@ class Report:
         for row in self.choices:
             shape = "×".join(map(str, row.shape))
             numbers = _numbers(row.dense_seconds, row.seconds)
-            lines.append((row.name, shape, f"{row.density:.4f}", row.kernel, *numbers, row.why))
+            lines.append((row.name, shape, f"{row.density:.4f}", row.storage, *numbers, row.why))
 
         numbers = _numbers(self.dense_seconds, self.seconds)
         lines.append(("whole model", "", "", "", *numbers, self.fallback))
@@ -118,7 +118,6 @@ def interleaved_times(
     at_least: int,
     within: float,
     reduce: Callable[[list[float]], float],
-    wait: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Time functions in rounds, as `interleave` calls them, and reduce the seconds of each.
 
@@ -127,15 +126,12 @@ def interleaved_times(
         at_least: Number of rounds to take.
         within: Go on for so many seconds, up to 1000 rounds.
         reduce: What the rounds of a function are reduced with: `min`, `statistics.median`.
-        wait: Called before the clock is read, for a device that computes on its own.
     """
 
     def timer(function: Callable[[], object]) -> Callable[[], float]:
         def seconds() -> float:
-            wait()
             began = time.perf_counter()
             function()
-            wait()
             return time.perf_counter() - began
 
         return seconds

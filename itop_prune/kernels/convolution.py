@@ -151,7 +151,7 @@ def convolve(
     row_step,
     y,
     rows,
-    columns,
+    length,
     starts,
     places,
     low,
@@ -164,21 +164,21 @@ def convolve(
     bias,
     block,
 ):
-    """block[f, row, column] = bias[f] + the sum of value * tile[row, column, offset].
+    """block[f, row, i] = bias[f] + the sum of value * tile[row, i + offset], for i < length.
 
-    Feature f has the weights from starts[f * places + low] to starts[f * places + high].
+    Feature f has the weights from starts[f * places + low] to starts[f * places + high]. Rows that
+    are shorter than a vector are written over by the next one, and the last one over its end.
     """
-    line, count = numbers(kind, LINE), numbers(kind, kind)
-    wide = count // line
+    wide = numbers(kind, kind)
     for r in range(rows):
-        for begin in range(0, columns, wide):
-            c = min(begin, columns - wide)
-            base = (y + r) * row_step + c * line
+        for begin in range(0, length, wide):
+            i = max(0, min(begin, length - wide))
+            base = (y + r) * row_step + i
             for f in range(first, last):
                 sums = full(kind, at(bias, f) if biased else 0, kind)
                 for k in range(at(starts, f * places + low), at(starts, f * places + high)):
                     sums = add_product(sums, at(values, k), load(tile, base + at(offsets, k), kind))
-                store(block, (((f - first) * rows + r) * columns + c) * line, sums)
+                store(block, ((f - first) * rows + r) * length + i, sums)
 
 
 @njit(**FAST)
@@ -365,7 +365,7 @@ def forward(
                 wq * line,
                 y,
                 high,
-                columns,
+                columns * line,
                 starts,
                 1,
                 0,
@@ -522,7 +522,7 @@ def backward(
                             wg * line,
                             y,
                             count,
-                            x1 - x0,
+                            (x1 - x0) * line,
                             input_starts,
                             places,
                             low,

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 LINE = 64
 """Bytes of a packed pixel: one number for each image of a tile."""
 LARGEST_TILE = 1 << 28
-"""Bytes of a packed tile. Images that need more are computed with the dense weight."""
+"""Bytes of a packed tile. Images that need more are taken in bands."""
+BAND = 1 << 18
+"""Bytes that a packed band should have, so that it stays in the second cache level."""
+WIDTHS = (64, 128, 256)
+"""Bytes of the vectors that go over a band."""
 
 
 class Plan(NamedTuple):
@@ -27,6 +31,9 @@ class Plan(NamedTuple):
 
     Padding is part of the packed images. With a stride s they are split into s * s phases, by
     the remainders of row and column. A place (dy, dx) of the kernel reads one of them, shifted.
+
+    Many images are packed whole, several in a tile (`convolution.py`). Of few images bands of rows
+    are packed, one by one (`convolution_rows.py`).
     """
 
     shape: tuple[int, int, int, int]
@@ -41,10 +48,12 @@ class Plan(NamedTuple):
     top: int
     left: int
     """Padding."""
+    band: int
+    """Rows of a result, or of a phase, that are computed of a packed band; 0 for whole images."""
     packed: tuple[int, int]
-    """Rows and columns of a phase."""
+    """Rows and columns of a phase, or of its band."""
     packed_gradient: tuple[int, int]
-    """Rows and columns of a packed gradient."""
+    """Rows and columns of a packed gradient, or of its band."""
     reach: tuple[int, int]
     """Rows above and columns before the gradient's own in a packed gradient."""
     narrowest: int
@@ -71,6 +80,7 @@ def make_plan(
     stride: int,
     padding: tuple[int, int],
     dilation: tuple[int, int],
+    band_numbers: int = 0,
 ) -> Plan | None:
     """Plan a convolution of one group; None if the kernel is larger than the padded image.
 
@@ -80,6 +90,7 @@ def make_plan(
         stride: In both directions.
         padding: Rows above and below, columns before and after.
         dilation: In both directions.
+        band_numbers: How many numbers a packed band should have; 0 for whole images.
     """
     kernel = shape[2:]
     padded = [n + 2 * p for n, p in zip(size, padding, strict=True)]
@@ -95,6 +106,11 @@ def make_plan(
     of_gradient = [
         far + max(n, last + 1) for far, n, last in zip(reach, results, lasts, strict=True)
     ]
+    band = 0
+    if band_numbers:
+        row = max(shape[1] * stride**2 * packed[1], shape[0] * of_gradient[1])
+        band = min(max(1, band_numbers // row - reach[0]), max(results[0], lasts[0] + 1))
+        packed[0] = of_gradient[0] = band + reach[0]
 
     places = [
         (y * dilation[0], x * dilation[1]) for y in range(kernel[0]) for x in range(kernel[1])
@@ -117,6 +133,7 @@ def make_plan(
         stride=stride,
         top=padding[0],
         left=padding[1],
+        band=band,
         packed=(packed[0], packed[1]),
         packed_gradient=(of_gradient[0], of_gradient[1]),
         reach=(reach[0], reach[1]),
@@ -136,28 +153,30 @@ def plan_of(
     dilation: Sequence[int],
     groups: int,
 ) -> Plan | None:
-    """Plan a convolution of these images; None if kernels can't compute it, or had better not.
+    """Plan a convolution of these images; None if kernels can't compute it.
 
-    A tile holds 16 images in float32. A batch that fills less than half of one is faster with the
-    dense weight.
+    A tile holds 16 images in float32. A batch that fills less than half of one is taken in bands.
     """
     if len(shape) != 4 or groups != 1 or x.ndim != 4 or x.shape[1] != shape[1]:
         return None
-    lanes = LINE // x.element_size()
-    if stride[0] != stride[1] or 2 * x.shape[0] < lanes or min(padding) < 0:
+    if stride[0] != stride[1] or not len(x) or min(padding) < 0:
         return None
 
-    plan = make_plan(tuple(shape), tuple(x.shape[2:]), stride[0], tuple(padding), tuple(dilation))
-    if plan is None:
-        return None
-    return plan if _tile_bytes(plan) <= LARGEST_TILE else None
+    size = x.element_size()
+    geometry = (tuple(shape), tuple(x.shape[2:]), stride[0], tuple(padding), tuple(dilation))
+    if 2 * size * len(x) >= LINE:
+        plan = make_plan(*geometry)
+        if plan is None or _tile_bytes(plan, size) <= LARGEST_TILE:
+            return plan
+    return make_plan(*geometry, BAND // size)
 
 
-def _tile_bytes(plan: Plan) -> int:
-    """Compute the bytes of a packed tile, of images or of the gradient, whichever is larger."""
+def _tile_bytes(plan: Plan, size: int) -> int:
+    """Compute the bytes of what is packed, of images or of the gradient, whichever is larger."""
     outputs, channels, _, _ = plan.shape
     images = channels * plan.stride**2 * math.prod(plan.packed)
-    return LINE * max(images, outputs * math.prod(plan.packed_gradient))
+    pixel = size if plan.band else LINE
+    return pixel * max(images, outputs * math.prod(plan.packed_gradient))
 
 
 def order_of(values: Tensor, positions: Tensor, plan: Plan) -> "Order | None":
@@ -206,7 +225,7 @@ def forward(
     )
     threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
     runtime.run(
-        _kernels().forward,
+        _kernels(plan.band > 0).forward,
         threads,
         _kind(x, plan),
         x.data_ptr(),
@@ -216,6 +235,7 @@ def forward(
         result.data_ptr(),
         _address(plan.shifts),
         *_sizes(x, plan, order, x_last, channels_last),
+        *([plan.band] if plan.band else []),
         _blocks(x, threads, plan),
     )
     return result
@@ -249,7 +269,7 @@ def backward(
     if needs[0] or needs[1]:
         threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
         runtime.run(
-            _kernels().backward,
+            _kernels(plan.band > 0).backward,
             threads,
             _kind(x, plan),
             gradient.data_ptr(),
@@ -265,6 +285,7 @@ def backward(
             *_sizes(x, plan, order, x_last, last),
             *plan.packed_gradient,
             *plan.reach,
+            *([plan.band] if plan.band else []),
             _blocks(x, threads, plan),
         )
     return for_x, for_values, for_bias
@@ -285,7 +306,10 @@ def _address(numbers: array) -> int:
 
 
 def _kind(x: Tensor, plan: Plan) -> Any:
-    """Choose vectors of one, two or four pixels."""
+    """Choose the size of vectors: one, two or four pixels of a tile, or up to a whole band."""
+    if plan.band:
+        length = ((plan.band - 1) * plan.packed[1] + plan.columns) * x.element_size()
+        return kind_of(x.dtype, next((width for width in WIDTHS if width >= length), WIDTHS[-1]))
     pixels = next(pixels for pixels in (4, 2, 1) if pixels <= plan.narrowest)
     return kind_of(x.dtype, pixels * LINE)
 
@@ -305,13 +329,14 @@ def _blocks(x: Tensor, threads: int, plan: Plan) -> int:
 
     Each part packs the whole tile, so together they take no more than the largest tile may.
     """
-    tiles = -(-len(x) * x.element_size() // LINE)
-    return min(-(-threads // tiles), max(1, LARGEST_TILE // _tile_bytes(plan)))
+    size = x.element_size()
+    tiles = len(x) * -(-plan.rows // plan.band) if plan.band else -(-len(x) * size // LINE)
+    return min(-(-threads // tiles), max(1, LARGEST_TILE // _tile_bytes(plan, size)))
 
 
 @functools.cache
-def _kernels() -> Any:
+def _kernels(of_bands: bool) -> Any:
     """Import the kernels; they are compiled at their first call, once in an environment."""
-    from itop_prune.kernels import convolution
+    from itop_prune.kernels import convolution, convolution_rows
 
-    return convolution
+    return convolution_rows if of_bands else convolution

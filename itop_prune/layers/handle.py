@@ -276,6 +276,19 @@ def find_masks(model: nn.Module) -> dict[str, ITOP]:
     return masks
 
 
+def refuse_deployed(model: nn.Module) -> None:
+    """Refuse a model for inference: sparse layers without masks.
+
+    Raises:
+        ValueError: `itop_prune.deploy` made it.
+    """
+    if any(sparse_names(layer) for layer in model.modules()) and not find_masks(model):
+        raise ValueError(
+            f"this {type(unwrap(model)).__name__} is for inference alone: itop_prune.deploy made "
+            "it; ask the one that was deployed, which has its masks still"
+        )
+
+
 def remove(model: nn.Module) -> None:
     """Bake all masks in: plain parameters again, 0 where a mask was False.
 

@@ -379,19 +379,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def refuse_deployed(model: nn.Module) -> None:
-    """Refuse a model for inference, whose weights lie in kernels.
-
-    Raises:
-        ValueError: `itop_prune.deploy` made it, and some of its layers sparse.
-    """
-    if any("weight_values" in layer._buffers for layer in model.modules()):
-        raise ValueError(
-            f"this {type(unwrap(model)).__name__} is for inference alone: itop_prune.deploy made "
-            "it; ask the one that was deployed, which has its masks still"
-        )
-
-
 def plain_name(*parts: str) -> str:
     """Join the parts of a name, without the parts that torch.compile inserts.
 

@@ -6,7 +6,7 @@ would keep the weight of every layer from the forward to the backward. Here the 
 weight again, so at any time one layer's is there.
 
 Under torch.compile both directions are operators of their own. Otherwise the compiler could keep
-the weights after all, and it can't look into kernels.
+the weights after all, and it can't look into kernels. torch.export gets the dense weight.
 
 NaN and infinities pass through active weights alone in kernels. A dense weight makes NaN of a whole
 row, since 0 times NaN is NaN.
@@ -362,16 +362,20 @@ def product(
         bias = None if bias is None else bias.to(narrow)
 
     inputs = (x, values, positions, bias, probe, layout, geometry)
-    if eager and not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_exporting():  # programs that run elsewhere have torch's operators alone
+        output = forward(x, values, positions, bias, layout, geometry, None)
+    elif eager and not torch.is_grad_enabled():
+        output = forward(x, values, positions, bias, layout, geometry, kernel)
+    elif eager and not torch._C._are_functorch_transforms_active():
         output = _EagerProduct.apply(*inputs, kernel)
     else:
         output = _Product.apply(*inputs)
     return output if narrow is None else output.to(narrow)
 
 
-def linear_forward(layer: Any, x: Tensor) -> Tensor:
+def linear_forward(layer: Any, input: Tensor) -> Tensor:
     """Stand in for `nn.Linear.forward`; any leading dimensions are rows."""
-    bias = layer.bias
+    x, bias = input, layer.bias
     if x.ndim == 2 or not x.ndim:
         return product(layer, x, bias)
 
@@ -383,11 +387,12 @@ def linear_forward(layer: Any, x: Tensor) -> Tensor:
     return output if fused or bias is None else output + bias.to(output.dtype)
 
 
-def convolution_forward(layer: Any, x: Tensor) -> Tensor:
+def convolution_forward(layer: Any, input: Tensor) -> Tensor:
     """Stand in for the forward of a convolution that is not transposed.
 
     Inputs without a batch take the weight as a whole tensor.
     """
+    x = input
     if x.ndim != len(getattr(layer, LAYOUT).shape):
         return layer._conv_forward(x, layer.weight, layer.bias)
 

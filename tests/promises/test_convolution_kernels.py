@@ -101,6 +101,19 @@ def test_all_convolutions_of_one_group_compute_as_with_the_dense_weight(
     assert calls == {"forward": 1, "backward": 1}
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("kind", ["3x3", "1x1", "7x7, stride 2", "circular, same"])
+def test_few_images_compute_as_with_the_dense_weight(
+    kind: str, last: bool, count: int, calls: dict[str, int]
+) -> None:
+    sizes, keywords = LAYERS[kind]
+    layer = convolution(*sizes, **keywords, last=last)
+    x = images(sizes[0], 11, 8, count=count, last=last)
+    assert_same_gradients(layer, x.requires_grad_())
+    assert calls == {"forward": 1, "backward": 1}
+
+
 INPUTS: dict[str, Callable[[], Tensor]] = {
     "channels last in a contiguous layer": functools.partial(images, 6, 7, 7, last=True),
     "one channel more, cut off": lambda: images(7, 7, 7)[:, 1:],
@@ -132,11 +145,11 @@ def test_images_of_any_form_in_memory_compute_the_same(kind: str, calls: dict[st
     [
         (lambda: convolution(8, 8, 3, groups=2), lambda: images(8, 7, 7)),
         (lambda: convolution(6, 8, 3, stride=(1, 2)), lambda: images(6, 7, 7)),
-        (lambda: convolution(6, 8, 3), lambda: images(6, 7, 7, count=3)),
         (lambda: convolution(6, 8, 3), lambda: images(6, 7, 7)[0]),
+        (lambda: convolution(6, 8, 3), lambda: images(6, 7, 7, count=0)),
         (lambda: convolution(6, 8, 3, dtype=torch.bfloat16), lambda: images(6, 7, 7).bfloat16()),
     ],
-    ids=["groups", "two strides", "a small batch", "no batch", "another type"],
+    ids=["groups", "two strides", "no batch", "no images", "another type"],
 )
 def test_what_kernels_do_not_take_computes_with_the_dense_weight(
     layer: Callable[[], Any], x: Callable[[], Tensor], calls: dict[str, int]

@@ -35,13 +35,17 @@ class Single:
     pixels: int
     batch: int = 64
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the images, and of the output."""
+        return self.batch, self.channels, self.pixels, self.pixels
+
     def step(self, sparsity: float | None, method: Method, layout: torch.memory_format) -> Step:
         """Build the layer and its step, which computes all gradients."""
         layer = nn.Conv2d(self.channels, self.channels, 3, padding=1).to(memory_format=layout)
         if sparsity:
             itop_prune.apply(layer, sparsity, method=method, storage="sparse")
-        shape = (self.batch, self.channels, self.pixels, self.pixels)
-        x, gradient = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(2))
+        x, gradient = (torch.randn(self.shape).contiguous(memory_format=layout) for _ in range(2))
         return layer_step(layer, x, gradient)
 
 

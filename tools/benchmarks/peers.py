@@ -3,13 +3,17 @@
   pip install sparseprop==0.1.14 sparselab==0.2.2
   python tools/bench_peers.py
 
-The network is an MLP 3072-1024-512-10 with a batch of 128, trained by SGD with momentum. All take
-turns in one process. SparseProp gets our masks; SparseLab draws its own of the same densities. Both
-come from PyPI, and SparseProp compiles itself there, with a compiler for C++. A library that is not
-there is left out. Let nothing else run meanwhile.
+The network is an MLP 3072-1024-512-10 with a batch of 128, trained by SGD with momentum. Then come
+single 3 by 3 convolutions with a batch of 64, forward and backward, which SparseProp has too. Each
+of its layouts is measured, and so are both memory formats of the dense layer.
+
+All take turns in one process. SparseProp gets our masks; SparseLab draws its own of the same
+densities. Both come from PyPI, and SparseProp compiles itself there, with a compiler for C++. A
+library that is not there is left out. Let nothing else run meanwhile.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import os
@@ -24,16 +28,18 @@ import itop_prune
 from itop_prune.inference.measurement import interleave
 
 from .command import describe
+from .convolutions import CASES, FORMATS, Single
 from .measure import CPU, Settings
 from .memory import mlp
-from .sparse_training import turn
+from .sparse_training import layer_step, turn
 from .steps import Training
 
-Replace = Callable[[nn.Linear], nn.Module]
+Replace = Callable[[nn.Module], nn.Module]
 """Makes another library's layer of a dense one with zeros."""
 SIZES = (3072, 1024, 512, 10)
 BATCH = 128
 SPARSITIES = (0.9, 0.98)
+OF_CONVOLUTIONS = (0.9, 0.95, 0.98)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,16 +60,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ImportError as error:  # PackageNotFoundError is one
             print(f"{name} is left out: {error}")
 
-    rows = [("library", "sparsity", "ms a step", "× dense"), ("---",) * 4]
-    for sparsity in SPARSITIES:
-        found = compare(sparsity, libraries, settings)
-        for name, taken in found.items():
-            ratios = [one / two for one, two in zip(found["dense"], taken, strict=True)]
-            milliseconds, ratio = 1e3 * statistics.median(taken), statistics.median(ratios)
-            rows.append((name, f"{100 * sparsity:g} %", f"{milliseconds:.3g}", f"{ratio:.3g}"))
-    for row in rows:
+    for row in (("what", "library", "sparsity", "ms a step", "× dense"), ("---",) * 5):
         print(f"| {' | '.join(row)} |")
+    for sparsity in SPARSITIES:
+        print_rows("MLP", sparsity, compare(sparsity, libraries, settings))
+    for name, case in CASES.items():
+        if isinstance(case.built, Single):
+            for sparsity in OF_CONVOLUTIONS:
+                print_rows(name, sparsity, compare_single(case.built, sparsity, settings))
     return 0
+
+
+def print_rows(what: str, sparsity: float, found: dict[str, list[float]]) -> None:
+    """Print a row for each library; dense is the faster of those called so."""
+    dense = min(statistics.median(found[name]) for name in found if name.startswith("dense"))
+    for name, taken in found.items():
+        middle = statistics.median(taken)
+        cells = (
+            what,
+            name,
+            f"{100 * sparsity:g} %",
+            f"{1e3 * middle:.3g}",
+            f"{dense / middle:.3g}",
+        )
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def compare(
@@ -86,6 +106,25 @@ def compare(
         name: turn(functools.partial(training.take, 1)) for name, training in trainings.items()
     }
     return interleave(turns, settings.rounds(15))
+
+
+def compare_single(single: Single, sparsity: float, settings: Settings) -> dict[str, list[float]]:
+    """Measure the seconds of a convolution's step: dense, ours, and SparseProp's if it is there."""
+    torch.manual_seed(0)
+    steps = {f"dense, {name}": single.step(None, "ERK", kind) for name, kind in FORMATS.items()}
+    steps["itop_prune"] = single.step(sparsity, "ERK", torch.channels_last)
+    with contextlib.suppress(ImportError):
+        layers = importlib.import_module("sparseprop.modules.conv2d")
+        for layout in (False, True):
+            dense = nn.Conv2d(single.channels, single.channels, 3, padding=1)
+            itop_prune.apply(dense, sparsity)
+            itop_prune.remove(dense)
+            layer = layers.SparseConv2d.from_dense(dense, vectorizing_over_on=layout)
+            x, gradient = torch.randn(single.shape), torch.randn(single.shape)
+            name = f"sparseprop, over {'images' if layout else 'pixels'}"
+            steps[name] = layer_step(layer, x, gradient)
+    turns = {name: turn(step) for name, step in steps.items()}
+    return interleave(turns, settings.rounds(5))
 
 
 def sparseprop() -> Replace:

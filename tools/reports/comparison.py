@@ -240,7 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .comparison_figure import draw  # needs matplotlib, which the table does without
 
         groups = families(found, options.vary)
-        draw(groups, options.picture, next(iter(options.vary), None), options.names, options.against)
+        draw(
+            groups, options.picture, next(iter(options.vary), None), options.names, options.against
+        )
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

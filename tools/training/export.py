@@ -12,10 +12,8 @@
   --to onnx     .onnx: the graph and dense weights, for any batch size; needs the extra `export`
   --to torch    .pt2: the same, written by torch.export.save; loading it needs only torch
 
-With --deployed an ONNX file stores only the active weights of most layers. onnxruntime makes them
-dense once, when it loads the file; another runtime may do so at every call. A torch file stores
-only active weights, and computes with them in the layers where that was faster, measured here on
-one image.
+With --deployed the file of onnx or torch stores only active weights. Layers are made dense again
+where the file is used: by onnxruntime once, when it loads the file; by others at every call.
 
 The file gets its name only after it is complete and checked, and never replaces another. If the
 recipe has an average (ema), the average is exported.
@@ -277,7 +275,10 @@ def write(
     note = ""
     try:
         if args.deployed:
-            model, note = deployed(model, example[:1], args.to)
+            model = itop_prune.deploy(model, example[:1], choices=("sparse",))
+            choices = cast(Report, model.report).choices
+            sparse = sum(choice.storage == "sparse" for choice in choices)
+            note = f"{sparse} of {len(choices)} masked weights without their zeros, "
         else:
             itop_prune.remove(model)
         with warnings.catch_warnings():
@@ -285,15 +286,6 @@ def write(
             return GRAPHS[args.to](model, path, example), note
     except (ValueError, RuntimeError) as error:  # also torch's, about operations it can't follow
         raise RunError(f"the model can't be exported: {in_a_line(error)}") from None
-
-
-def deployed(model: nn.Module, image: Tensor, target: str) -> tuple[nn.Module, str]:
-    """Deploy a model; return it with a note about its layers."""
-    kernels = ("embedding_bag",) if target == "onnx" else ("dense", "embedding_bag")
-    model = itop_prune.deploy(model, image, choices=kernels)
-    choices = cast(Report, model.report).choices
-    sparse = sum(choice.kernel != "dense" for choice in choices)
-    return model, f"{sparse} of {len(choices)} masked weights without their zeros, "
 
 
 def loaded(recipe: Recipe, path: Path) -> nn.Module:

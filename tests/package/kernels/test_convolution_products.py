@@ -33,11 +33,13 @@ class Convolution:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     channels_last: bool = False
+    band: int = 0
+    """Numbers of a packed band; 0 for whole images."""
 
     @property
     def plan(self) -> Plan | None:
         size = (self.x.shape[2], self.x.shape[3])
-        return make_plan(self.shape, size, self.stride, self.padding, self.dilation)
+        return make_plan(self.shape, size, self.stride, self.padding, self.dilation, self.band)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -79,6 +81,7 @@ def convolution_of(
     *,
     density: float = 0.3,
     last: bool = False,
+    band: int = 0,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Convolution:
@@ -100,7 +103,7 @@ def convolution_of(
         around = around.contiguous(memory_format=torch.channels_last)
     around[1:-1] = draw(images, shape[1], *size)
     x, bias = around[1:-1], draw(shape[0])
-    return Convolution(x, values, positions, bias, shape, stride, padding, dilation, last)
+    return Convolution(x, values, positions, bias, shape, stride, padding, dilation, last, band)
 
 
 def assert_as_dense(one: Convolution, tolerance: float = 1e-9) -> None:
@@ -144,6 +147,21 @@ def test_output_and_gradients_are_those_of_the_dense_weight(geometry: str, last:
         assert_as_dense(convolution_of(images, **GEOMETRIES[geometry], last=last))
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_images_in_bands_compute_the_same(geometry: str, last: bool) -> None:
+    """Bands of one row, of a few and of all."""
+    for band in (1, 300, 1 << 16):
+        assert_as_dense(convolution_of(3, **GEOMETRIES[geometry], last=last, band=band))
+
+
+@pytest.mark.parametrize("band", [1, 1 << 16])
+def test_bands_wider_than_a_vector_compute_the_same(band: int) -> None:
+    geometry = {"shape": (6, 5, 3, 3), "size": (4, 75), "padding": (1, 1)}
+    for stride in (1, 2):
+        assert_as_dense(convolution_of(2, **geometry, stride=stride, band=band))
+
+
 @pytest.mark.parametrize("geometry", ["3x3", "3x3 of stride 2"])
 def test_a_last_tile_that_is_not_full_computes_the_same(geometry: str) -> None:
     """Of ten tiles the last one comes after a full one, in the memory of that."""
@@ -156,6 +174,9 @@ def test_float32_computes_the_same(geometry: str) -> None:
     for last in (False, True):
         one = convolution_of(19, **GEOMETRIES[geometry], last=last, dtype=torch.float32)
         assert_as_dense(one, 1e-4)
+        for band in (1, 300, 1 << 16):
+            one.band = band
+            assert_as_dense(one, 1e-4)
 
 
 AXIS = st.tuples(st.integers(1, 14), st.integers(1, 4), st.integers(0, 4), st.integers(1, 3))
@@ -172,8 +193,9 @@ AXIS = st.tuples(st.integers(1, 14), st.integers(1, 4), st.integers(0, 4), st.in
     st.integers(1, 4),
     st.sampled_from([0.0, 0.1, 1.0]),
     st.booleans(),
+    st.sampled_from([0, 1, 300, 1 << 16]),
 )
-@example(1, 1, 1, (1, 4, 1, 1), (1, 1, 0, 1), 1, 1.0, False)  # a kernel larger than the image
+@example(1, 1, 1, (1, 4, 1, 1), (1, 1, 0, 1), 1, 1.0, False, 0)  # a kernel larger than the image
 def test_any_geometry_computes_as_with_the_dense_weight(
     images: int,
     outputs: int,
@@ -183,10 +205,12 @@ def test_any_geometry_computes_as_with_the_dense_weight(
     stride: int,
     density: float,
     last: bool,
+    band: int,
 ) -> None:
     size, kernel, padding, dilation = zip(rows, columns, strict=True)
     shape = (outputs, channels, *kernel)
     one = convolution_of(images, shape, size, stride, padding, dilation, density=density, last=last)
+    one.band = band
     if one.plan is None:
         with pytest.raises(RuntimeError, match="size"):
             one.expected()
@@ -194,11 +218,14 @@ def test_any_geometry_computes_as_with_the_dense_weight(
         assert_as_dense(one)
 
 
+@pytest.mark.parametrize("band", [0, 300])
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True)]
 )
-def test_only_the_gradients_that_are_needed_are_computed(needs: tuple[bool, bool, bool]) -> None:
-    one = convolution_of(9, (6, 5, 3, 3), (8, 8), 2, (1, 1))
+def test_only_the_gradients_that_are_needed_are_computed(
+    needs: tuple[bool, bool, bool], band: int
+) -> None:
+    one = convolution_of(9, (6, 5, 3, 3), (8, 8), 2, (1, 1), band=band)
     gradient = torch.randn_like(one.output())
     for needed, found, expected in zip(
         needs, one.gradients(gradient, needs), one.expected(gradient)[1:], strict=True
@@ -214,11 +241,15 @@ def threads_of_torch() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads_of_torch")
-@pytest.mark.parametrize("images", [8, 40], ids=["one tile", "many tiles"])
+@pytest.mark.parametrize(
+    ("images", "band"),
+    [(8, 0), (40, 0), (5, 1 << 16), (5, 1)],
+    ids=["one tile", "many tiles", "few bands", "many bands"],
+)
 def test_results_are_the_same_to_the_last_bit_for_any_number_of_threads(
-    images: int, monkeypatch: pytest.MonkeyPatch
+    images: int, band: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = convolution_of(images, (40, 40, 3, 3), (12, 12), 1, (1, 1))
+    one = convolution_of(images, (40, 40, 3, 3), (20, 20), 1, (1, 1), band=band)
     gradient = torch.randn_like(one.output())
     asked, run = [], runtime.run
 
@@ -273,27 +304,47 @@ def test_a_plan_says_what_each_place_of_the_kernel_reads() -> None:
     assert plan.narrowest == 2
 
 
+def test_a_plan_of_bands_says_how_many_rows_one_has() -> None:
+    """A packed row has 2 channels of 7 numbers, its gradient 3 outputs of 8; two rows go around."""
+    plan = make_plan((3, 2, 3, 3), (9, 5), 1, (1, 1), (1, 1), 6 * 24)
+    assert plan is not None
+    assert (plan.band, plan.packed, plan.packed_gradient) == (4, (6, 7), (6, 8))
+    one = make_plan((3, 2, 3, 3), (9, 5), 1, (1, 1), (1, 1), 1)
+    assert one is not None
+    assert one.band == 1
+
+
+def planned(
+    x: tuple[int, ...] = (16, 4, 8, 8), stride: tuple[int, int] = (1, 1), groups: int = 1
+) -> Plan | None:
+    images = torch.empty(x, device="meta")
+    return plan_of(images, (6, 4, 3, 3), stride, (0, 0), (1, 1), groups)
+
+
+def test_few_images_and_large_ones_are_taken_in_bands() -> None:
+    for x, whole in {
+        (8, 4, 8, 8): True,  # half of a tile
+        (7, 4, 8, 8): False,
+        (16, 4, 4096, 4096): False,
+    }.items():
+        plan = planned(x)
+        assert plan is not None
+        assert (plan.band == 0) == whole
+
+
 REFUSED = {
-    "a batch that fills less than half of a tile": {"x": (7, 4, 8, 8)},
+    "no images": {"x": (0, 4, 8, 8)},
     "groups": {"x": (16, 8, 8, 8), "groups": 2},
     "strides that differ": {"stride": (1, 2)},
     "channels that do not match": {"x": (16, 5, 8, 8)},
     "images without a batch": {"x": (4, 8, 8)},
     "images smaller than the kernel": {"x": (16, 4, 2, 2)},
-    "images that would take too much memory": {"x": (16, 4, 4096, 4096)},
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_kernels_do_not_compute_is_left_to_the_dense_weight(case: str) -> None:
-    def planned(
-        x: tuple[int, ...] = (16, 4, 8, 8), stride: tuple[int, int] = (1, 1), groups: int = 1
-    ) -> Plan | None:
-        images = torch.empty(x, device="meta")
-        return plan_of(images, (6, 4, 3, 3), stride, (0, 0), (1, 1), groups)
-
     assert planned()
-    assert planned((8, 4, 8, 8))
     assert planned(**REFUSED[case]) is None  # type: ignore[arg-type]
 
 

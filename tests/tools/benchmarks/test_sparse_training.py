@@ -8,7 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from itop_prune_tools.benchmarks import command, peers, sparse_figure, sparse_training
+from itop_prune_tools.benchmarks import (
+    command,
+    convolutions,
+    peers,
+    sparse_figure,
+    sparse_training,
+)
 from itop_prune_tools.benchmarks.command import Row
 from itop_prune_tools.benchmarks.measure import Measured, Settings
 from itop_prune_tools.benchmarks.memory import mlp
@@ -194,6 +200,8 @@ def test_the_machine_is_described_with_its_vectors_and_numba() -> None:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "SIZES", (20, 16, 10))
     monkeypatch.setattr(peers, "BATCH", 3)
+    case = convolutions.Case(convolutions.Single(4, 5, batch=2), {}, rounds=1)
+    monkeypatch.setattr(peers, "CASES", {"conv": case})
 
 
 @pytest.mark.usefixtures("few", "applied")
@@ -218,11 +226,35 @@ def test_a_library_that_is_not_there_is_left_out(
     assert "timm is left out: libgone.so" in out
     assert "library-of-nobody is left out: " in out
     table = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
-    assert [(cells[0], cells[1]) for cells in table[2:]] == [
-        (f"| {name}", sparsity)
-        for sparsity in ("90 %", "98 %")
-        for name in ("dense", "itop_prune", f"torch {version('torch')}")
+    assert [tuple(cells[:3]) for cells in table[2:]] == [
+        *(
+            ("| MLP", name, sparsity)
+            for sparsity in ("90 %", "98 %")
+            for name in ("dense", "itop_prune", f"torch {version('torch')}")
+        ),
+        *(
+            ("| conv", name, sparsity)
+            for sparsity in ("90 %", "95 %", "98 %")
+            for name in ("dense, contiguous", "dense, channels last", "itop_prune")
+        ),
     ]
+
+
+@pytest.mark.usefixtures("few")
+def test_sparseprop_s_convolution_gets_masks_of_the_same_density(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    zeros: list[float] = []
+
+    def from_dense(layer: nn.Conv2d, vectorizing_over_on: bool) -> nn.Module:
+        zeros.append(float((layer.weight == 0).float().mean()))
+        return layer
+
+    library = SimpleNamespace(SparseConv2d=SimpleNamespace(from_dense=from_dense))
+    monkeypatch.setattr(peers.importlib, "import_module", lambda name: library)
+    found = peers.compare_single(convolutions.Single(10, 5, batch=2), 0.9, QUICK)
+    assert list(found)[-2:] == ["sparseprop, over pixels", "sparseprop, over images"]
+    assert zeros == [pytest.approx(0.9)] * 2
 
 
 @pytest.mark.usefixtures("few", "applied")

@@ -273,7 +273,9 @@ def test_a_line_joins_experiments_that_differ_in_two_settings(tmp_path, figures)
     """The interval grows with the length; the dense runs have none."""
     for epochs in (20, 5):
         recipe = {"regrow": {"every": 10 * epochs}, "masks": {"sparsity": 0.9}}
-        write(tmp_path / f"set-epochs={epochs}" / "seed0", 80.0, epochs / 20, epochs=epochs, **recipe)
+        write(
+            tmp_path / f"set-epochs={epochs}" / "seed0", 80.0, epochs / 20, epochs=epochs, **recipe
+        )
         write(tmp_path / f"dense-epochs={epochs}" / "seed0", 85.0, 1.0, epochs=epochs)
     folders = sorted(tmp_path.iterdir())
     assert compare(*folders, "--vary", "epochs", "regrow.every", "--picture", "x.png") == 0
