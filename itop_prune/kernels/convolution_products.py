@@ -109,7 +109,9 @@ def make_plan(
     band = 0
     if band_numbers:
         row = max(shape[1] * stride**2 * packed[1], shape[0] * of_gradient[1])
-        band = min(max(1, band_numbers // row - reach[0]), max(results[0], lasts[0] + 1))
+        rows = max(results[0], lasts[0] + 1)
+        bands = -(-rows // max(1, band_numbers // row - reach[0]))
+        band = -(-rows // bands)
         packed[0] = of_gradient[0] = band + reach[0]
 
     places = [

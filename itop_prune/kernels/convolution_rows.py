@@ -23,7 +23,30 @@ from itop_prune.kernels.convolution import (
     turn,
 )
 from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, take, zeros
-from itop_prune.kernels.vectors import LINE, at, integers, numbers, pointer, put
+from itop_prune.kernels.vectors import (
+    LINE,
+    SQUARE,
+    at,
+    integers,
+    load,
+    numbers,
+    pointer,
+    put,
+    store,
+)
+
+
+@njit(**FAST)
+def copy(kind, source, place, step, target, first, gap, count):
+    """target[first + i * gap] = source[place + i * step], for i < count."""
+    side = numbers(kind, SQUARE)
+    if step == 1 and gap == 1 and count >= side:
+        for begin in range(0, count, side):
+            i = min(begin, count - side)  # the last one overlaps the one before
+            store(target, first + i, load(source, place + i, SQUARE))
+    else:
+        for i in range(count):
+            put(target, first + i * gap, at(source, place + i * step))
 
 
 @njit(**FAST)
@@ -40,16 +63,23 @@ def pack(
             if y < 0 or y >= height:
                 continue
             x = (phase % s - left) % s
-            count = (width - x + s - 1) // s
-            first = phase * plane + j * wq + (x + left) // s
+            count, first = (width - x + s - 1) // s, phase * plane + j * wq + (x + left) // s
             if last:
                 place, step = start + (y * width + x) * channels, s * s * plane
                 turn(kind, source, place, s * channels, tile, first, step, count, channels)
             else:
+                place, step = start + y * width + x, s * s * plane
                 for c in range(channels):
-                    place, target = start + (c * height + y) * width + x, c * s * s * plane + first
-                    for i in range(count):
-                        put(tile, target + i, at(source, place + i * s))
+                    copy(
+                        kind,
+                        source,
+                        place + c * height * width,
+                        s,
+                        tile,
+                        first + c * step,
+                        1,
+                        count,
+                    )
 
 
 @njit(**FAST)
@@ -85,8 +115,7 @@ def unpack(
         else:
             for k in range(count):
                 place = start + ((first + k) * height + row) * width + left
-                for c in range(columns):
-                    put(target, place + c * s, at(block, k * length + r * step + c))
+                copy(kind, block, k * length + r * step, 1, target, place, s, columns)
 
 
 @njit(parallel=PARALLEL, **FAST)
@@ -136,7 +165,9 @@ def forward(
         part, image, y = task % blocks, task // blocks // bands, task // blocks % bands * band
         first, end = outputs * part // blocks, outputs * (part + 1) // blocks
         high = min(band, rows - y)
-        tile = cleared(kind, channels * s * s * plane + wide)
+        tile = scratch(kind, channels * s * s * plane + wide)
+        if top or left:
+            tile[:] = 0
         start = image * channels * height * width
         pack(
             kind,

@@ -203,11 +203,20 @@ def vector_forward(kind, x, starts, others, slots, values, bias, result, outputs
     x, values, bias = pointer(kind, x), pointer(kind, values), pointer(kind, bias)
     starts, others, slots = integers(starts), integers(others), integers(slots)
     result = pointer(kind, result)
+    zero = total(full(kind, 0, LINE))
     for o in prange(outputs):
-        number = at(bias, o) if biased else 0
-        for k in range(at(starts, o), at(starts, o + 1)):
-            number += at(values, at(slots, k)) * at(x, at(others, k))
-        put(result, o, number)
+        k, end = at(starts, o), at(starts, o + 1)
+        a, b, c, d = at(bias, o) if biased else zero, zero, zero, zero
+        while k + 4 <= end:  # four sums, which do not wait for each other
+            a += at(values, at(slots, k)) * at(x, at(others, k))
+            b += at(values, at(slots, k + 1)) * at(x, at(others, k + 1))
+            c += at(values, at(slots, k + 2)) * at(x, at(others, k + 2))
+            d += at(values, at(slots, k + 3)) * at(x, at(others, k + 3))
+            k += 4
+        while k < end:
+            a += at(values, at(slots, k)) * at(x, at(others, k))
+            k += 1
+        put(result, o, (a + b) + (c + d))
 
 
 @njit(parallel=PARALLEL, **FAST)

@@ -13,8 +13,12 @@ from itop_prune.kernels.runtime import kind_of, stored, threads_for
 if TYPE_CHECKING:
     from itop_prune.kernels.orders import Order
 
-WIDTHS = (64, 128, 256)
-"""Bytes that a row of a tile may have: 16 to 64 numbers in float32."""
+WIDTHS = (256, 128, 64)
+"""Bytes that a row of a tile may have: 64 to 16 numbers in float32."""
+PER_WEIGHT = 32
+"""Reading a weight takes as long as computing so many bytes of a tile with it."""
+ONE_ROW = 64
+"""A product of one row takes so many times as long for a weight, since no row shares its reads."""
 
 
 def forward(x: Tensor, values: Tensor, order: "Order", bias: Tensor | None) -> Tensor:
@@ -40,11 +44,11 @@ def forward(x: Tensor, values: Tensor, order: "Order", bias: Tensor | None) -> T
         0 if bias is None else bias.data_ptr(),
         result.data_ptr(),
     )
-    threads = threads_for(rows * order.active)
     if rows == 1:
-        kind = kind_of(x.dtype, WIDTHS[0])
+        threads, kind = threads_for(ONE_ROW * order.active), kind_of(x.dtype, WIDTHS[-1])
         runtime.run(_kernels().vector_forward, threads, kind, *pointers, outputs)
     elif rows:
+        threads = threads_for(rows * order.active)
         kind, blocks = _parts(x, threads)
         sizes = (rows, order.inputs, outputs, order.active)
         runtime.run(_kernels().forward, threads, kind, *pointers, *sizes, blocks)
@@ -95,7 +99,7 @@ def backward(
 def _parts(x: Tensor, threads: int) -> tuple[Any, int]:
     """Choose the rows of a tile, and in how many parts it is computed."""
     size = x.shape[0] * x.element_size()
-    width = next((width for width in WIDTHS if width >= size), WIDTHS[-1])
+    width = min(WIDTHS, key=lambda width: -(-size // width) * (width + PER_WEIGHT))
     return kind_of(x.dtype, width), -(-threads // -(-size // width))
 
 

@@ -20,7 +20,7 @@ DENSEST = {2: 0.25, 4: 0.2}
 """By dimensions of the weight: with a larger share of active weights the dense one is as fast."""
 FEW = 16384
 """With so many active weights or fewer a dense matrix is not faster, at up to 128 rows or so."""
-ALONE = 1 << 20
+ALONE = 1 << 19
 """Products of two numbers that one thread computes as fast as several."""
 
 

@@ -108,9 +108,10 @@ def lines(settings: Settings, sparsities: Sequence[float] = (0.9, 0.95, 0.98)) -
         entry, keywords, shape = MODELS[name]
         for sparsity in sparsities:
             torch.manual_seed(0)
-            model = timm.create_model(entry, **keywords)
+            model = timm.create_model(entry, **keywords).to(memory_format=torch.channels_last)
             itop_prune.apply(model, sparsity)
-            yield measure(name, model, torch.randn(shape), sparsity, settings)
+            x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+            yield measure(name, model, x, sparsity, settings)
 
 
 def measure(name: str, model: nn.Module, x: Tensor, sparsity: float, settings: Settings) -> Line:

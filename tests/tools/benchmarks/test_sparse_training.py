@@ -1,6 +1,7 @@
 """The benchmark of sparse training: its rows, turns and figure, and other libraries."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -251,7 +252,7 @@ def test_sparseprop_s_convolution_gets_masks_of_the_same_density(
         return layer
 
     library = SimpleNamespace(SparseConv2d=SimpleNamespace(from_dense=from_dense))
-    monkeypatch.setattr(peers.importlib, "import_module", lambda name: library)
+    monkeypatch.setitem(sys.modules, "sparseprop.modules.conv2d", library)
     found = peers.compare_single(convolutions.Single(10, 5, batch=2), 0.9, QUICK)
     assert list(found)[-2:] == ["sparseprop, over pixels", "sparseprop, over images"]
     assert zeros == [pytest.approx(0.9)] * 2

@@ -280,7 +280,7 @@ def test_a_line_joins_experiments_that_differ_in_two_settings(tmp_path, figures)
     folders = sorted(tmp_path.iterdir())
     assert compare(*folders, "--vary", "epochs", "regrow.every", "--picture", "x.png") == 0
     panel = figures[0].axes[0]
-    lines = {line.get_label(): line.get_xdata().tolist() for line in panel.lines}
+    lines = {line.get_label(): list(line.get_xdata()) for line in panel.lines}
     assert lines["set"] == [0.25, 1.0]
     assert [text.get_text() for text in panel.texts] == ["5", "20"] * 2
     assert figures[0].legends[0].get_title().get_text() == "beside the points: epochs"
