@@ -357,3 +357,42 @@ def test_networks_train_as_with_masks(net: str, grow: str, calls: dict[str, int]
         layers = (one.get_submodule(name.rpartition(".")[0]) for one in models)
         one, two = (layer.weight for layer in layers)
         assert torch.allclose(one, two, rtol=1e-6, atol=1e-8), name
+
+
+FAMILIES = ["byobnet", "coatnet", "convnext", "efficientnet", "mambaout", "maxvit", "nfnet", "vit"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:timm.*", "ignore::DeprecationWarning:torch.*"
+)
+@pytest.mark.parametrize("count", [2, 9])
+@pytest.mark.parametrize("family", [*FAMILIES, "resnet"])
+def test_families_of_timm_have_the_outputs_and_gradients_of_masks(
+    family: str, count: int, calls: dict[str, int]
+) -> None:
+    """In float64; gradients together, since single ones may be 0 up to rounding."""
+    x = torch.randn(count, 3, 160, 160, generator=torch.Generator().manual_seed(2), dtype=F64)
+    outputs, gradients = [], []
+    for storage in ("mask", "sparse"):
+        torch.manual_seed(0)
+        model = timm.create_model(f"test_{family}", num_classes=4).double()
+        masks = itop_prune.apply(model, 0.9, method="uniform", storage=storage)
+        output = model(x)
+        F.cross_entropy(output, torch.arange(count) % 4).backward()
+        outputs.append(output)
+        found = []
+        for name, itop in masks.items():
+            gradient = itop.parameter.grad
+            if storage == "sparse":
+                positions = itop.positions.long()
+                dense = torch.zeros(itop.size, dtype=F64)
+                gradient = dense.index_copy(0, positions, gradient[0])
+            found.append(gradient.flatten())
+            assert gradient.any(), name
+        gradients.append(torch.cat(found))
+    assert calls["forward"] >= 1
+    assert calls["backward"] >= 1
+    assert torch.allclose(*outputs, rtol=1e-8, atol=1e-10)
+    one, two = gradients
+    assert (one - two).norm() <= 1e-8 * one.norm()
