@@ -22,6 +22,8 @@ LARGEST_TILE = 1 << 28
 """Bytes of a packed tile. Images that need more are taken in bands."""
 BAND = 1 << 18
 """Bytes that a packed band should have, so that it stays in the second cache level."""
+ALIGNED = 16
+"""Numbers of which a band's plane is a multiple."""
 WIDTHS = (64, 128, 256)
 """Bytes of the vectors that go over a band."""
 
@@ -113,6 +115,9 @@ def make_plan(
         bands = -(-rows // max(1, band_numbers // row - reach[0]))
         band = -(-rows // bands)
         packed[0] = of_gradient[0] = band + reach[0]
+    plane = packed[0] * packed[1]
+    if band:
+        plane = -(-plane // ALIGNED) * ALIGNED
 
     places = [
         (y * dilation[0], x * dilation[1]) for y in range(kernel[0]) for x in range(kernel[1])
@@ -122,7 +127,7 @@ def make_plan(
     shifts, mirrored = [], []
     for place in by_rank:
         y, x = (distance // stride for distance in places[place])
-        shifts.append((phase_of[place] * packed[0] + y) * packed[1] + x)
+        shifts.append(phase_of[place] * plane + y * packed[1] + x)
         mirrored.append((reach[0] - y) * of_gradient[1] + reach[1] - x)
 
     widths = [len(range((phase - padding[1]) % stride, size[1], stride)) for phase in range(stride)]

@@ -35,6 +35,15 @@ from itop_prune.kernels.vectors import (
     store,
 )
 
+ALIGNED = 16
+"""Planes begin at multiples of so many numbers, so that vectors share fewer cache lines."""
+
+
+@njit(**FAST)
+def aligned(count):
+    """Round up to `ALIGNED`."""
+    return -(-count // ALIGNED) * ALIGNED
+
 
 @njit(**FAST)
 def copy(kind, source, place, step, target, first, gap, count):
@@ -57,6 +66,18 @@ def pack(
 
     The first one is row `begin` of the padded image's phases; a plane has `rows` of `wq` numbers.
     """
+    if s == 1 and wq == width:  # rows follow each other without a gap: they are one
+        y = max(0, begin - top)
+        count, first = (min(height, begin + rows - top) - y) * width, (y + top - begin) * width
+        if last:
+            place = start + y * width * channels
+            turn(kind, source, place, channels, tile, first, plane, count, channels)
+        else:
+            for c in range(channels):
+                place = start + (c * height + y) * width
+                copy(kind, source, place, 1, tile, c * plane + first, 1, count)
+        return
+
     for j in range(rows):
         for phase in range(s * s):
             y = (begin + j) * s + phase // s - top
@@ -107,6 +128,8 @@ def unpack(
 
     Row r of the block is row (y + r) * s + top of the image; columns likewise.
     """
+    if s == 1 and step == width:
+        rows, columns = 1, rows * columns
     for r in range(rows):
         row = (y + r) * s + top
         if last:
@@ -157,7 +180,7 @@ def forward(
     source, target, bias = pointer(kind, x), pointer(kind, result), pointer(kind, bias)
     starts, others, shifts = integers(starts), integers(others), integers(shifts)
     ordered = take(kind, pointer(kind, values), integers(slots), active)
-    plane, wide = hq * wq, numbers(kind, kind)
+    plane, wide = aligned(hq * wq), numbers(kind, kind)
     offsets = offsets_by_output(others, active, places, shifts, s * s * plane, 1)
 
     bands = -(-rows // band)
@@ -282,7 +305,7 @@ def backward(
     input_starts, input_others = integers(input_starts), integers(input_others)
     shifts, mirrored, phases = integers(shifts), integers(mirrored), integers(phases)
     line, wide = numbers(kind, LINE), numbers(kind, kind)
-    plane, around = hq * wq, hg * wg
+    plane, around = aligned(hq * wq), aligned(hg * wg)
     lines = -(-band * wq // line)
     ordered = take(kind, pointer(kind, values), integers(input_slots), active if needs_x else 0)
     offsets = offsets_by_output(

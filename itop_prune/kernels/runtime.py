@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DENSEST = {2: 0.25, 4: 0.2}
-"""By dimensions of the weight: with a larger share of active weights the dense one is as fast."""
+DENSEST = 0.25
+"""With a larger share of active weights the dense weight is as fast."""
 FEW = 16384
 """With so many active weights or fewer a dense matrix is not faster, at up to 128 rows or so."""
 ALONE = 1 << 19
@@ -33,7 +33,7 @@ def uses_kernels(shape: Sequence[int], active: int) -> bool:
         active: Number of active weights.
     """
     size = math.prod(shape)
-    most = DENSEST[len(shape)] * size
+    most = DENSEST * size
     return 0 < size < 2**31 and active <= (max(most, FEW) if len(shape) == 2 else most)
 
 
