@@ -11,7 +11,7 @@ from torch import Tensor
 
 from itop_prune.kernels import runtime
 from itop_prune.kernels.known_orders import known_order
-from itop_prune.kernels.runtime import kind_of, stored, threads_for
+from itop_prune.kernels.runtime import ALIGNED, kind_of, stored, threads_for
 
 if TYPE_CHECKING:
     from itop_prune.kernels.orders import Order
@@ -22,10 +22,6 @@ LARGEST_TILE = 1 << 28
 """Bytes of a packed tile. Images that need more are taken in bands."""
 BAND = 1 << 18
 """Bytes that a packed band should have, so that it stays in the second cache level."""
-ALIGNED = 16
-"""Numbers of which a band's plane is a multiple."""
-WIDTHS = (64, 128, 256)
-"""Bytes of the vectors that go over a band."""
 
 
 class Plan(NamedTuple):
@@ -316,7 +312,7 @@ def _kind(x: Tensor, plan: Plan) -> Any:
     """Choose the size of vectors: one, two or four pixels of a tile, or up to a whole band."""
     if plan.band:
         length = ((plan.band - 1) * plan.packed[1] + plan.columns) * x.element_size()
-        return kind_of(x.dtype, next((width for width in WIDTHS if width >= length), WIDTHS[-1]))
+        return kind_of(x.dtype, runtime.width_for(length))
     pixels = next(pixels for pixels in (4, 2, 1) if pixels <= plan.narrowest)
     return kind_of(x.dtype, pixels * LINE)
 

@@ -23,6 +23,7 @@ from itop_prune.kernels.convolution import (
     turn,
 )
 from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, take, zeros
+from itop_prune.kernels.runtime import ALIGNED
 from itop_prune.kernels.vectors import (
     LINE,
     SQUARE,
@@ -35,13 +36,10 @@ from itop_prune.kernels.vectors import (
     store,
 )
 
-ALIGNED = 16
-"""Planes begin at multiples of so many numbers, so that vectors share fewer cache lines."""
-
 
 @njit(**FAST)
 def aligned(count):
-    """Round up to `ALIGNED`."""
+    """Round up to a multiple of `ALIGNED`."""
     return -(-count // ALIGNED) * ALIGNED
 
 

@@ -13,10 +13,6 @@ from itop_prune.kernels.runtime import kind_of, stored, threads_for
 if TYPE_CHECKING:
     from itop_prune.kernels.orders import Order
 
-WIDTHS = (256, 128, 64)
-"""Bytes that a row of a tile may have: 64 to 16 numbers in float32."""
-PER_WEIGHT = 32
-"""Reading a weight takes as long as computing so many bytes of a tile with it."""
 ONE_ROW = 64
 """A product of one row takes so many times as long for a weight, since no row shares its reads."""
 
@@ -45,7 +41,7 @@ def forward(x: Tensor, values: Tensor, order: "Order", bias: Tensor | None) -> T
         result.data_ptr(),
     )
     if rows == 1:
-        threads, kind = threads_for(ONE_ROW * order.active), kind_of(x.dtype, WIDTHS[-1])
+        threads, kind = threads_for(ONE_ROW * order.active), kind_of(x.dtype, runtime.WIDTHS[-1])
         runtime.run(_kernels().vector_forward, threads, kind, *pointers, outputs)
     elif rows:
         threads = threads_for(rows * order.active)
@@ -99,7 +95,7 @@ def backward(
 def _parts(x: Tensor, threads: int) -> tuple[Any, int]:
     """Choose the rows of a tile, and in how many parts it is computed."""
     size = x.shape[0] * x.element_size()
-    width = min(WIDTHS, key=lambda width: -(-size // width) * (width + PER_WEIGHT))
+    width = runtime.width_for(size)
     return kind_of(x.dtype, width), -(-threads // -(-size // width))
 
 

@@ -22,6 +22,12 @@ FEW = 16384
 """With so many active weights or fewer a dense matrix is not faster, at up to 128 rows or so."""
 ALONE = 1 << 19
 """Products of two numbers that one thread computes as fast as several."""
+WIDTHS = (256, 128, 64)
+"""Bytes of vectors: 64 to 16 numbers in float32."""
+PER_WEIGHT = 32
+"""Reading a weight takes as long as computing with so many bytes."""
+ALIGNED = 16
+"""Numbers of which the planes of a packed band are multiples, so vectors share fewer lines."""
 
 
 def uses_kernels(shape: Sequence[int], active: int) -> bool:
@@ -82,6 +88,15 @@ def stored(tensor: Tensor) -> Tensor:
     """Make a tensor whose numbers lie in memory one after the other, as they are."""
     # A view of the imaginary part of conjugate numbers has a flag: its numbers are to be negated.
     return tensor.resolve_neg().contiguous()
+
+
+def width_for(size: int) -> int:
+    """Choose the bytes of vectors that go over so many bytes; the last one may go over the end.
+
+    >>> [width_for(4 * rows) for rows in (10, 32, 100, 197)]
+    [64, 128, 256, 128]
+    """
+    return min(WIDTHS, key=lambda width: -(-size // width) * (width + PER_WEIGHT))
 
 
 def threads_for(work: int) -> int:

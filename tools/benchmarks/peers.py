@@ -34,7 +34,7 @@ from .memory import mlp
 from .sparse_training import layer_step, turn
 from .steps import Training
 
-Replace = Callable[[nn.Module], nn.Module]
+Replace = Callable[[nn.Linear], nn.Module]
 """Makes another library's layer of a dense one with zeros."""
 SIZES = (3072, 1024, 512, 10)
 BATCH = 128
