@@ -359,7 +359,7 @@ def test_networks_train_as_with_masks(net: str, grow: str, calls: dict[str, int]
         assert torch.allclose(one, two, rtol=1e-6, atol=1e-8), name
 
 
-FAMILIES = ["byobnet", "coatnet", "convnext", "efficientnet", "mambaout", "maxvit", "nfnet", "vit"]
+FAMILIES = ["byobnet", "convnext", "efficientnet", "mambaout", "resnet"]
 
 
 @pytest.mark.slow
@@ -367,16 +367,19 @@ FAMILIES = ["byobnet", "coatnet", "convnext", "efficientnet", "mambaout", "maxvi
     "ignore::DeprecationWarning:timm.*", "ignore::DeprecationWarning:torch.*"
 )
 @pytest.mark.parametrize("count", [2, 9])
-@pytest.mark.parametrize("family", [*FAMILIES, "resnet"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families_of_timm_have_the_outputs_and_gradients_of_masks(
     family: str, count: int, calls: dict[str, int]
 ) -> None:
     """In float64; gradients together, since single ones may be 0 up to rounding."""
-    x = torch.randn(count, 3, 160, 160, generator=torch.Generator().manual_seed(2), dtype=F64)
+    x = torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(2), dtype=F64)
     outputs, gradients = [], []
     for storage in ("mask", "sparse"):
         torch.manual_seed(0)
         model = timm.create_model(f"test_{family}", num_classes=4).double()
+        for parameter in model.parameters():
+            if not parameter.any():  # it would hide the layers before it
+                nn.init.normal_(parameter, 0.1, 0.1)
         masks = itop_prune.apply(model, 0.9, method="uniform", storage=storage)
         output = model(x)
         F.cross_entropy(output, torch.arange(count) % 4).backward()
