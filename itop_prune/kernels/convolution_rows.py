@@ -413,7 +413,8 @@ def backward(
                     lines * line,
                     gradients,
                 )
-                tile = cleared(kind, channels * s * s * plane + line)
+                # Lines may go over the end of the last plane, by a shift and a part of a line.
+                tile = cleared(kind, channels * s * s * plane + wq + line)
                 pack(
                     kind,
                     source,
