@@ -39,12 +39,12 @@ def deploy(
 ) -> nn.Module:
     """Copy a masked model for inference on a CPU, each layer dense or sparse, whichever is faster.
 
-    A sparse layer holds its active weights alone, as in `apply(..., storage="sparse")`. It is
-    timed beside the dense one on the inputs that the layer gets here, if kernels can compute it
-    (`pip install 'itop_prune[sparse]'`): linear layers and 2-d convolutions of one group, in
-    float32 or float64, that are sparse enough. All others stay dense. The whole model stays dense
-    if it is not faster in the end. Kernels are compiled at the first use in an environment, which
-    takes some seconds.
+    A sparse layer holds its active weights alone, as in `apply(..., storage="sparse")`. If kernels
+    can compute it (`pip install 'itop_prune[sparse]'`), it is timed beside the dense one, on the
+    inputs that the layer gets here. Kernels compute linear layers and 2-d convolutions of one
+    group, in float32 or float64, of which at most a quarter is active. All others stay dense. The
+    whole model stays dense if it is not faster in the end. Kernels are compiled at the first use
+    in an environment, which takes some seconds.
 
     Args:
         model: Masked by `itop_prune.apply` or `load`, on the CPU; wrapped or not. It is left as it
