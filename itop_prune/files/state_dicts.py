@@ -20,12 +20,7 @@ from itop_prune.files.small_files import (
     entries_by_weight,
     with_active_weights,
 )
-from itop_prune.layers.handle import (
-    ITOP,
-    exclude_masks_from_ddp,
-    find_masks,
-    refuse_deployed,
-)
+from itop_prune.layers.handle import ITOP, exclude_masks_from_ddp, find_masks, refuse_deployed
 from itop_prune.layers.maskable import Target, obstacles, plain_name, unwrap, walk
 from itop_prune.layers.masked_layer import (
     BROKEN_PATTERN,

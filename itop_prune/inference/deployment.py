@@ -181,7 +181,7 @@ def _choose(
     rows = []
     for name, place in targets.items():
         found, why = seconds.get(place, {}), reasons[place]
-        if found == {} and place in seconds:
+        if not found and place in seconds:
             why = "not called: what holds it reads its weight"
         faster = bool(found) and found["dense"] >= CLEARLY * found["sparse"]
         storage = "sparse" if faster or "dense" not in choices else "dense"

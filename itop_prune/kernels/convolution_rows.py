@@ -171,8 +171,8 @@ def forward(
 ):
     """Compute the output of a convolution.
 
-    The arguments are those of `convolution.forward`, but for `hq`, the rows of a packed band, and
-    `band`, the rows of results that are computed of one.
+    The arguments are those of `convolution.forward`, but for two. `hq` is the rows of a packed
+    band, and `band` how many rows of results it gives.
     """
     biased = bias != 0
     source, target, bias = pointer(kind, x), pointer(kind, result), pointer(kind, bias)
@@ -293,8 +293,8 @@ def backward(
 ):
     """Compute the gradients of input and values; one whose address is 0 is not computed.
 
-    The arguments are those of `convolution.backward`, but for `hq` and `hg`, the rows of packed
-    bands, and `band`, the rows of results or of a phase that are computed of one.
+    The arguments are those of `convolution.backward`, but for three. `hq` and `hg` are the rows of
+    packed bands, and `band` how many rows of results, or of a phase, one gives.
     """
     needs_x, needs_values = for_x != 0, for_values != 0
     for_x, nothing = pointer(kind, for_x), pointer(kind, 0)
