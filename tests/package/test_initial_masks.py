@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.ids import as_text
 from helpers.toys import batch, convnet, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -130,7 +131,7 @@ SCORES["4.weight"] = torch.rand(4, 12)
         {"sparsity": 0.5, "pattern": "2:4"},
         {"sparsity": 0.75, "pattern": "1:4", "exclude": "4"},
     ],
-    ids=str,
+    ids=as_text,
 )
 def test_counts_are_those_that_apply_leaves(arguments: dict[str, Any]) -> None:
     arguments = {"sparsity": 0.6, **arguments}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.ids import as_text
 from helpers.toys import batch, convnet, mlp, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -500,7 +501,7 @@ def test_layers_with_and_without_a_pattern_move_side_by_side() -> None:
         {"final_sparsity": 0.9, "density": "cubic"},
         {"redistribute": "nonzeros", "scope": "global"},
     ],
-    ids=str,
+    ids=as_text,
 )
 def test_what_would_change_the_counts_is_refused(options: dict[str, Any]) -> None:
     network, masks = placed()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.ids import as_text
 from helpers.sparse_run import Run, adam, assert_same, momentum, sparse
 from helpers.toys import batch, convnet, mlp
 from itop_prune_tools.benchmarks.measure import peak_bytes
@@ -705,7 +706,7 @@ def test_a_mask_loaded_before_the_first_update_counts_as_explored() -> None:
         ({"scope": "all"}, "scope is 'all'; allowed are 'layer' and 'global'"),
         ({"floor": 0.1}, r"floor is 0\.1; allowed is a number in \[0, 1\), with scope='global'"),
     ],
-    ids=str,
+    ids=as_text,
 )
 def test_bad_values_are_answered_with_what_is_allowed(
     options: dict[str, Any], message: str

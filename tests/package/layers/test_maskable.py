@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.ids import as_text
 from helpers.toys import convnet, mlp
 from hypothesis import given
 from hypothesis import strategies as st
@@ -407,7 +408,7 @@ FIRST, SECOND, THIRD = "0.weight", "2.weight", "4.weight"
         ({"exclude": ()}, [FIRST, SECOND, THIRD]),
         ({"include": iter(["0", "2"]), "exclude": iter(["2"])}, [FIRST]),
     ],
-    ids=str,
+    ids=as_text,
 )
 def test_weights_are_chosen_by_name_layer_or_pattern(options: dict, expected: list[str]) -> None:
     assert list(itop_prune.apply(mlp(), 0.5, **options)) == expected
