@@ -54,3 +54,17 @@ def count(bits: Tensor) -> int:
     pairs = bits - ((bits >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return int(((fours + (fours >> 4)) & 0x0F).sum())
+
+
+def put(bits: Tensor, places: Tensor) -> None:
+    """Set the bits of places to 1, in place.
+
+    >>> bits = torch.tensor([76, 1], dtype=torch.uint8)
+    >>> put(bits, torch.tensor([0, 9]))
+    >>> bits
+    tensor([77,  3], dtype=torch.uint8)
+    """
+    byte, bit = places >> 3, places & 7
+    for place in range(8):  # so that no byte is written twice at a time
+        at = byte.masked_select(bit == place)
+        bits[at] = bits.index_select(0, at) | (1 << place)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from itop_prune import distributed, patterns, topology
+from itop_prune import distributed, patterns, sparse_topology, topology
 from itop_prune.layers.handle import ITOP, exclude_masks_from_ddp
 from itop_prune.layers.maskable import (
     ADD_A_ROW,
@@ -30,14 +30,16 @@ from itop_prune.layers.matrices import (
     inputs_of_outputs,
     kernel_shape,
 )
-from itop_prune.layers.sparse_handle import STORAGES, Storage
+from itop_prune.layers.never_dense import check_can_be_made, check_memory, materialize
+from itop_prune.layers.sparse_handle import STORAGES, SparseITOP, Storage
+from itop_prune.layers.sparse_storage import position_type
 from itop_prune.messages import listed, nearest
 from itop_prune.methods.distributions import DISTRIBUTIONS, Distribution, active_counts
 from itop_prune.methods.initialization import Init, check_init, fan_in_factors
 from itop_prune.methods.lookup import lookup
 from itop_prune.methods.presets import pointer
 from itop_prune.methods.saliency import ratios
-from itop_prune.methods.validation import checked_seed, is_number
+from itop_prune.methods.validation import checked_device, checked_seed, is_number
 from itop_prune.patterns import Pattern
 
 SCORES = ("random", "magnitude", "nonzero")
@@ -62,6 +64,7 @@ def apply(
     strict: bool = False,
     init: Init = "keep",
     storage: Storage = "mask",
+    device: str | torch.device | None = None,
     seed: int = 0,
 ) -> dict[str, ITOP]:
     """Make a model sparse: mask every weight matrix of a convolution or linear map.
@@ -112,6 +115,10 @@ def apply(
             active), and their positions. Gradients and optimizer statistics are then as small. It
             trains the same. FSDP2 and optimizers that look at the matrix (Muon, Shampoo) can't
             take it.
+        device: For a model on the meta device, with the storage "sparse" and random positions:
+            where it is made. No dense weight ever is, so the layers may be larger than the memory.
+            Active weights are drawn as each layer's `reset_parameters` draws them, which also fills
+            all other parameters and buffers.
         seed: Of the random positions. Equal seeds give equal masks, on every device and rank.
             Torch's global generators are not touched.
 
@@ -126,8 +133,9 @@ def apply(
     Raises:
         ValueError: A value is out of range, a name is unknown, or a name pattern matches nothing.
             Or a selected weight can't be masked: it has a mask, is tied, parametrized, complex, of
-            integers or on the meta device. Or `strict` is set and an N:M pattern does not divide
-            it. The model is then unchanged.
+            integers or, without `device`, on the meta device. Or `strict` is set and an N:M pattern
+            does not divide it. Or a model on the meta device can't be made, or would take more
+            memory than there is. The model is then unchanged.
 
     Reference: Liu et al., "Do We Actually Need Dense Over-Parameterization?", 2021, arXiv
     2102.02887.
@@ -145,9 +153,13 @@ def apply(
     else:
         groups = _check_budget(sparsity, method, densities, pattern)
     targets = _find_targets(model, include, exclude, groups, strict)
-    _refuse_meta(targets)
     handle = lookup(storage, STORAGES, "storage")
+    if device is not None and sparsity is not None:
+        check_can_be_made(targets, scores, method, groups, storage)
+        counts = _count(targets, sparsity, method, densities, groups)
+        return _make(model, targets, counts, checked_device(device), init, seed)
 
+    _refuse_meta(targets)
     if sparsity is None:  # scores are "nonzero"
         masks = _nonzero_masks(targets, groups)
     else:
@@ -163,6 +175,31 @@ def apply(
     exclude_masks_from_ddp(unwrap(model))
     if scores != "random" or _is_scores(method):
         distributed.check_equal_masks({name: itop.mask for name, itop in applied.items()})
+    return applied
+
+
+def _make(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    counts: Mapping[str, int],
+    device: torch.device,
+    init: Init,
+    seed: int,
+) -> dict[str, ITOP]:
+    """Make a model on the meta device sparse, without any dense weight."""
+    check_memory(targets, counts, device)
+    made = materialize(model, targets, counts, device)
+    applied: dict[str, ITOP] = {}
+    for name, (layer, tensor) in targets.items():
+        shape = tuple(layer.get_parameter(tensor).shape)
+        nowhere = torch.empty(0, dtype=position_type(math.prod(shape)))
+        generator = topology.seeded(torch.device("cpu"), seed, name)
+        positions = sparse_topology.draw(nowhere, math.prod(shape), counts[name], generator)
+        values = made.pop(name)
+        if init == "fan_in":
+            values *= fan_in_factors(positions, *inputs_of_outputs(layer, tensor, shape)).to(device)
+        applied[name] = SparseITOP.place_values(layer, tensor, values, positions.to(device))
+    exclude_masks_from_ddp(unwrap(model))
     return applied
 
 
@@ -352,8 +389,9 @@ def _refuse_meta(targets: Mapping[str, Target]) -> None:
     if meta:
         raise ValueError(
             f"{meta[0]} is on the meta device, where weights have no values; call "
-            "itop_prune.count_active for the counts (with another method than magnitude), or "
-            "model.to_empty(device=...) and load or initialize the weights first"
+            "itop_prune.count_active for the counts (with another method than magnitude); call "
+            "model.to_empty(device=...) and load or initialize the weights; or give apply "
+            'storage="sparse" and device="cpu", which make the model sparse at once'
         )
 
 
@@ -482,12 +520,13 @@ def _given_scores(scores: Scores, name: str, target: Target) -> Tensor:
 
 @torch.no_grad()
 def _rescale(target: Target, mask: Tensor) -> None:
-    """Multiply the weights of each output by its fan-in factor, before the mask is placed."""
+    """Multiply the active weights by their fan-in factors, before the mask is placed."""
     layer, tensor = target
     weight = layer.get_parameter(tensor)
-    shape, inputs = inputs_of_outputs(layer, tensor, tuple(weight.shape))
-    factors = fan_in_factors(mask.view(shape), inputs).to(weight.device)
-    weight.view(shape).mul_(factors)
+    positions = topology.true_positions(mask.flatten())
+    factors = fan_in_factors(positions, *inputs_of_outputs(layer, tensor, tuple(weight.shape)))
+    active = mask.to(weight.device)
+    weight[active] = (weight[active] * factors.to(weight.device)).to(weight.dtype)
 
 
 def _magnitudes(name: str, target: Target) -> Tensor:

@@ -1,6 +1,7 @@
 """Words that several error messages share."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 
 
@@ -49,3 +50,16 @@ def describe(function: object) -> str:
     'describe'
     """
     return getattr(function, "__name__", repr(function))
+
+
+def in_digits(share: float) -> str:
+    """Print a share with four decimals, or as many as tell it from 0 and 1 in two digits.
+
+    >>> in_digits(0.12345), in_digits(0.0000123), in_digits(0.9999877), in_digits(1.0)
+    ('0.1235', '0.000012', '0.999988', '1.0000')
+    """
+    distance = min(share, 1.0 - share)
+    decimals = 4
+    if 0.0 < distance < 0.001:
+        decimals = 1 - math.floor(math.log10(distance))
+    return f"{share:.{decimals}f}"

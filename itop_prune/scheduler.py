@@ -4,8 +4,8 @@
 """
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from itop_prune import bits, distributed
 from itop_prune.distributed import UpdateInputs, world_size
 from itop_prune.layers.handle import ITOP, active_weights
+from itop_prune.layers.sparse_handle import SparseITOP
 from itop_prune.messages import listed
 from itop_prune.methods import schedules
 from itop_prune.methods.criteria import Criterion
@@ -26,7 +27,7 @@ from itop_prune.patterns import check_held
 from itop_prune.update.counts import Counts, check_floor, plan_changes
 from itop_prune.update.density import DensityTargets
 from itop_prune.update.diagnostics import PendingWarnings, layer_warnings, no_dense_gradient
-from itop_prune.update.exploration import Exploration
+from itop_prune.update.exploration import BUDGET, Exploration, Explored
 from itop_prune.update.gradients import DenseGradients
 from itop_prune.update.layer_update import LayerUpdate
 from itop_prune.update.optimizer_state import (
@@ -38,7 +39,7 @@ from itop_prune.update.optimizer_state import (
     statistics,
     zero_statistics,
 )
-from itop_prune.update.rules import Rules
+from itop_prune.update.rules import Rules, check_dense_tensors_fit
 from itop_prune.update.saved_state import check_state
 from itop_prune.update.timetable import Timetable
 
@@ -109,7 +110,10 @@ class MaskScheduler:
             `itop_prune.distributions.DISTRIBUTIONS`, or a function `(shapes, density) ->
             densities`.
         gradient_steps: How many steps before an update `grad` sums up; 1 to `every`.
-        survival: Whether to count which new weights survive the next update; a byte per weight.
+        survival: Whether to count which new weights survive the next update; 8 bytes for each of
+            them.
+        explored_bytes: Memory for R_s, at least 1. R_s is exact if a bit of every weight fits in.
+            If not, layers of more than a million weights are sampled.
         seed: Of random criteria and ties.
         check_ranks: Whether ranks compare a checksum of masks and weights at every update, and stop
             a run that has diverged. Masks are compared once, here, in any case.
@@ -156,6 +160,7 @@ class MaskScheduler:
         final_method: str | Distribution = "ERK",
         gradient_steps: int = 1,
         survival: bool = False,
+        explored_bytes: int = BUDGET,
         seed: int = 0,
         check_ranks: bool = False,
         scaler: GradScaler | None = None,
@@ -195,7 +200,7 @@ class MaskScheduler:
         self._gradients = DenseGradients(
             self._masks, self._rules.needs, gradient_steps, every, scaler
         )
-        self._exploration = Exploration(self._masks, survival)
+        self._exploration = Exploration(self._masks, survival, explored_bytes)
         self._without_gradient = set(self._movable())  # layers without one since the last update
         self._warnings = PendingWarnings()
         # Of sparse storage, as bits with their shape: slots with another owner than at the last
@@ -217,6 +222,7 @@ class MaskScheduler:
         dims = {name: self._masks[name].input_dim for name in patterns}
         check_held({name: self._masks[name].mask for name in patterns}, patterns, dims)
 
+        check_dense_tensors_fit(self._rules, self._masks)
         weights = {name: itop.size for name, itop in self._masks.items()}
         check_floor(self._rules, weights, self._density.smallest)
         if self._starves_layers() and distributed.is_first():
@@ -249,7 +255,7 @@ class MaskScheduler:
         return by_chance and cut_freely and self._density.falls and self._timetable.rate > 0.0
 
     @property
-    def explored(self) -> Mapping[str, Tensor]:
+    def explored(self) -> Explored:
         """By name, bool: was active at least once. Its share is R_s."""
         return self._exploration.explored
 
@@ -268,8 +274,16 @@ class MaskScheduler:
         return self._timetable.updates()
 
     def exploration_rate(self) -> float:
-        """Compute R_s: the share of masked weights that were active at least once."""
+        """Compute R_s: the share of masked weights that were active at least once.
+
+        It is exact if a bit of every weight fits in `explored_bytes`. If not, it is an estimate
+        from a sample of the weights.
+        """
         return self._exploration.rate()
+
+    def exploration_error(self) -> float:
+        """Compute the standard error of `exploration_rate`; 0 unless that is an estimate."""
+        return self._exploration.error()
 
     def entered(self) -> dict[str, int]:
         """Count, by layer, the weights that entered its mask at the last update.
@@ -401,13 +415,17 @@ class MaskScheduler:
         self._check_slots(changes, active)
 
         self._exploration.begin_update()
-        for name, itop in masks.items():
-            mask = itop.mask
+        for name in masks:
             n_prune, n_grow = changes.get(name, (0, 0))
-            if n_prune or n_grow:
-                self._write(name, mask, layers[name].new_mask(self._rules, mask, n_prune, n_grow))
-            else:
-                self._exploration.record(name, mask, mask)
+            layer = layers.get(name)
+            if layer is not None and layer.needs_no_mask(self._rules):
+                self._exchange(layer, n_prune, n_grow)
+                continue
+
+            mask = after = masks[name].mask
+            if layer is not None and (n_prune or n_grow):
+                after = layer.new_mask(self._rules, mask, n_prune, n_grow)
+            self._write(name, mask, after)
         self._gradients.end_update()
         self.updates += 1
         self._without_gradient = set(masks)
@@ -465,14 +483,29 @@ class MaskScheduler:
         return inputs
 
     def _write(self, name: str, before: Tensor, after: Tensor) -> None:
-        """Write a new mask; set values and statistics of weights that left or entered to 0.
+        """Record a layer's mask after an update, and write it unless it is the present one."""
+        self._exploration.record(name, before, after)
+        if after is not before:
+            self._move(name, lambda: self._masks[name].write_mask(before, after))
+
+    def _exchange(self, layer: LayerUpdate, n_prune: int, n_grow: int) -> None:
+        """Do the same for a layer whose update needs no mask."""
+        itop = cast(SparseITOP, layer.itop)
+        before = itop.active_positions()
+        stayed, entered = layer.exchange(n_prune, n_grow)
+        after = torch.cat([itop.positions.masked_select(stayed), entered])
+        self._exploration.record_positions(layer.name, before, after, entered)
+        if n_prune or n_grow:
+            self._move(layer.name, lambda: itop.write_positions(stayed, entered))
+
+    def _move(self, name: str, write: Callable[[], Tensor]) -> None:
+        """Move weights; set values and statistics of those that left or entered to 0.
 
         So a weight that grows starts at 0. A weight pruned and grown again at once keeps both.
         """
         itop = self._masks[name]
-        self._exploration.record(name, before, after)
         found = statistics(self._optimizer, itop.parameter)
-        stayed = itop.write_mask(before, after)
+        stayed = write()
         zero_statistics(self._optimizer, itop.parameter, found, stayed)
 
         if itop.storage == "sparse":
@@ -532,7 +565,7 @@ class MaskScheduler:
             ValueError: It is no state of a MaskScheduler, or was saved for other masks; nothing is
                 changed then.
         """
-        check_state(state, self._exploration.explored.shapes)
+        check_state(state, self.explored)
         self._exploration.load_state_dict(state)
         self._step, self._due = state["step"], state["due"]
         self.updates, self.skipped = state["updates"], state["skipped"]

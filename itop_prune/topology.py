@@ -106,11 +106,7 @@ def prune(
     >>> prune(torch.tensor([True, True, False]), torch.tensor([2.0, 1.0, 0.0]), 1)
     tensor([ True, False, False])
     """
-    active = count_true(mask)
-    if not 0 <= count <= active:
-        raise ValueError(
-            f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}"
-        )
+    check_prune_count(count, count_true(mask))
     try:
         if isinstance(scores, Tensor):
             return mask ^ select(-as_float(scores), mask, count, generator)
@@ -132,7 +128,7 @@ def grow(
     >>> grow(torch.tensor([True, False, False]), torch.tensor([3.0, 1.0, 2.0]), 1)
     tensor([ True, False,  True])
     """
-    _count_inactive(mask, count)
+    check_grow_count(count, mask.numel() - count_true(mask))
     try:
         return mask ^ select(scores, ~mask, count, generator)
     except NaNScores:
@@ -148,9 +144,9 @@ def draw(mask: Tensor, count: int, generator: torch.Generator | None = None) -> 
     >>> int(draw(torch.zeros(2, 3, dtype=torch.bool), 4).sum())
     4
     """
-    inactive = _count_inactive(mask, count)
+    inactive = check_grow_count(count, mask.numel() - count_true(mask))
     flat = mask.flatten().clone()
-    if inactive < len(flat) // 4 or count > inactive // 2:
+    if draws_among_inactive(inactive, len(flat), count):
         free = (~flat).nonzero().squeeze(1)
         flat[free[torch.randperm(inactive, generator=generator, device=mask.device)[:count]]] = True
         return flat.view(mask.shape)
@@ -163,9 +159,21 @@ def draw(mask: Tensor, count: int, generator: torch.Generator | None = None) -> 
     return flat.view(mask.shape)
 
 
-def _count_inactive(mask: Tensor, count: int) -> int:
-    """Count the inactive positions, of which `count` are to grow."""
-    inactive = mask.numel() - count_true(mask)
+def draws_among_inactive(inactive: int, size: int, count: int) -> bool:
+    """Tell whether most draws among all positions would meet one that is active."""
+    return inactive < size // 4 or count > inactive // 2
+
+
+def check_prune_count(count: int, active: int) -> None:
+    """Refuse to prune more than is active."""
+    if not 0 <= count <= active:
+        raise ValueError(
+            f"n_prune is {count}; the mask has {active} active positions: allowed are 0 to {active}"
+        )
+
+
+def check_grow_count(count: int, inactive: int) -> int:
+    """Refuse to grow more than is inactive, and return how many are."""
     if not 0 <= count <= inactive:
         raise ValueError(
             f"n_grow is {count}; after pruning {inactive} positions are inactive: allowed are 0 to "

@@ -5,6 +5,7 @@ weight is read by its parent counts, and a layer that is called twice counts twi
 """
 
 import contextlib
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from itop_prune.layers.handle import active_weights, find_masks, refuse_deployed
 from itop_prune.layers.maskable import unwrap
+from itop_prune.memory import total_memory
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,20 @@ def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
     refuse_deployed(model)
     model, masks = unwrap(model), find_masks(model)
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if any(4 * itop.size > total_memory(itop.buffer.device) for itop in masks.values()):
+        counted = _count(*_without_numbers(model, arguments))
+    else:
+        counted = _count(model, arguments)
+
+    densities = {}
+    for name, active in active_weights(masks).items():
+        densities[name] = active / masks[name].size
+    return FLOPs({name: counted[name] for name in masks}, counted[""], densities)
+
+
+def _count(model: nn.Module, arguments: tuple[Any, ...]) -> Mapping[str, int]:
+    """Run a model once, and count the FLOPs by the weight that an operation reads; "" for none."""
+    masks = find_masks(model)
     modes = [(module, module.training) for module in model.modules()]
     counter = _Counter({itop.parameter: name for name, itop in masks.items()})
     attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -105,11 +121,21 @@ def flops(model: nn.Module, example_inputs: Any) -> FLOPs:
     finally:
         for module, training in modes:
             module.training = training
+    return counter.flops
 
-    densities = {}
-    for name, active in active_weights(masks).items():
-        densities[name] = active / masks[name].size
-    return FLOPs({name: counter.flops[name] for name in masks}, counter.flops[""], densities)
+
+def _without_numbers(
+    model: nn.Module, arguments: tuple[Any, ...]
+) -> tuple[nn.Module, tuple[Any, ...]]:
+    """Copy a model and its inputs to the meta device, where dense weights take no memory."""
+
+    def on_meta(tensor: Tensor) -> Tensor:
+        meta = tensor.detach().to("meta")
+        return nn.Parameter(meta) if isinstance(tensor, nn.Parameter) else meta
+
+    tensors = (*model.parameters(), *model.buffers())
+    copied = {id(tensor): on_meta(tensor) for tensor in tensors}
+    return copy.deepcopy(model, copied), tree_map_only(Tensor, on_meta, arguments)
 
 
 def run(model: nn.Module, arguments: tuple[Any, ...]) -> Any:

@@ -17,7 +17,9 @@ from itop_prune.layers.maskable import (
     walk,
 )
 from itop_prune.layers.sparse_products import NAME, can_take_kernels
+from itop_prune.messages import in_digits
 from itop_prune.topology import count_true
+from itop_prune.update.exploration import Explored
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Summary:
     """Cost of a forward, if example inputs were given."""
     matrix_weights: int = 0
     """Weights of all matrices, masked or not, embeddings aside; see `itop_prune.MASKABLE`."""
+    sampled: bool = False
+    """Whether R_s is an estimate from a sample of the weights."""
 
     @property
     def weights(self) -> int:
@@ -107,13 +111,16 @@ class Summary:
         for row in self.rows:
             shape = "×".join(map(str, row.shape))
             name = row.name if row.masked else f"{row.name} (no mask)"
-            lines.append((name, shape, f"{row.weights:,}", f"{row.active:,}", f"{row.density:.4f}"))
-        lines.append(("total", "", f"{self.weights:,}", f"{self.active:,}", f"{self.density:.4f}"))
+            counts = f"{row.weights:,}", f"{row.active:,}"
+            lines.append((name, shape, *counts, in_digits(row.density)))
+        total = f"{self.weights:,}", f"{self.active:,}"
+        lines.append(("total", "", *total, in_digits(self.density)))
 
         columns = []
         if self.exploration_rate is not None:
             rates = [*(row.exploration_rate for row in self.rows), self.exploration_rate]
-            columns.append(["R_s", *("" if rate is None else f"{rate:.4f}" for rate in rates)])
+            title = "R_s, estimate" if self.sampled else "R_s"
+            columns.append([title, *("" if rate is None else in_digits(rate) for rate in rates)])
         if any(row.computes for row in self.rows):
             columns.append(["computes", *(row.computes for row in self.rows), ""])
         return [(*line, *more) for line, *more in zip(lines, *columns, strict=True)]
@@ -128,7 +135,8 @@ class Summary:
             text.append("  ".join([name.ljust(widths[0]), *numbers]).rstrip())
 
         others = self.parameters - self.weights
-        text.append(f"sparsity {self.sparsity:.4f}; {others:,} other parameters are dense")
+        sparsity = in_digits(self.sparsity)
+        text.append(f"sparsity {sparsity}; {others:,} other parameters are dense")
         return "\n".join([*text, *self.share(), *self.stored(), *self.cost()])
 
     def share(self) -> list[str]:
@@ -137,23 +145,23 @@ class Summary:
             return []
         return [
             f"masked {self.masked_share:.4f} of the {self.matrix_weights:,} weights of matrices, "
-            f"whose sparsity is {self.overall_sparsity:.4f}"
+            f"whose sparsity is {in_digits(self.overall_sparsity)}"
         ]
 
     def stored(self) -> list[str]:
         """Describe in a line what masked weights take in memory; without masks there is none."""
         if not self.dense_bytes:
             return []
-        share = self.bytes / self.dense_bytes
-        return [f"stored in {self.bytes:,} bytes, {share:.4f} of the {self.dense_bytes:,} dense"]
+        share = in_digits(self.bytes / self.dense_bytes)
+        return [f"stored in {self.bytes:,} bytes, {share} of the {self.dense_bytes:,} dense"]
 
     def cost(self) -> list[str]:
         """Describe the cost of a forward in a line; without example inputs there is none."""
         if self.flops is None:
             return []
         dense, sparse = self.flops.dense_forward, self.flops.sparse_forward
-        share = sparse / max(1, dense)
-        return [f"forward {sparse:.4g} FLOPs, {share:.4f} of the {dense:.4g} of the dense model"]
+        share = in_digits(sparse / max(1, dense))
+        return [f"forward {sparse:.4g} FLOPs, {share} of the {dense:.4g} of the dense model"]
 
 
 def _computes(itop: ITOP, active: int) -> str:
@@ -204,7 +212,8 @@ def summarize(
     refuse_deployed(model)
     masks = find_masks(model)
     active = active_weights(masks)
-    seen = {name: count_true(tensor) for name, tensor in (explored or {}).items()}
+    sampled = isinstance(explored, Explored) and not explored.exact
+    seen = _count_explored(explored or {})
     most_active = 0.99 if masks else 1.0
 
     found = {name: (layer, tensor) for name, layer, tensor in walk(model)}
@@ -234,4 +243,10 @@ def summarize(
         dense += itop.size * itop.parameter.element_size()
     cost = None if example_inputs is None else flops(model, example_inputs)
     matrices = count_matrix_weights(model)
-    return Summary(tuple(rows), parameters, stored, dense, cost, matrices)
+    return Summary(tuple(rows), parameters, stored, dense, cost, matrices, sampled)
+
+
+def _count_explored(explored: Mapping[str, Tensor]) -> dict[str, int]:
+    if isinstance(explored, Explored):
+        return {name: explored.count(name) for name in explored}
+    return {name: count_true(tensor) for name, tensor in explored.items()}

@@ -33,6 +33,7 @@ from itop_prune.layers.sparse_storage import problem
 from itop_prune.messages import listed
 from itop_prune.methods.validation import is_plain
 from itop_prune.sharding import whole
+from itop_prune.topology import count_true, true_positions
 
 from .writing import replacing
 
@@ -188,13 +189,16 @@ def write(state: Mapping[str, Tensor], path: str | Path, dtype: torch.dtype | No
 
         weight, mask = state[parameter_name(name)], state[mask_name(name)]
         if isinstance(weight, ActiveWeights):
-            weight, mask = weight.dense()
-        weight, mask = _on_cpu(weight), _on_cpu(mask).bool()
-        encoding, code = positions.encode(mask.flatten().numpy())
-        values = weight.flatten()[mask.flatten()]
+            shape, places, slots = weight.shape, *_on_cpu(weight.positions).sort()
+            free = count_true(places < 0)
+            places, values = places[free:], _on_cpu(weight.values)[slots[free:]]
+        else:
+            shape, mask = tuple(weight.shape), _on_cpu(mask).bool().flatten()
+            places, values = true_positions(mask), _on_cpu(weight).flatten()[mask]
+        encoding, code = positions.encode(places.numpy(), math.prod(shape))
         tensors[parameter_name(name)] = _convert(name, values, dtype)
         tensors[mask_name(name)] = torch.from_numpy(code)
-        layouts[name] = {"shape": list(weight.shape), "positions": encoding}
+        layouts[name] = {"shape": list(shape), "positions": encoding}
 
     about = f"{VERSION} {NO_CHECKSUM} {json.dumps(layouts)}"
     content = bytearray(safetensors.torch.save(tensors, {FORMAT: about}))

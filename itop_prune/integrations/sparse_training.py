@@ -111,9 +111,8 @@ class SparseTraining:
 
     def _check_explored(self, scheduler: MaskScheduler) -> None:
         """Refuse the state of another run: what is active now was active when it was saved."""
-        for name, explored in scheduler.explored.items():
-            mask = self.masks[name].mask.to(explored.device)
-            if bool((mask & ~explored).any()):
+        for name, itop in self.masks.items():
+            if not scheduler.explored.holds(name, itop.active_positions()):
                 raise ValueError(
                     f"the masks of {name} and the saved state of the MaskScheduler are of two "
                     "runs; resume from a checkpoint that holds both"

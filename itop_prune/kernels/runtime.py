@@ -38,9 +38,11 @@ def uses_kernels(shape: Sequence[int], active: int) -> bool:
             convolution.
         active: Number of active weights.
     """
-    size = math.prod(shape)
-    most = DENSEST * size
-    return 0 < size < 2**31 and active <= (max(most, FEW) if len(shape) == 2 else most)
+    outputs, inputs = shape[0], math.prod(shape[1:])
+    most = DENSEST * outputs * inputs
+    if not outputs or not inputs or max(outputs, inputs, active) >= 2**31:  # orders are of int32
+        return False
+    return active <= (max(most, FEW) if len(shape) == 2 else most)
 
 
 def can_compute(*tensors: Tensor) -> bool:

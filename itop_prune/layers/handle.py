@@ -24,7 +24,7 @@ from itop_prune.layers.matrices import count_outputs, input_dim, kernel_shape
 from itop_prune.layers.names import mask_name, parameter_name, pattern_name, positions_name
 from itop_prune.patterns import Pattern, holds
 from itop_prune.sharding import is_sharded, like, zero_off_mask
-from itop_prune.topology import true_count
+from itop_prune.topology import true_count, true_positions
 
 
 class ITOP(prune.BasePruningMethod):
@@ -140,6 +140,10 @@ class ITOP(prune.BasePruningMethod):
     def size(self) -> int:
         """How many weights the dense tensor has."""
         return math.prod(self.shape)
+
+    def active_positions(self) -> Tensor:
+        """List the positions of active weights in the flattened dense weight, in any order."""
+        return true_positions(self.mask.flatten())
 
     def active_values(self) -> tuple[Tensor, Tensor] | None:
         """Look up positions and values as they are stored; None where a dense tensor is."""

@@ -66,10 +66,14 @@ def attach_sparse(layer: nn.Module, name: str, mask: Tensor) -> None:
     weight = layer.get_parameter(name)
     size = sparse_storage.position_type(weight.numel())
     positions = mask.flatten().nonzero().squeeze(1).to(size)
-    values = nn.Parameter(sparse_storage.gather(weight, positions), weight.requires_grad)
+    attach_values(layer, name, sparse_storage.gather(weight, positions), positions)
 
+
+def attach_values(layer: nn.Module, name: str, values: Tensor, positions: Tensor) -> None:
+    """Do the same with given values, (1, active), and their positions, (active,)."""
+    weight = layer.get_parameter(name)
     _rename(layer._parameters, name, values_name(name))
-    layer._parameters[values_name(name)] = values
+    layer._parameters[values_name(name)] = nn.Parameter(values, weight.requires_grad)
     layer.register_buffer(positions_name(name), positions)
     setattr(layer, layout_name(name), layout_of(weight))
     _give_class(layer, (*masked_names(layer), name), (*sparse_names(layer), name))
@@ -445,7 +449,7 @@ def _sparse_problem(layer: nn.Module, name: str, state: Mapping[str, Any], prefi
         return ""
 
     problem = sparse_storage.problem(values, positions, shape)
-    if not problem and not positions.is_meta:
+    if not problem and not positions.is_meta and pattern_of(layer, name) is not None:
         pattern_broken = breaks_pattern(layer, name, sparse_storage.mask_of(positions, shape))
         problem = BROKEN_PATTERN if pattern_broken else ""
     return problem

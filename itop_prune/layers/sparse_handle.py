@@ -9,7 +9,13 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 from itop_prune.layers import sparse_storage
 from itop_prune.layers.dense_gradient import DenseGradientHook, put_first
 from itop_prune.layers.handle import ITOP
-from itop_prune.layers.masked_layer import attach_sparse, detach_sparse, effective, is_standardized
+from itop_prune.layers.masked_layer import (
+    attach_sparse,
+    attach_values,
+    detach_sparse,
+    effective,
+    is_standardized,
+)
 from itop_prune.layers.names import layout_name, positions_name, probe_name, values_name
 from itop_prune.layers.sparse_storage import Layout
 from itop_prune.sharding import zero_off_mask
@@ -54,6 +60,10 @@ class SparseITOP(ITOP):
     def _layout(self) -> Layout:
         return getattr(self._layer, layout_name(self._tensor_name))
 
+    def active_positions(self) -> Tensor:
+        """List the positions of active weights in the flattened dense weight, in any order."""
+        return self.positions.masked_select(self.positions >= 0)
+
     def active_values(self) -> tuple[Tensor, Tensor] | None:
         """Look up positions and values of all slots; free ones have the position -1.
 
@@ -68,6 +78,23 @@ class SparseITOP(ITOP):
         """Give one parameter a mask without active weights, which the caller must write."""
         itop = cls(module, name)
         itop._attach(torch.zeros_like(module.get_parameter(name), dtype=torch.bool))
+        module.register_forward_pre_hook(itop)
+        return itop
+
+    @classmethod
+    def place_values(
+        cls, module: nn.Module, name: str, values: Tensor, positions: Tensor
+    ) -> "SparseITOP":
+        """Replace a parameter, which may be on the meta device, by values and their positions.
+
+        Args:
+            module: The layer.
+            name: Of the parameter in the layer.
+            values: (1, active).
+            positions: (active,), in the flattened weight, none of them twice.
+        """
+        itop = cls(module, name)
+        attach_values(module, name, values, positions)
         module.register_forward_pre_hook(itop)
         return itop
 
@@ -91,12 +118,27 @@ class SparseITOP(ITOP):
             weight = sparse_storage.dense(parameter, positions, self._layout)
             centred = effective(weight, before & after, True)
             parameter.copy_(sparse_storage.gather(centred, positions))
+        return self._hand_over(*sparse_storage.reassign(positions, before, after))
 
-        positions, stayed = sparse_storage.reassign(positions, before, after)
+    @torch.no_grad()
+    def write_positions(self, stayed: Tensor, entered: Tensor) -> Tensor:
+        """Do the same without masks, for a layer that does not standardize its weight.
+
+        Args:
+            stayed: Bool, (slots,): which slots keep their weight.
+            entered: The positions of the weights that enter.
+
+        Returns:
+            As `write_mask`.
+        """
+        moved = sparse_storage.hand_over(self.positions, stayed, entered, self.size)
+        return self._hand_over(*moved)
+
+    def _hand_over(self, positions: Tensor, stayed: Tensor) -> Tensor:
         sparse_storage.resize_layer(self._layer, self._tensor_name, len(positions))
         self.positions.copy_(positions)
         stayed = stayed.unsqueeze(0)
-        zero_off_mask(parameter, stayed)
+        zero_off_mask(self.parameter, stayed)
         return stayed
 
     @torch.no_grad()

@@ -95,16 +95,13 @@ def mask_of(positions: Tensor, shape: tuple[int, ...]) -> Tensor:
 def reassign(positions: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Give the slots of weights that leave a mask to those that enter it, in rising order.
 
-    Slots that are left over are free. If there are too few, a quarter more than needed is made,
-    so that the next updates find room.
-
     Args:
         positions: (slots,).
         before: The mask that they stand for.
         after: The new mask.
 
     Returns:
-        The new positions; bool, of their length: which slots keep their weight.
+        As `hand_over`.
 
     >>> positions = torch.tensor([5, 0, 3])
     >>> after = torch.tensor([False, True, True, True, False, False])
@@ -113,10 +110,33 @@ def reassign(positions: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, 
     """
     stayed = (positions >= 0) & after.flatten().index_select(0, positions.clamp(min=0))
     entered = true_positions((after & ~before).flatten())
+    return hand_over(positions, stayed, entered, after.numel())
 
+
+def hand_over(
+    positions: Tensor, stayed: Tensor, entered: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Give the slots that keep no weight to those that enter, in their order.
+
+    Slots that are left over are free. If there are too few, a quarter more than needed is made,
+    so that the next updates find room.
+
+    Args:
+        positions: (slots,).
+        stayed: Bool, (slots,): which slots keep their weight.
+        entered: The positions of the weights that enter.
+        size: How many weights the dense tensor has.
+
+    Returns:
+        The new positions; bool, of their length: which slots keep their weight.
+
+    >>> stayed = torch.tensor([False, False, True])
+    >>> hand_over(torch.tensor([5, 0, 3]), stayed, torch.tensor([1]), size=6)
+    (tensor([ 1, -1,  3]), tensor([False, False,  True]))
+    """
     needed = count_true(stayed) + len(entered)
     if needed > len(positions):
-        more = min(needed + needed // 4, after.numel()) - len(positions)
+        more = min(needed + needed // 4, size) - len(positions)
         positions, stayed = F.pad(positions, (0, more), value=-1), F.pad(stayed, (0, more))
 
     # The k-th free slot gets the k-th weight that entered; the last ones may get none.

@@ -1,5 +1,6 @@
 """Initialization: what becomes of the present weights when a layer gets its first mask."""
 
+import math
 from typing import Literal
 
 import torch
@@ -14,31 +15,38 @@ KEPT = ("magnitude", "nonzero")
 """Scores that keep weights for their values."""
 
 
-def fan_in_factors(mask: Tensor, input_dims: tuple[int, ...]) -> Tensor:
-    """Compute sqrt(fan_in / k) for each output, with k of its fan_in inputs active.
+def fan_in_factors(
+    positions: Tensor, shape: tuple[int, ...], input_dims: tuple[int, ...]
+) -> Tensor:
+    """Compute sqrt(fan_in / k) for each active weight, with k of its output's fan_in inputs active.
 
     A layer draws weights of the variance gain / fan_in. Times the factor of their output they have
     gain / k. The output then has the variance that it has in the dense layer.
 
     Args:
-        mask: Bool, of any shape.
+        positions: (active,), in the flattened weight, none of them twice.
+        shape: Of the weight.
         input_dims: The dimensions along which the inputs of one output lie.
 
     Returns:
-        float32, of the mask's shape with 1 in the place of each input dimension. 1 where an output
-        has no active input.
+        (active,), float32.
 
     Reference: Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win",
     2022, arXiv 2010.03533. There weights are drawn anew, with the variance gain / k.
 
-    >>> mask = torch.tensor([[True, False, False, False], [True] * 4, [False] * 4])
-    >>> fan_in_factors(mask, input_dims=(1,)).tolist()
-    [[2.0], [1.0], [1.0]]
+    >>> positions = torch.tensor([0, 4, 5, 6, 7])
+    >>> fan_in_factors(positions, (3, 4), input_dims=(1,)).tolist()
+    [2.0, 1.0, 1.0, 1.0, 1.0]
     """
-    active = mask.sum(input_dims, keepdim=True)
-    fan_in = mask.numel() // max(1, active.numel())
-    factors = (fan_in / active.clamp(min=1)).sqrt()
-    return torch.where(active > 0, factors, 1.0)
+    output, outputs, step = torch.zeros_like(positions, dtype=torch.int64), 1, 1
+    for dim in reversed(range(len(shape))):
+        if dim not in input_dims:
+            output += positions.long() // step % shape[dim] * outputs
+            outputs *= shape[dim]
+        step *= shape[dim]
+    active = torch.bincount(output, minlength=outputs).index_select(0, output)
+    fan_in = math.prod(shape[dim] for dim in input_dims)
+    return (fan_in / active).sqrt()
 
 
 def check_init(init: object, scores: object, method: object) -> None:

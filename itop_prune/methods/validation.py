@@ -38,6 +38,21 @@ def checked_seed(seed: object) -> int:
     return int(seed)
 
 
+def checked_device(device: object) -> torch.device:
+    """Convert a device, or its name, to a device.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        found = torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type == "meta":
+        raise ValueError(f"device is {device!r}; allowed is one with memory, such as 'cpu'")
+    return found
+
+
 def check_scores(
     scores: object, mask: Tensor, criterion: Callable[..., object], where: str = ""
 ) -> None:

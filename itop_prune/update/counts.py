@@ -200,10 +200,12 @@ def _lowest_of_all(
     """Count how many of the lowest scores of all layers together lie in each, down to its floor."""
     most, scores = {}, {}
     for name, layer in layers.items():
-        mask = layer.itop.mask
         most[name] = max(0, active[name] - minimum(rules, layer.itop.size))
-        found = layer.prune_scores(rules.prune, mask)
-        active_scores = found[mask] if isinstance(found, Tensor) else found.scores[found.scored]
+        found = layer.prune_scores(rules.prune)
+        if isinstance(found, Tensor):
+            active_scores = found[layer.itop.mask]
+        else:
+            active_scores = found.scores[found.scored]
         scores[name] = -topology.as_float(active_scores)
 
     total = min(total, sum(most.values()))

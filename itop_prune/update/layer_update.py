@@ -1,13 +1,14 @@
 """One layer at an update: the tensors that criteria ask for, their scores, and the new mask."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from itop_prune import patterns, topology
+from itop_prune import patterns, sparse_topology, topology
 from itop_prune.layers.handle import ITOP
+from itop_prune.layers.sparse_handle import SparseITOP
 from itop_prune.methods import criteria
 from itop_prune.methods.lookup import CheckedFunction
 from itop_prune.methods.validation import check_scores
@@ -15,6 +16,10 @@ from itop_prune.sharding import whole
 from itop_prune.topology import ActiveScores
 from itop_prune.update.gradients import DenseGradients
 from itop_prune.update.rules import Rules
+
+NAN = "{} gave NaN for {}; scores must be numbers"
+SPARSEST = 1 / 64
+"""With a smaller share of active weights positions are faster than masks."""
 
 
 class LayerUpdate(NamedTuple):
@@ -26,6 +31,30 @@ class LayerUpdate(NamedTuple):
     gradients: DenseGradients
     stream: tuple[object, ...]
     """Seeds the generators: the run's seed and the number of the update."""
+
+    def needs_no_mask(self, rules: Rules) -> bool:
+        """Tell whether positions are enough for an update, and faster than a mask."""
+        sparse = self.itop.parameter.numel() <= SPARSEST * self.itop.size
+        return (
+            sparse
+            and rules.positions_suffice
+            and self.itop.pattern is None
+            and self.itop.active_values() is not None
+        )
+
+    def exchange(self, n_prune: int, n_grow: int) -> tuple[Tensor, Tensor]:
+        """Compute what `new_mask` does from positions alone: which slots stay, and what enters.
+
+        Raises:
+            ValueError: As of `new_mask`.
+        """
+        itop = cast(SparseITOP, self.itop)
+        positions, scores = itop.positions, criteria.magnitude(itop.parameter.detach()[0].float())
+        size, ties = self.itop.size, self.generator("ties")
+        try:
+            return sparse_topology.prune_and_regrow(positions, scores, size, n_prune, n_grow, ties)
+        except topology.NaNScores:
+            raise ValueError(NAN.format("magnitude", self.name)) from None
 
     def new_mask(self, rules: Rules, mask: Tensor, n_prune: int, n_grow: int) -> Tensor:
         """Compute the layer's mask after the update from that before, by `prune_and_regrow`.
@@ -47,20 +76,18 @@ class LayerUpdate(NamedTuple):
         try:
             if pattern is None:
                 return topology.prune_and_regrow(
-                    mask, self.prune_scores(rules.prune, mask), grow_scores, n_prune, n_grow, ties
+                    mask, self.prune_scores(rules.prune), grow_scores, n_prune, n_grow, ties
                 )
 
-            kept = topology.prune(mask, self.prune_scores(rules.prune, mask), n_prune, ties)
+            kept = topology.prune(mask, self.prune_scores(rules.prune), n_prune, ties)
             dim = self.itop.input_dim
             return patterns.grow_in_groups(kept, scored(kept), *pattern, ties, dim)
         except topology.NaNScores as error:
             criterion = rules.prune if error.role == "prune" else rules.grow
-            raise ValueError(
-                f"{criterion.name} gave NaN for {self.name}; scores must be numbers"
-            ) from None
+            raise ValueError(NAN.format(criterion.name, self.name)) from None
 
-    def prune_scores(self, criterion: CheckedFunction, mask: Tensor) -> Tensor | ActiveScores:
-        """Score positions for pruning; `mask` is the present one.
+    def prune_scores(self, criterion: CheckedFunction) -> Tensor | ActiveScores:
+        """Score positions for pruning.
 
         Sparse storage has the values of active weights at hand, and magnitude needs no more.
         """
@@ -69,7 +96,7 @@ class LayerUpdate(NamedTuple):
             if active is not None:
                 positions, values = active
                 return ActiveScores(positions, criteria.magnitude(values.float()))
-        return self.scores(criterion, mask, "prune")
+        return self.scores(criterion, self.itop.mask, "prune")
 
     def scores(self, criterion: CheckedFunction, mask: Tensor, *stream: object) -> Tensor:
         """Score every position by a criterion.

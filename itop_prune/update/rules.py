@@ -1,12 +1,18 @@
 """Which weights are pruned and grown, and in which layers: the checked arguments of a run."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
+from itop_prune.layers.handle import ITOP
+from itop_prune.memory import in_gib, total_memory
 from itop_prune.methods import criteria, redistribution
 from itop_prune.methods.criteria import Criterion
 from itop_prune.methods.lookup import CheckedFunction, lookup, needed_arguments
 from itop_prune.methods.redistribution import Redistribution
 from itop_prune.methods.validation import is_number
+
+SCORE = 4
+"""Bytes of a score."""
 
 
 class Rules(NamedTuple):
@@ -64,6 +70,11 @@ class Rules(NamedTuple):
         return {need for function in functions for need in function.needs}
 
     @property
+    def positions_suffice(self) -> bool:
+        """Whether an update looks at active weights alone, and needs no tensor of a whole layer."""
+        return self.prune.function is criteria.magnitude and self.grow.function is criteria.random
+
+    @property
     def spare_dense(self) -> bool:
         """Whether a dense layer exchanges nothing, since what it pruned could only grow in it."""
         return self.redistribute is None
@@ -72,3 +83,25 @@ class Rules(NamedTuple):
     def shares_layers(self) -> bool:
         """Whether only the sum over layers is kept, not the count of each layer."""
         return self.across_layers or self.redistribute is not None
+
+
+def check_dense_tensors_fit(rules: Rules, masks: Mapping[str, ITOP]) -> None:
+    """Refuse rules that look at all weights of a layer, where these take more than the memory.
+
+    Raises:
+        ValueError: As above.
+    """
+    weighed = rules.redistribute is not None and {"magnitude", "momentum"} & {
+        *rules.redistribute.needs
+    }
+    if rules.positions_suffice and not weighed:
+        return
+    for name, itop in masks.items():
+        there, needed = total_memory(itop.buffer.device), SCORE * itop.size
+        if needed > there:
+            raise ValueError(
+                f"{name} is too large for updates that look at all of its {itop.size:,} weights: "
+                f"scores of them take {in_gib(needed)}, and {itop.buffer.device} has "
+                f"{in_gib(there)}. Take prune='magnitude', grow='random' and redistribute='none' "
+                "or 'nonzeros', which look at active weights alone"
+            )

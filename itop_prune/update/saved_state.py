@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from itop_prune.methods.validation import is_plain
+from itop_prune.update.exploration import Explored
 
 SAVED = (
     "step",
@@ -28,16 +29,17 @@ ADVICE = "give what a MaskScheduler's state_dict() returned"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def check_state(state: Mapping[str, Any], shapes: Shapes) -> None:
+def check_state(state: Mapping[str, Any], explored: Explored) -> None:
     """Refuse a state that no MaskScheduler of these masks can have saved.
 
     Args:
         state: What is to be loaded.
-        shapes: The shapes of the masks by name.
+        explored: That of the masks.
 
     Raises:
         ValueError: It lacks an entry, is of other masks, or an entry is of another kind.
     """
+    shapes = explored.shapes
     missing = [key for key in SAVED if not isinstance(state, Mapping) or key not in state]
     if missing:
         raise ValueError(f"the state lacks {', '.join(missing)}; {ADVICE}")
@@ -51,13 +53,15 @@ def check_state(state: Mapping[str, Any], shapes: Shapes) -> None:
                 f"the state was saved for other masks; different are: {', '.join(differing)}"
             )
 
-    wrong = [key for key, fits in _fitting(state, shapes).items() if not fits]
+    wrong = [key for key, fits in _fitting(state, explored).items() if not fits]
     if wrong:
         raise ValueError(f"the state has another kind of {', '.join(wrong)}; {ADVICE}")
 
 
-def _fitting(state: Mapping[str, Any], shapes: Shapes) -> dict[str, bool]:
+def _fitting(state: Mapping[str, Any], explored: Explored) -> dict[str, bool]:
     """Tell of each entry whether a MaskScheduler of these masks can have saved it."""
+    shapes = explored.shapes
+    lengths = {name: tensor.shape for name, tensor in explored.bits.items()}
 
     def by_layer(values: object, fits: Callable[[Any, tuple[int, ...]], bool]) -> bool:
         return isinstance(values, Mapping) and all(
@@ -76,11 +80,11 @@ def _fitting(state: Mapping[str, Any], shapes: Shapes) -> dict[str, bool]:
         and by_layer(dense.get("sums"), _is_gradient)
         and by_layer(dense.get("averages"), _is_gradient),
         "shapes": isinstance(state["shapes"], Mapping),
-        "explored": by_layer(state["explored"], _is_packed)
-        and len(state["explored"]) == len(shapes),
+        "explored": by_layer(state["explored"], lambda value, _: _is_packed(value))
+        and {name: tensor.shape for name, tensor in state["explored"].items()} == lengths,
         "entered": by_layer(state.get("entered", {}), _is_whole),
         "survival": isinstance(survival, Mapping)
-        and by_layer(survival.get("grown"), _is_mask)
+        and by_layer(survival.get("grown"), _is_grown)
         and by_layer(survival.get("counts"), _is_pair),
     }
 
@@ -93,13 +97,15 @@ def _is_pair(value: object, shape: tuple[int, ...]) -> bool:
     return isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_whole, value))
 
 
-def _is_mask(value: object, shape: tuple[int, ...]) -> bool:
-    return is_plain(value) and value.shape == shape and value.dtype == torch.bool
+def _is_grown(value: object, shape: tuple[int, ...]) -> bool:
+    if not is_plain(value) or value.dtype != torch.int64 or value.ndim != 1:
+        return False
+    inside = (value >= 0) & (value < math.prod(shape))
+    return bool(inside.all() and (value[1:] > value[:-1]).all())
 
 
-def _is_packed(value: object, shape: tuple[int, ...]) -> bool:
-    length = -(-math.prod(shape) // 8)
-    return is_plain(value) and value.shape == (length,) and value.dtype == torch.uint8
+def _is_packed(value: object) -> bool:
+    return is_plain(value) and value.dtype == torch.uint8
 
 
 def _is_gradient(value: object, shape: tuple[int, ...]) -> bool:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import itop_prune
 from itop_prune.kernels import linear_products
+from itop_prune.update import layer_update
 
 STEPS, EVERY = 300, 28  # ten updates
 
@@ -168,6 +169,29 @@ def slow_but(fast: set[str], names: Iterable[str]) -> list[Any]:
 @pytest.mark.parametrize("rules", slow_but({"gradient growth", "AC/DC"}, RULES))
 def test_every_method_trains_the_same(rules: str) -> None:
     assert_same_training(**RULES[rules])
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"survival": True},
+        {"scope": "global", "floor": 0.05, "density": "cubic", "final_sparsity": 0.9},
+        {"density": "cubic", "final_sparsity": 0.6, "redistribute": "nonzeros"},
+    ],
+    ids=["random growth", "sparser, global", "denser"],
+)
+def test_updates_without_a_mask_train_the_same(
+    rules: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the updates of much sparser layers are."""
+    calls = []
+    move = layer_update.LayerUpdate.exchange
+    monkeypatch.setattr(layer_update, "SPARSEST", 1.0)
+    monkeypatch.setattr(
+        layer_update.LayerUpdate, "exchange", lambda *given: calls.append(given) or move(*given)
+    )
+    assert_same_training(steps=90, **rules)
+    assert len(calls) >= 12
 
 
 @pytest.mark.parametrize("optimizer", slow_but({"AdamW"}, OPTIMIZERS))

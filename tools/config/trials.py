@@ -265,7 +265,7 @@ def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> dict[
         arguments["method"] = "uniform"
 
     # `count_active` does not know these, and any layer will do for them.
-    own = ("scores", "init", "seed", "storage")
+    own = ("scores", "init", "seed", "storage", "device")
     drawing = {key: arguments.pop(key) for key in own if key in arguments}
     if reads_zeros(drawing):
         budget = ("sparsity", "method", "densities")
@@ -278,7 +278,10 @@ def _try_masks(model: torch.nn.Module, by_name: bool, **arguments: Any) -> dict[
     else:
         if method == "magnitude":
             drawing["method"] = method
-        apply(torch.nn.Linear(8, 8), 0.5, **drawing)
+        meta = drawing.get("device") is not None
+        if meta:  # arguments are also tried alone
+            drawing.setdefault("storage", "sparse")
+        apply(torch.nn.Linear(8, 8, device="meta" if meta else None), 0.5, **drawing)
 
     if not by_name:
         arguments.pop("include", None)

@@ -1,5 +1,6 @@
 """Register the papers' models that timm lacks: `timm.create_model` finds them by name."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models import register_model
@@ -24,6 +25,20 @@ def mlp1568(*, img_size: int = 28, in_chans: int = 1, num_classes: int = 10, **g
     """The MLP of Zhang et al., 2025, arXiv 2501.19107: 784-1568-1568-1568-10, 6,162,240 weights."""
     _refuse_weights("mlp1568", given)
     return MLP((1568, 1568, 1568), img_size, in_chans, num_classes, **given)
+
+
+@register_model
+def mlp_of(
+    *,
+    widths: Sequence[int] = (1_000_000,) * 3,
+    img_size: int = 28,
+    in_chans: int = 1,
+    num_classes: int = 10,
+    **given: Any,
+) -> MLP:
+    """An MLP of any hidden widths; three of a million unless given."""
+    _refuse_weights("mlp_of", given)
+    return MLP(tuple(widths), img_size, in_chans, num_classes, **given)
 
 
 @register_model

@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from itop_prune.messages import in_digits
+
+SHARE = "share"
+"""The format of a share of all weights, which may be very near to 0 or 1."""
 SHOWN = {  # metric: label, format
     "train_loss": ("loss", "{:.4f}"),
     "val_loss": ("val loss", "{:.4f}"),
@@ -12,8 +16,8 @@ SHOWN = {  # metric: label, format
     "test_top1": ("test top-1", "{:.2f} %"),
     "lr": ("lr", "{:.5g}"),
     "rate": ("rate", "{:.4f}"),
-    "sparsity": ("sparsity", "{:.4f}"),
-    "exploration_rate": ("R_s", "{:.4f}"),
+    "sparsity": ("sparsity", SHARE),
+    "exploration_rate": ("R_s", SHARE),
     "survival": ("survival", "{:.4f}"),
     "train_flops": ("train FLOPs", "{:.4f}"),
     "images_per_second": ("images/s", "{:,.0f}"),
@@ -25,11 +29,13 @@ UNITS = {"train_flops": " × dense"}
 
 def labelled(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Write label and text of the metrics that are there, in the order of `SHOWN`."""
-    return [
-        (label, form.format(metrics[key]) + UNITS.get(key, ""))
-        for key, (label, form) in SHOWN.items()
-        if metrics.get(key) is not None
-    ]
+    lines = []
+    for key, (label, form) in SHOWN.items():
+        if metrics.get(key) is not None:
+            text = in_digits(metrics[key]) if form is SHARE else form.format(metrics[key])
+            error = metrics.get("exploration_error") if key == "exploration_rate" else None
+            lines.append((label, text + UNITS.get(key, "") + (f" ± {error:.1g}" if error else "")))
+    return lines
 
 
 def summary_line(metrics: Mapping[str, Any]) -> str:

@@ -108,6 +108,8 @@ def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per
     """Build everything on the accelerator's device; a dry run may lack the data."""
     model = unwrapped_model = build_model(recipe, data, accelerator.device)
     masks = place_masks(recipe, accelerator, model, data) if recipe.masks else {}
+    if data and is_never_dense(recipe):
+        check_fit(model, data, accelerator.device)
     cost = count_cost(model, data, accelerator.device)
     with arguments_of(recipe, "ema"):
         ema = timm.utils.ModelEmaV3(model, **recipe.ema) if recipe.ema else None
@@ -140,25 +142,42 @@ def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per
 def build_model(recipe: Recipe, data: Data | None, device: torch.device) -> nn.Module:
     """Build the dense model, load the weights of `init`, and check that it takes the data.
 
+    A model that is never to be dense is built on the meta device.
+
     Raises:
         RunError: The model can't be built, or does not fit the data.
     """
+    never_dense = is_never_dense(recipe)
+    from_dense = (recipe.init, *map(recipe.model.get, ("pretrained", "checkpoint_path")))
+    if never_dense and any(from_dense):
+        raise RunError(
+            "masks.device makes a model that never was dense, and init, model.pretrained and "
+            "model.checkpoint_path read dense weights; leave them out, or masks.device"
+        )
     seed_everything(recipe.seed, "weights")
     try:
         for file in filter(None, (recipe.init, recipe.model.get("checkpoint_path"))):
             check_weights(Path(file))
             check_archive(Path(file))
-        model = timm.create_model(**recipe.model)
+        with torch.device("meta") if never_dense else contextlib.nullcontext():
+            model = timm.create_model(**recipe.model)
         if recipe.init:
             timm.models.load_checkpoint(model, recipe.init, weights_only=True)
     except Exception as error:  # from the model, a hub, or a checkpoint of another model
         raise RunError(f"the model can't be built: {in_a_line(error)}") from None
 
+    if never_dense:
+        return model
     layout = torch.channels_last if recipe.channels_last else torch.preserve_format
     model.to(device, memory_format=layout)
     if data:
         check_fit(model, data, device)
     return model
+
+
+def is_never_dense(recipe: Recipe) -> bool:
+    """Tell whether the masks are to be placed on the meta device."""
+    return (recipe.masks or {}).get("device") is not None
 
 
 def check_fit(model: nn.Module, data: Data, device: torch.device) -> None:
@@ -203,6 +222,13 @@ def place_masks(
         if isinstance(name, str) and name in saliency.SALIENCY:
             del settings[key]
             scored[key] = name
+    if is_never_dense(recipe):
+        seed_everything(recipe.seed, "weights")
+        if scored:
+            raise RunError(
+                f"masks: {', '.join(scored.values())} looks at every weight, and with masks.device "
+                "there is no dense weight; leave masks.device out, or draw masks at random"
+            )
 
     try:
         if data is not None and scored:

@@ -17,7 +17,7 @@ from ..config.recipe import Recipe, read_recipe
 from ..data.datasets import Data
 from ..data.source import Source
 from ..run_folder.folder import RunError
-from .build import build_model
+from .build import build_model, is_never_dense, place_masks
 from .checkpoint import CheckpointError, Checkpoints, check_weights
 from .stop import StopRequest
 
@@ -105,6 +105,8 @@ def load_weights(recipe: Recipe, model: nn.Module, path: Path) -> None:
 
     try:
         check_weights(path / "model.safetensors" if path.is_dir() else path)
+        if is_never_dense(recipe):
+            place_masks(recipe, Accelerator(cpu=True), model, None)
         if recipe.masks:
             itop_prune.load(model, path)
         else:

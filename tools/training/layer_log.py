@@ -16,7 +16,6 @@ from torch import nn
 import itop_prune
 from itop_prune.layers.handle import active_weights
 from itop_prune.layers.maskable import walk
-from itop_prune.topology import count_true
 
 from ..run_folder.json_lines import JsonLines
 from .run import Run
@@ -111,8 +110,10 @@ class LayerLog:
         return self._by_layer({**self._weights, **active_weights(self._masks)})
 
     def _explored(self) -> list[int]:
-        explored = self._run.regrow.explored if self._run.regrow else {}
-        counts = {name: count_true(mask) for name, mask in explored.items()}
+        counts = {}
+        if self._run.regrow:
+            explored = self._run.regrow.explored
+            counts = {name: explored.count(name) for name in explored}
         return self._by_layer({**self._weights, **counts})
 
     def _by_layer(self, counts: dict[str, int]) -> list[int]:

@@ -8,12 +8,13 @@ from rich.table import Table
 
 from itop_prune import Summary
 from itop_prune.analysis.summary import Row
+from itop_prune.messages import in_digits
 
 
 def layer_table(summary: Summary) -> Table:
     """Build the table of layers for rich."""
     header, *rows, total = summary.cells()
-    title = f"sparsity {summary.sparsity:.4f}"
+    title = f"sparsity {in_digits(summary.sparsity)}"
     table = Table(title=title, show_footer=True, header_style="bold", box=None)
     for index, (name, footer) in enumerate(zip(header, total, strict=True)):
         is_name = index == 0

@@ -344,6 +344,8 @@ def sparse_numbers(run: Run) -> dict[str, float | None]:
     if run.regrow:
         numbers["rate"] = run.regrow.rate
         numbers["exploration_rate"] = run.regrow.exploration_rate()
+        if not run.regrow.explored.exact:
+            numbers["exploration_error"] = run.regrow.exploration_error()
 
     if run.cost:
         numbers["forward_flops"] = run.cost.forward

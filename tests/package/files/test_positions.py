@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from itop_prune.files.positions import decode, encode
+from itop_prune.files.positions import decode, encode, encode_gaps
 
 BYTES = st.binary(max_size=40).map(lambda content: np.frombuffer(content, np.uint8))
 
@@ -18,7 +18,7 @@ def scattered(size: int, density: float, seed: int = 0) -> np.ndarray:
 
 
 def assert_comes_back(mask: np.ndarray) -> None:
-    encoding, code = encode(mask)
+    encoding, code = encode(np.flatnonzero(mask), len(mask))
     assert code.dtype == np.uint8
     assert len(code) <= math.ceil(len(mask) / 8)
     positions = decode(encoding, code, len(mask))
@@ -46,28 +46,35 @@ def test_gaps_about_each_number_of_skips_come_back(gap: int, at_end: bool) -> No
 
 
 def test_gaps_are_the_bytes_that_the_format_promises() -> None:
-    mask = np.zeros(2000, bool)
-    mask[[2, 3, 6, 6 + 1 + 254, 6 + 1 + 254 + 1 + 255, 1900]] = True
-    encoding, code = encode(mask)
-    assert encoding == "gaps"
-    rest = 1900 - 517 - 1 - 5 * 255
-    assert code.tolist() == [2, 0, 2, 254, 255, 0, *[255] * 5, rest]
+    code = encode_gaps(np.array([2, 0, 2, 254, 255, 1382]))
+    assert code.tolist() == [2, 0, 2, 254, 255, 0, *[255] * 5, 1382 - 5 * 255]
+
+
+def test_long_gaps_are_the_bytes_that_the_format_promises() -> None:
+    active = np.array([5, 5 + 1 + 127, 5 + 1 + 127 + 1 + 128, 5 + 1 + 127 + 1 + 128 + 1 + 2**40])
+    encoding, code = encode(active, 2**41)
+    assert encoding == "long gaps"
+    assert code.tolist() == [5, 127, 128, 1, 128, 128, 128, 128, 128, 32]
+    assert decode(encoding, code, 2**41).tolist() == active.tolist()
 
 
 def test_bits_are_the_bytes_that_the_format_promises() -> None:
-    encoding, code = encode(np.array([0, 0, 1, 1, 0, 0, 1, 0, 1], bool))
+    encoding, code = encode(np.array([2, 3, 6, 8]), 9)
     assert (encoding, code.tolist()) == ("bits", [4 + 8 + 64, 1])
 
 
-@pytest.mark.parametrize(("density", "encoding"), [(0.02, "gaps"), (0.1, "gaps"), (0.2, "bits")])
+@pytest.mark.parametrize(
+    ("density", "encoding"),
+    [(0.001, "long gaps"), (0.02, "gaps"), (0.1, "gaps"), (0.2, "bits")],
+)
 def test_the_shorter_encoding_is_taken(density: float, encoding: str) -> None:
     mask = scattered(100_000, density)
-    found, code = encode(mask)
+    found, code = encode(np.flatnonzero(mask), len(mask))
     assert found == encoding
-    assert len(code) <= min(100_000 / 8, mask.sum() + 100_000 / 255)
+    assert len(code) <= min(100_000 / 8, mask.sum() + 100_000 / 255, 2 * mask.sum())
 
 
-@given(st.sampled_from(["gaps", "bits"]), BYTES, st.integers(0, 400))
+@given(st.sampled_from(["gaps", "long gaps", "bits"]), BYTES, st.integers(0, 400))
 def test_any_bytes_are_a_mask_or_refused(encoding: str, code: np.ndarray, size: int) -> None:
     try:
         positions = decode(encoding, code, size)
@@ -82,9 +89,13 @@ def test_any_bytes_are_a_mask_or_refused(encoding: str, code: np.ndarray, size: 
     [
         ("gaps", [7, 0], r"the gaps cover 9 weights of 8"),
         ("gaps", [255], r"the gaps cover 255 weights of 8"),
+        ("long gaps", [7, 0], r"the gaps cover more than the 8 weights"),
+        ("long gaps", [9], r"a gap covers 9 weights of 8"),
+        ("long gaps", [128], r"the last gap has no end"),
+        ("long gaps", [128] * 9 + [1], r"a gap takes more than 9 bytes"),
         ("bits", [1, 0], r"2 bytes of bits are not those of 8 weights"),
         ("bits", [], r"0 bytes of bits are not those of 8 weights"),
-        ("runs", [1], r"'runs' is no encoding; known are gaps and bits"),
+        ("runs", [1], r"'runs' is no encoding; known are gaps, long gaps, bits"),
     ],
 )
 def test_what_is_no_mask_is_refused(encoding: str, code: list[int], message: str) -> None:

@@ -385,7 +385,10 @@ def test_what_does_not_fit_is_left_to_the_dense_weight(what: str) -> None:
         ((10, 4000), 16_384, True),
         ((10, 4000), 16_385, False),
         ((0, 5), 0, False),
-        ((2**16, 2**15), 10, False),
+        ((2**30, 2**30), 10, True),
+        ((2**31, 1), 10, False),
+        ((1, 2**31), 10, False),
+        ((2**30, 2**30), 2**31, False),
     ],
 )
 def test_a_layer_takes_kernels_by_its_shape_and_density(

@@ -17,10 +17,10 @@ both = pytest.mark.parametrize("storage", ["mask", "sparse"])
 
 def test_factors_by_hand() -> None:
     """Of 2 outputs with 2 inputs and kernels of 2, 4 weights each: 1 and 0 are active."""
-    mask = torch.zeros(2, 2, 2, dtype=torch.bool)
-    mask[0, 1, 0] = True
-    assert fan_in_factors(mask, (1, 2)).tolist() == [[[2.0]], [[1.0]]]
-    assert fan_in_factors(mask, (0, 2))[0].tolist() == [[1.0], [2.0]]
+    one, two = torch.tensor([2]), torch.tensor([2, 7])
+    assert fan_in_factors(one, (2, 2, 2), (1, 2)).tolist() == [2.0]
+    assert fan_in_factors(two, (2, 2, 2), (1, 2)).tolist() == [2.0, 2.0]
+    assert fan_in_factors(two, (2, 2, 2), (0, 2)).square().tolist() == pytest.approx([2.0, 2.0])
 
 
 def each_output_of(layer: nn.Module, x: Tensor) -> list[Tensor]:
@@ -177,8 +177,8 @@ def test_the_parameter_stays_the_same_object_and_other_types_are_rounded_once() 
     layer = nn.Linear(64, 8).bfloat16()
     parameter, before = layer.weight, layer.weight.detach().clone()
     itop = itop_prune.apply(layer, 0.9, init="fan_in")["weight"]
-    factors = fan_in_factors(itop.mask, (1,))
     assert layer.weight_orig is parameter
+    factors = (64 / itop.mask.sum(1, keepdim=True)).sqrt()
     assert torch.equal(parameter, (before.float() * itop.mask * factors).bfloat16())
 
 

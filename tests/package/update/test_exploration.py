@@ -91,6 +91,89 @@ def test_a_copy_of_the_state_goes_on_and_is_independent() -> None:
     assert bits.count(state["explored"]["a"]) == 4
 
 
+# --- from a sample -------------------------------------------------------------------------------
+
+
+def in_sparse_storage(size: int, active: int, budget: int) -> tuple[Exploration, itop_prune.ITOP]:
+    """One layer of 2,000 inputs in sparse storage, whose explored weights share bits."""
+    with torch.device("meta"):
+        layer = nn.Linear(2000, size // 2000, bias=False)
+    masks = itop_prune.apply(
+        layer, 1 - active / size, method="uniform", storage="sparse", device="cpu"
+    )
+    return Exploration(masks, survival=True, budget=budget), masks["weight"]
+
+
+def drawn(size: int, count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(size, (count,), generator=generator).unique()
+
+
+@pytest.mark.parametrize("budget", [1 << 30, 1 << 17, 1 << 14])
+def test_a_sample_estimates_what_all_bits_count_and_says_how_well(budget: int) -> None:
+    size = 8_000_000
+    found, itop = in_sparse_storage(size, 200_000, budget)
+    seen = itop.active_positions().long()
+    for seed in range(4):
+        entered = drawn(size, 100_000, seed)
+        found.begin_update()
+        found.record_positions("weight", seen[:0], entered, entered)
+        seen = torch.cat([seen, entered]).unique()
+    true = len(seen) / size
+    places = found.explored.places("weight")
+    assert found.explored.exact == (budget == 1 << 30)
+    assert found.explored.bits["weight"].nbytes <= budget
+    expected = 0.0 if found.explored.exact else math.sqrt(true * (1 - true) / places)
+    assert found.error() == pytest.approx(expected, rel=0.1)
+    assert abs(found.rate() - true) <= 4 * expected
+    assert found.explored.count("weight") == round(found.rate() * size)
+    assert found.explored.holds("weight", seen)
+    others = drawn(size, 100_000, 99)
+    assert not found.explored.holds("weight", others)
+
+
+def test_errors_of_samples_are_as_large_as_they_say() -> None:
+    """Of 60 sets, each with another estimate: their deviations have the spread that is told."""
+    size, deviations = 4_000_000, []
+    for seed in range(60):
+        found, _ = in_sparse_storage(size, 2000, 1 << 13)
+        places = drawn(size, 400_000, seed)
+        found.explored.bits["weight"].zero_()
+        found.explored.add("weight", places)
+        deviations.append((found.rate() - len(places) / size) / found.error())
+    spread = torch.tensor(deviations).square().mean().sqrt()
+    assert 0.7 < float(spread) < 1.35
+    assert abs(sum(deviations)) / 60 < 0.6
+
+
+def test_masks_and_positions_are_sampled_alike() -> None:
+    size = 4_000_000
+    by_mask, itop = in_sparse_storage(size, 100_000, 1 << 14)
+    by_positions, _ = in_sparse_storage(size, 100_000, 1 << 14)
+    entered = drawn(size, 50_000, 1)
+    before, after = itop.mask, itop.mask.flatten().index_fill(0, entered, True).view(itop.shape)
+    new = entered[~before.flatten()[entered]]
+    by_mask.begin_update()
+    by_mask.record("weight", before, after)
+    by_positions.begin_update()
+    positions = itop.active_positions()
+    by_positions.record_positions("weight", positions, torch.cat([positions, new]), new)
+    assert by_mask.rate() == by_positions.rate()
+    assert by_mask.entered() == by_positions.entered()
+    for found in (by_mask, by_positions):
+        found.begin_update()
+    gone = torch.zeros(itop.shape, dtype=torch.bool)
+    by_mask.record("weight", after, gone)
+    by_positions.record_positions("weight", new[:0], new[:0], new[:0])
+    assert by_mask.survival_rate() == by_positions.survival_rate() == 0.0
+
+
+def test_a_layer_with_shared_bits_has_no_mask_of_what_is_explored() -> None:
+    found, _ = in_sparse_storage(4_000_000, 2000, 1 << 13)
+    with pytest.raises(ValueError, match="weight has 4,000,000 weights, and one of 62 is counted"):
+        found.explored["weight"]
+
+
 # --- in training ---------------------------------------------------------------------------------
 
 
