@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from itop_prune import topology
-from itop_prune.layers.sparse_storage import mask_of
 from itop_prune.topology import NaNScores, as_float, select, true_positions
 
 
@@ -76,7 +75,8 @@ def draw(taken: Tensor, size: int, count: int, generator: torch.Generator | None
     """
     inactive = topology.check_grow_count(count, size - len(taken))
     if topology.draws_among_inactive(inactive, size, count):
-        mask = mask_of(taken, (size,))
+        mask = torch.zeros(size, dtype=torch.bool, device=taken.device)
+        mask.index_fill_(0, taken.long(), True)
         return true_positions(topology.draw(mask, count, generator) ^ mask).to(taken.dtype)
 
     drawn = taken.new_empty(0, dtype=torch.int64)

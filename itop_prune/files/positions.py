@@ -117,7 +117,7 @@ def encode_long_gaps(gaps: Positions) -> Bytes:
 def decode_long_gaps(code: Bytes, size: int) -> Positions:
     """Read positions from long gaps.
 
-    >>> decode_long_gaps(np.array([2, 0, 172, 2], np.uint8), 304).tolist()
+    >>> decode_long_gaps(np.array([2, 0, 172, 2], np.uint8), 305).tolist()
     [2, 3, 304]
     """
     ends = code < 128

@@ -169,7 +169,7 @@ def test_the_two_commands_are_those_that_the_ci_looks_for():
         assert of_readme == of_screen
     quickstart, tests = (text.strip() for _, text in in_language("bash")[:2])
     assert quickstart.endswith("tools/train.py recipes/quickstart.yaml")
-    assert tests.endswith(".venv/bin/python -m pytest")
+    assert tests.endswith(".venv/bin/python -m pytest -n auto")
 
 
 # Commands

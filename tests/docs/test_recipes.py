@@ -96,7 +96,7 @@ def test_a_name_says_data_distribution_sparsity_and_variant(path: Path) -> None:
     last = recipe.get("regrow", {}).get("final_sparsity", recipe["masks"]["sparsity"])
     *_, distribution, variant = path.stem.split("_")
     pattern = re.search(r"\d+:\d+", str(recipe["masks"]))
-    densities = (f"erk{100 * last:.0f}", f"global{100 * last:.0f}")
+    densities = (f"erk{100 * last:.6g}", f"global{100 * last:.6g}")
     assert distribution in ((pattern[0].replace(":", "of"),) if pattern else densities)
     without_updates = ("static", "snip", "grasp", "synflow")
     assert (variant in without_updates) == ("regrow" not in recipe)

@@ -47,7 +47,7 @@ def test_every_section_of_a_recipe_is_there_and_says_whether_it_is_needed() -> N
 @pytest.mark.parametrize("path", packaged_recipes().values(), ids=lambda path: path.stem)
 def test_the_keys_of_a_packaged_recipe_are_there(path: Path) -> None:
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    own_of_models = {"num_classes", "img_size"}
+    own_of_models = {"num_classes", "img_size", "widths"}
     for section, values in recipe.items():
         if section not in section_calls({}):
             assert section in keys_of("")

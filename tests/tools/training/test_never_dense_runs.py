@@ -6,7 +6,7 @@ import pytest
 from helpers.processes import ROOT, assert_same_end, metrics, stopped_at
 from itop_prune_tools.training import command as train
 
-RECIPE = str(ROOT / "recipes/digits_mlp-million_set-itop.yaml")
+RECIPE = str(ROOT / "recipes/digits_mlp-million_erk99.9986_set-itop.yaml")
 SMALL = (
     "model.widths=[3000, 3000]",
     "masks.sparsity=0.98",
