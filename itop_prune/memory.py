@@ -4,8 +4,6 @@ import os
 
 import torch
 
-GIB = 1 << 30
-
 
 def total_memory(device: torch.device) -> int:
     """Look up the bytes of memory that a device has in all."""
@@ -14,10 +12,11 @@ def total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def in_gib(count: int) -> str:
-    """Print a number of bytes.
+def in_bytes(count: int) -> str:
+    """Print a number of bytes in the largest unit that leaves three digits.
 
-    >>> in_gib(3 << 29)
-    '1.5 GiB'
+    >>> in_bytes(1064800), in_bytes(999), in_bytes(4 * 10**12)
+    ('1.06 MB', '999 B', '4 TB')
     """
-    return f"{count / GIB:,.1f} GiB"
+    power = min(4, max(0, (len(str(count)) - 1) // 3))
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from itop_prune.analysis.flops import FLOPs, flops
+from itop_prune.analysis.memory import Memory, memory
 from itop_prune.kernels import runtime
 from itop_prune.layers.handle import ITOP, active_weights, find_masks, refuse_deployed
 from itop_prune.layers.maskable import (
@@ -64,6 +66,8 @@ class Summary:
     """Weights of all matrices, masked or not, embeddings aside; see `itop_prune.MASKABLE`."""
     sampled: bool = False
     """Whether R_s is an estimate from a sample of the weights."""
+    memory: Memory | None = None
+    """What training keeps in memory, if an optimizer was given."""
 
     @property
     def weights(self) -> int:
@@ -137,7 +141,8 @@ class Summary:
         others = self.parameters - self.weights
         sparsity = in_digits(self.sparsity)
         text.append(f"sparsity {sparsity}; {others:,} other parameters are dense")
-        return "\n".join([*text, *self.share(), *self.stored(), *self.cost()])
+        kept = [str(self.memory)] if self.memory else []
+        return "\n".join([*text, *self.share(), *self.stored(), *self.cost(), *kept])
 
     def share(self) -> list[str]:
         """Describe in a line how much of all matrices is masked; if all of it is, there is none."""
@@ -175,7 +180,10 @@ def _computes(itop: ITOP, active: int) -> str:
 
 
 def summarize(
-    model: nn.Module, explored: Mapping[str, Tensor] | None = None, example_inputs: Any = None
+    model: nn.Module,
+    explored: Mapping[str, Tensor] | None = None,
+    example_inputs: Any = None,
+    optimizer: Optimizer | None = None,
 ) -> Summary:
     """Count the active weights of every masked layer, and those that were explored.
 
@@ -194,6 +202,8 @@ def summarize(
         model: Masked by `itop_prune.apply`; wrapped (DDP, torch.compile, AveragedModel) or not.
         explored: `MaskScheduler.explored`, for R_s.
         example_inputs: As `itop_prune.flops` takes them, for the cost of a forward.
+        optimizer: For a table of what training keeps in memory: dense, with masks, in sparse
+            storage.
 
     Raises:
         ValueError: The model was made by `deploy`.
@@ -243,7 +253,12 @@ def summarize(
         dense += itop.size * itop.parameter.element_size()
     cost = None if example_inputs is None else flops(model, example_inputs)
     matrices = count_matrix_weights(model)
-    return Summary(tuple(rows), parameters, stored, dense, cost, matrices, sampled)
+    kept = None
+    if optimizer is not None and masks:
+        masked = {id(itop.parameter) for itop in masks.values()}
+        others = [p.nbytes for p in unwrap(model).parameters() if id(p) not in masked]
+        kept = memory(masks, optimizer, sum(others))
+    return Summary(tuple(rows), parameters, stored, dense, cost, matrices, sampled, kept)
 
 
 def _count_explored(explored: Mapping[str, Tensor]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from itop_prune.kernels import runtime
 from itop_prune.layers import sparse_products
 from itop_prune.layers.maskable import Target, plain_name, unwrap
-from itop_prune.memory import in_gib, total_memory
+from itop_prune.memory import in_bytes, total_memory
 from itop_prune.messages import listed
 
 ELEMENTWISE = {
@@ -96,8 +96,8 @@ def check_memory(
     active = sum(counts.values())
     if BYTES * active > there:
         raise ValueError(
-            f"{active:,} active weights take {in_gib(BYTES * active)} with their positions and "
-            f"gradients, and {device} has {in_gib(there)}: raise the sparsity"
+            f"{active:,} active weights take {in_bytes(BYTES * active)} with their positions and "
+            f"gradients, and {device} has {in_bytes(there)}: raise the sparsity"
         )
     for name, (layer, tensor) in targets.items():
         weight = layer.get_parameter(tensor)
@@ -111,8 +111,8 @@ def check_memory(
         )
         if not by_kernel and weight.nbytes > there:
             raise ValueError(
-                f"{name} computes with its dense weight, which takes {in_gib(weight.nbytes)}, and "
-                f"{device} has {in_gib(there)}. Linear layers on a CPU need none if at most a "
+                f"{name} computes with its dense weight of {in_bytes(weight.nbytes)}, and "
+                f"{device} has {in_bytes(there)}. Linear layers on a CPU need none if at most a "
                 "quarter of their weights are active and Numba is installed: pip install "
                 "'itop_prune[sparse]'"
             )

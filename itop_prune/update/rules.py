@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from itop_prune.layers.handle import ITOP
-from itop_prune.memory import in_gib, total_memory
+from itop_prune.memory import in_bytes, total_memory
 from itop_prune.methods import criteria, redistribution
 from itop_prune.methods.criteria import Criterion
 from itop_prune.methods.lookup import CheckedFunction, lookup, needed_arguments
@@ -101,7 +101,7 @@ def check_dense_tensors_fit(rules: Rules, masks: Mapping[str, ITOP]) -> None:
         if needed > there:
             raise ValueError(
                 f"{name} is too large for updates that look at all of its {itop.size:,} weights: "
-                f"scores of them take {in_gib(needed)}, and {itop.buffer.device} has "
-                f"{in_gib(there)}. Take prune='magnitude', grow='random' and redistribute='none' "
+                f"scores of them take {in_bytes(needed)}, and {itop.buffer.device} has "
+                f"{in_bytes(there)}. Take prune='magnitude', grow='random' and redistribute='none' "
                 "or 'nonzeros', which look at active weights alone"
             )

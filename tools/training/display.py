@@ -25,7 +25,7 @@ from rich.text import Text
 from itop_prune import Summary
 
 from ..run_folder.labels import SHOWN, labelled, summary_line
-from .layer_table import grouped, layer_table
+from .layer_table import grouped, layer_table, memory_table
 
 CURVES = ("train_loss", "val_top1", "exploration_rate")
 REFRESH_SECONDS = 0.25
@@ -129,6 +129,8 @@ class Display:
                 self.say(f"{len(summary.rows)} layers in {len(shown.rows)} rows; {whole}")
             for text in (*summary.share(), *summary.cost()):
                 self.say(text)
+            if summary.memory:
+                self.console.print(memory_table(summary.memory))
 
     def _drawing(self, metrics: Mapping[str, Any]) -> RenderableType:
         latest = {**(self._history[-1] if self._history else {}), **metrics}

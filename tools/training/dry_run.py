@@ -41,7 +41,9 @@ def dry_run(recipe: Recipe, accelerator: Accelerator) -> int:
     example = None
     if data and run.cost:
         example = torch.zeros(1, *data.shape, device=accelerator.device)
-    summary = itop_prune.summarize(run.unwrapped_model, example_inputs=example)
+    summary = itop_prune.summarize(
+        run.unwrapped_model, example_inputs=example, optimizer=run.optimizer
+    )
     display.table(summary, "add | cat for a row each")
 
     if missing:

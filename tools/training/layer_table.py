@@ -7,15 +7,25 @@ from typing import Literal
 from rich.table import Table
 
 from itop_prune import Summary
+from itop_prune.analysis.memory import Memory
 from itop_prune.analysis.summary import Row
 from itop_prune.messages import in_digits
 
 
 def layer_table(summary: Summary) -> Table:
     """Build the table of layers for rich."""
-    header, *rows, total = summary.cells()
-    title = f"sparsity {in_digits(summary.sparsity)}"
-    table = Table(title=title, show_footer=True, header_style="bold", box=None)
+    return _table(f"sparsity {in_digits(summary.sparsity)}", summary.cells())
+
+
+def memory_table(memory: Memory) -> Table:
+    """Build the table of what training keeps in memory."""
+    return _table("", memory.cells())
+
+
+def _table(title: str, cells: Sequence[Sequence[str]]) -> Table:
+    """Build a table of a header, rows and a total."""
+    header, *rows, total = cells
+    table = Table(title=title or None, show_footer=True, header_style="bold", box=None)
     for index, (name, footer) in enumerate(zip(header, total, strict=True)):
         is_name = index == 0
         justify: Literal["left", "right"] = "left" if is_name else "right"

@@ -255,11 +255,11 @@ def test_what_does_not_fit_in_memory_is_refused_before_it_is_tried(
     monkeypatch.setattr(never_dense, "total_memory", lambda device: 1 << 30)
     model = on_meta(lambda: nn.Linear(1_000_000, 1_000_000))
     with pytest.raises(
-        ValueError, match=r"1,000,000,000 active weights take .* has 1.0 GiB: raise"
+        ValueError, match=r"1,000,000,000 active weights take .* has 1.07 GB: raise"
     ):
         itop_prune.apply(model, 0.999, storage="sparse", device="cpu")
     wide = on_meta(lambda: nn.Sequential(nn.Conv1d(200_000, 10_000, 1)))
-    with pytest.raises(ValueError, match=r"0\.weight computes with its dense weight, .* 7.5 GiB"):
+    with pytest.raises(ValueError, match=r"0\.weight computes with its dense weight, .* 8 GB"):
         itop_prune.apply(wide, 0.9999, storage="sparse", device="cpu")
     assert_untouched(model)
     assert_untouched(wide)
@@ -275,7 +275,7 @@ def test_rules_that_look_at_all_weights_of_a_large_layer_are_refused(
     model = made(lambda: nn.Linear(100_000, 100_000), 1 - 1e-6)
     masks = itop_prune.find_masks(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"weight is too large .* 10,000,000,000 .* 37.3 GiB"):
+    with pytest.raises(ValueError, match=r"weight is too large .* 10,000,000,000 .* 40 GB"):
         itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=2, **options)
 
 
