@@ -241,6 +241,31 @@ def send_gradients(rank: int) -> dict[str, int]:
     return {"sent": sum(sent), "held": sum(itop.active for itop in masks.values()) + biases}
 
 
+def exchange_at_updates(rank: int, grow: str) -> list[list[int]]:
+    """How many numbers each exchange of each update takes."""
+    model, exchanged = mlp(), []
+    masks = itop_prune.apply(model, 0.9, storage="sparse")
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=4, every=1, grow=grow)
+    all_reduce = distributed.all_reduce
+
+    def counting(tensor: Tensor, *arguments: Any, **more: Any) -> Any:
+        exchanged[-1].append(tensor.numel())
+        return all_reduce(tensor, *arguments, **more)
+
+    for step in range(3):
+        x, y = data(step, rank, 0, (20,))
+        F.cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+        exchanged.append([])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed, "all_reduce", counting)
+            assert regrow.step()
+        optimizer.zero_grad()
+    return exchanged
+
+
 def grow_beyond_the_slots(rank: int) -> dict[str, Any]:
     """An update that gives a layer more weights than its parameter has slots."""
     model = mlp()
@@ -313,6 +338,8 @@ TASKS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "a mask changed": (change_a_mask_on_one_rank, {"storage": "mask"}),
     "positions changed": (change_a_mask_on_one_rank, {"storage": "sparse"}),
     "gradients sent": (send_gradients, {}),
+    "exchanges, random": (exchange_at_updates, {"grow": "random"}),
+    "exchanges, gradient": (exchange_at_updates, {"grow": "gradient"}),
     "grown beyond the slots": (grow_beyond_the_slots, {}),
     "diverged": (diverge, {"check_ranks": True}),
     "diverged, not looked at": (diverge, {"check_ranks": False}),
@@ -414,6 +441,15 @@ def test_ddp_does_not_send_the_masks_with_a_forward(what: str, results: list) ->
 def test_ddp_sends_gradients_of_values_alone(results: list) -> None:
     for result in results:
         assert result["gradients sent"]["sent"] == result["gradients sent"]["held"]
+
+
+def test_an_update_exchanges_counts_and_for_gradient_growth_one_layer_at_a_time(
+    results: list,
+) -> None:
+    """Three layers of 320, 192 and 48 weights: two facts, and three numbers for each of them."""
+    for result in results:
+        assert result["exchanges, random"] == [[11]] * 3
+        assert result["exchanges, gradient"] == [[11, 320, 192, 48]] * 3
 
 
 def test_a_layer_that_would_outgrow_its_slots_is_refused_on_all_ranks(results: list) -> None:

@@ -31,6 +31,7 @@ from .convolutions import convolutions
 from .file_sizes import files
 from .measure import Measured, Row, Settings
 from .memory import memory
+from .ranks import ranks
 from .runner import images, imports, run
 from .sparse_training import sparse
 from .steps import profile, step
@@ -42,6 +43,7 @@ BENCHMARKS = {
     "sparse": sparse,
     "convolutions": convolutions,
     "memory": memory,
+    "ranks": ranks,
     "scaling": scaling,
     "images": images,
     "run": run,

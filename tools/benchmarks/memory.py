@@ -5,12 +5,16 @@ import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import timm
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 import itop_prune
+from itop_prune.kernels import runtime
+from itop_prune.layers.sparse_handle import Storage
 
 from .measure import Measured, Settings, gpu_bytes, peak_bytes
 from .steps import Training
@@ -64,6 +68,7 @@ def memory(settings: Settings) -> Iterator[Measured]:
     del training
 
     yield from storages(settings)
+    yield from blocks(settings)
 
     layers, size = 12, 1000
     model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers)))
@@ -94,6 +99,54 @@ def storages(settings: Settings) -> Iterator[Measured]:
                 ours = kept_bytes(build, shape, optimizer, sparsity, settings)
                 title = f"kept in training, {network}, {name}, {sparsity:.0%}, sparse storage"
                 yield Measured(title, target, unit="B", ours=[ours], other=[dense])
+
+
+BLOCKS = 24
+ALL_DENSE, ALL_MASKED = 16.5, 18.5
+"""Bytes a weight that AdamW takes, a little more than its four numbers; a byte of a mask, R_s."""
+
+
+def blocks(settings: Settings) -> Iterator[Measured]:
+    """Measure the most bytes that a step holds, of 24 equal blocks of a transformer with AdamW.
+
+    All layers compute with their dense weights, one after the other, as on a GPU. The input is one
+    token, so activations take next to nothing.
+    """
+    wanted: list[tuple[str, float | None, Storage, float]] = [
+        ("dense", None, "mask", ALL_DENSE),
+        ("90 %, masks", 0.9, "mask", ALL_MASKED),
+        ("90 %, sparse storage", 0.9, "sparse", 2.4),
+        ("98 %, masks", 0.98, "mask", ALL_MASKED),
+        ("98 %, sparse storage", 0.98, "sparse", 0.7),
+    ]
+    width = 128 if settings.quick else 256
+    for name, sparsity, storage, target in wanted:
+        with mock.patch.object(runtime, "uses_kernels", return_value=False):
+            ours = [bytes_of_a_step(width, sparsity, storage, settings) / (BLOCKS * 12 * width**2)]
+        title = f"most held in a step, {BLOCKS} blocks, AdamW, {name}"
+        yield Measured(title, target, unit="B per weight", ours=ours)
+
+
+def bytes_of_a_step(
+    width: int, sparsity: float | None, storage: Storage, settings: Settings
+) -> int:
+    """Measure what is alive between two steps, and the most that a step holds beside it."""
+    before = live_bytes(settings.device)
+    model = nn.Sequential(*(Block(width, 4) for _ in range(BLOCKS))).to(settings.device)
+    masks = itop_prune.apply(model, sparsity, storage=storage) if sparsity else {}
+    optimizer = torch.optim.AdamW(model.parameters())
+    regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=99, every=33) if masks else None
+    token = torch.randn(1, 1, width, device=settings.device)
+
+    def step() -> None:
+        model(token).square().mean().backward()
+        optimizer.step()
+        if regrow:
+            regrow.step()
+        optimizer.zero_grad()
+
+    step()  # makes the optimizer's state
+    return live_bytes(settings.device) - before + peak_bytes(step, settings.device)
 
 
 def kept_bytes(
