@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import timm.optim
 import torch
+from itop_prune_tools.benchmarks.measure import peak_bytes
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import itop_prune
-from itop_prune.kernels import linear_products
+from itop_prune.kernels import linear_products, runtime
 from itop_prune.update import layer_update
 
 STEPS, EVERY = 300, 28  # ten updates
@@ -255,6 +256,24 @@ def test_the_dense_weight_is_there_for_whoever_reads_it_and_gone_after_a_product
     called = torch.autograd.grad(model(x).square().sum(), [x, itop.parameter])
     for one, other in zip(functional, called, strict=True):
         assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_holds_the_dense_weight_of_one_layer_whatever_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twelve layers of 300 by 300 hold no more than two do, but for gradients of their values."""
+    monkeypatch.setattr(runtime, "uses_kernels", lambda shape, active: False)
+    size, peaks = 300, {}
+    for count in (2, 12):
+        model = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(count)))
+        itop_prune.apply(model, 0.99, method="uniform", storage="sparse")
+        x = torch.randn(1, size)
+        model(x).sum().backward()  # what is made once
+        model.zero_grad()
+        peaks[count] = peak_bytes(lambda model=model, x=x: model(x).sum().backward())
+    dense = 4 * size * size
+    assert peaks[2] < 3 * dense
+    assert peaks[12] - peaks[2] < 10 * 0.01 * dense + 0.2 * dense
 
 
 def test_gradients_are_those_of_finite_differences_and_can_be_differentiated_again() -> None:

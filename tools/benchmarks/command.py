@@ -31,6 +31,7 @@ from .convolutions import convolutions
 from .file_sizes import files
 from .measure import Measured, Row, Settings
 from .memory import memory
+from .never_dense import scale
 from .ranks import ranks
 from .runner import images, imports, run
 from .sparse_training import sparse
@@ -44,6 +45,7 @@ BENCHMARKS = {
     "convolutions": convolutions,
     "memory": memory,
     "ranks": ranks,
+    "scale": scale,
     "scaling": scaling,
     "images": images,
     "run": run,
