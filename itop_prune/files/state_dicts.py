@@ -32,6 +32,7 @@ from itop_prune.layers.masked_layer import (
 from itop_prune.layers.names import mask_name, parameter_name, positions_name, values_name
 from itop_prune.layers.sparse_handle import STORAGES, Storage
 from itop_prune.layers.sparse_storage import gather
+from itop_prune.memory import in_bytes, total_memory
 from itop_prune.messages import nearest
 from itop_prune.methods.lookup import lookup
 from itop_prune.sharding import is_sharded, whole
@@ -387,6 +388,12 @@ def _read_file(path: Path) -> Mapping[str, Entry]:
         raise FileNotFoundError(
             f"{path} does not exist; allowed are a .safetensors or torch file, or a folder of "
             "Accelerate's"
+        )
+    size, there = path.stat().st_size, total_memory(torch.device("cpu"))
+    if size > there:
+        raise ValueError(
+            f"{path} has {in_bytes(size)}, and this machine has {in_bytes(there)} of memory; read "
+            "it on a larger one"
         )
     if path.suffix == ".safetensors":
         return small_files.read(path)

@@ -276,7 +276,7 @@ def first_layer(history: History) -> Figure | str:
         return masks
     found = history.first_mask()
     if found is None:
-        return "Neither model.safetensors nor a checkpoint is there to read the masks from."
+        return "There is neither a file of weights nor a layer small enough to draw its mask."
 
     name, mask = found
     if mask.ndim > 2:  # kernels of one or three dimensions become pictures

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from itop_prune.messages import in_digits
+
 from ..run_folder.history import History
-from ..run_folder.labels import SHOWN, counted, subject
+from ..run_folder.labels import SHOWN, counted, subject, text_of
 from .figures import Picture
 from .layer_figures import short
 
@@ -116,8 +118,8 @@ def headline(history: History) -> Iterator[str]:
     shown = ["sparsity", "exploration_rate", "survival", "forward_flops", "train_flops"]
     for key in ["test_top1" if "test_top1" in last else "val_top1", *shown]:
         if last.get(key) is not None:
-            label, form = SHOWN.get(key, (key, "{:.4f}"))
-            yield tile(labels.get(key, label), key, form.format(last[key]), UNITS.get(key, ""))
+            label, _ = SHOWN.get(key, (key, ""))
+            yield tile(labels.get(key, label), key, text_of(last, key), UNITS.get(key, ""))
 
     if masks and masks.names and history.recipe.get("regrow"):
         made = masks.updates_before + int((masks.steps[1:] <= history.steps[-1]).sum())
@@ -196,7 +198,7 @@ def table_of_layers(history: History) -> str:
 def row_of(weights: float, active: float, explored: float) -> tuple[str, ...]:
     """Format the numbers of a masked layer."""
     sparsity, share = 1 - active / weights, explored / weights
-    return f"{weights:,.0f}", f"{active:,.0f}", f"{sparsity:.4f}", f"{share:.4f}"
+    return f"{weights:,.0f}", f"{active:,.0f}", in_digits(sparsity), in_digits(share)
 
 
 def settings(history: History) -> str:

@@ -20,6 +20,9 @@ from .metrics import Metrics
 Numbers = NDArray[np.float64]
 Result = TypeVar("Result")
 
+LARGEST_MASK = 1 << 28
+"""Weights of a layer whose mask is read to be drawn, at a byte each."""
+
 
 @dataclass(frozen=True)
 class Masks:
@@ -122,15 +125,20 @@ class History:
     def first_mask(self) -> tuple[str, NDArray[np.bool_]] | None:
         """Read the mask of the first masked layer from the final weights or the last checkpoint.
 
+        Layers whose mask is too large to draw are passed over.
+
         Returns:
             Name and mask; None if there is none.
 
         Raises:
             RunError: They can't be read.
         """
-        if not self.masks or not self.masks.names:
+        if not self.masks:
             return None
-        name = self.masks.names[0]
+        sizes = zip(self.masks.names, self.masks.weights, strict=True)
+        name = next((name for name, weights in sizes if weights <= LARGEST_MASK), None)
+        if name is None:
+            return None
         pattern = f"checkpoints/{CHECKPOINTS}/model.safetensors"
         checkpoints = sorted(self.folder.glob(pattern), reverse=True)
         for path in [self.folder / "model.safetensors", *checkpoints]:

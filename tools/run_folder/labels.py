@@ -29,13 +29,23 @@ UNITS = {"train_flops": " × dense"}
 
 def labelled(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Write label and text of the metrics that are there, in the order of `SHOWN`."""
-    lines = []
-    for key, (label, form) in SHOWN.items():
-        if metrics.get(key) is not None:
-            text = in_digits(metrics[key]) if form is SHARE else form.format(metrics[key])
-            error = metrics.get("exploration_error") if key == "exploration_rate" else None
-            lines.append((label, text + UNITS.get(key, "") + (f" ± {error:.1g}" if error else "")))
-    return lines
+    return [
+        (label, text_of(metrics, key) + UNITS.get(key, ""))
+        for key, (label, _) in SHOWN.items()
+        if metrics.get(key) is not None
+    ]
+
+
+def text_of(metrics: Mapping[str, Any], key: str) -> str:
+    """Write a metric that is there, without its unit; an estimate with its standard error.
+
+    >>> text_of({"exploration_rate": 0.2, "exploration_error": 0.003}, "exploration_rate")
+    '0.2000 ± 0.003'
+    """
+    form = SHOWN[key][1] if key in SHOWN else "{:.4f}"
+    text = in_digits(metrics[key]) if form is SHARE else form.format(metrics[key])
+    error = metrics.get("exploration_error") if key == "exploration_rate" else None
+    return f"{text} ± {error:.1g}" if error else text
 
 
 def summary_line(metrics: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import itop_prune
+from itop_prune.files import state_dicts
 
 State = dict[str, Tensor]
 
@@ -732,3 +733,20 @@ def test_an_index_of_shards_that_names_its_folder_ends(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "."}}')
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         itop_prune.load(mlp(), tmp_path)
+
+
+def test_a_file_larger_than_the_memory_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.9)
+    before = copy.deepcopy(model.state_dict())
+    for name in ("weights.pt", "weights.safetensors"):
+        if name.endswith("pt"):
+            torch.save(model.state_dict(), tmp_path / name)
+        else:
+            itop_prune.save(model, tmp_path / name)
+        monkeypatch.setattr(state_dicts, "total_memory", lambda device: 1000)
+        with pytest.raises(ValueError, match=f"{name} has .* kB, and this machine has 1 kB"):
+            itop_prune.load(model, tmp_path / name)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -126,7 +126,7 @@ def test_the_first_mask_is_that_of_the_weights_or_of_the_last_checkpoint(copy: P
     (copy / "model.safetensors").unlink()
     assert (found.first_mask() or ("", mask))[1].sum() == masks.active[-1, 0]
     shutil.rmtree(copy / "checkpoints")
-    sentence = "Neither model.safetensors nor a checkpoint is there to read the masks from."
+    sentence = "There is neither a file of weights nor a layer small enough to draw its mask."
     assert layer_figures.first_layer(found) == sentence
 
 
