@@ -83,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = {"machine": machine, "rows": [asdict(row) for row in rows]}
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.picture:
-        from .sparse_figure import draw  # needs matplotlib, which the table does without
+        from . import sparse_figure  # needs matplotlib, which the table does without
 
+        draw = sparse_figure.draw if "sparse" in args.only else sparse_figure.draw_scale
         draw(rows, args.picture)
     return 0 if all(row.met for row in rows) else 1
 
@@ -130,7 +131,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to a file")
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draw what `sparse` found: .png, .svg or .pdf"
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw what `sparse` or `scale` found: .png, .svg or .pdf",
     )
     parser.add_argument(
         "--against", type=Path, metavar="FILE", help="show the ratios of such a file beside the new"
@@ -143,8 +147,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in args.only if name not in BENCHMARKS]
     if unknown:
         parser.error(f"--only has {', '.join(unknown)}; known are {', '.join(BENCHMARKS)}")
-    if args.picture and ("sparse" not in args.only or args.quick):
-        parser.error("--picture draws the full rows of sparse; use --only sparse without --quick")
+    if args.picture and (not {"sparse", "scale"} & set(args.only) or args.quick):
+        parser.error(
+            "--picture draws the full rows of sparse, or those of scale; use --only sparse or "
+            "--only scale without --quick"
+        )
     if args.against and not args.against.is_file():
         parser.error(f"--against {args.against} is not there; give a file that --json wrote")
     return args

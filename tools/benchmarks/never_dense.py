@@ -40,8 +40,12 @@ def scale(settings: Settings) -> Iterator[Measured]:
         for what in Cost._fields:
             ours = [1e9 * t / active for t in getattr(found, what)]
             other = [1e9 * t / 10 ** EXPONENTS[0] for t in getattr(first, what)]
-            title = f"{what} for an active weight, 10^{exponent}"
-            yield Measured(title, 3.0, unit="ns", ours=ours, other=other)
+            yield Measured(name_of(what, exponent), 3.0, unit="ns", ours=ours, other=other)
+
+
+def name_of(what: str, exponent: int) -> str:
+    """Name a row."""
+    return f"{what} for an active weight, 10^{exponent}"
 
 
 def cost(active: int, rounds: int) -> Cost:

@@ -1,4 +1,4 @@
-"""The figure of sparse training: the time of a step, dense, with masks, and in sparse storage."""
+"""Figures of sparse training: the time of a step, dense and sparse, and how both grow."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 
 from ..reports import style
 from .measure import Row
+from .never_dense import EXPONENTS, Cost, name_of
 from .sparse_training import CASES, MLP, VIT, title
 
 SHARE = 0.27
@@ -51,3 +52,24 @@ def draw_case(axis: Axes, case: str, found: dict[str, Row]) -> None:
     axis.set_xticks(range(len(rows)), labels)
     axis.set(title=case, ylabel="training step, ms", xlabel="sparsity")
     axis.grid(visible=False, axis="x")
+
+
+def draw_scale(rows: Iterable[Row], path: Path) -> None:
+    """Draw the nanoseconds of steps and updates for an active weight, over their number.
+
+    Args:
+        rows: All rows of the benchmark; others do not count.
+        path: The file; its ending decides the format.
+
+    Raises:
+        OSError, ValueError: The file can't be written.
+    """
+    found = {row.name: row for row in rows}
+    with style.look():
+        figure, axes = style.panels(2, width=style.WIDE, height=3.4)
+        for axis, what in zip(axes, Cost._fields, strict=True):
+            costs = [found[name_of(what, exponent)].ours for exponent in EXPONENTS]
+            axis.plot([10**exponent for exponent in EXPONENTS], costs, "o-", color=style.VERMILLION)
+            axis.set(xscale="log", ylim=(0, 1.15 * max(costs)), title=f"One {what}")
+            axis.set(xlabel="active weights of the layer", ylabel="ns for an active weight")
+        figure.savefig(path, dpi=160)
