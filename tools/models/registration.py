@@ -30,13 +30,13 @@ def mlp1568(*, img_size: int = 28, in_chans: int = 1, num_classes: int = 10, **g
 @register_model
 def mlp_of(
     *,
-    widths: Sequence[int] = (1_000_000,) * 3,
+    widths: Sequence[int] = (300, 100),
     img_size: int = 28,
     in_chans: int = 1,
     num_classes: int = 10,
     **given: Any,
 ) -> MLP:
-    """An MLP of any hidden widths; three of a million unless given."""
+    """An MLP of any hidden widths, also of a million: see `masks.device`."""
     _refuse_weights("mlp_of", given)
     return MLP(tuple(widths), img_size, in_chans, num_classes, **given)
 
