@@ -112,7 +112,18 @@ def _read_slots(name: str, values: Tensor, positions: Tensor, shape: Tensor) -> 
     Raises:
         ValueError: Values, positions and shape do not fit together.
     """
-    dense_shape = tuple(int(size) for size in shape.tolist())
+    if not (is_plain(values) and is_plain(positions) and is_plain(shape)):
+        raise ValueError(
+            f"{name}: values, positions or shape are no dense tensor with numbers; save "
+            "model.state_dict() again"
+        )
+    sizes = shape.tolist() if shape.ndim == 1 else [-1]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(
+            f"{name}: its shape is {shape}; allowed are whole numbers in one dimension: save "
+            "model.state_dict() again"
+        )
+    dense_shape = tuple(sizes)
     reason = problem(values, positions, dense_shape)
     if reason:
         raise ValueError(f"{name}: {reason}")

@@ -408,6 +408,19 @@ def test_a_tensor_that_is_not_plain_is_refused_with_its_kind(kind: str, name: st
     assert re.search(rf"0\.(weight|bias): the model has \(16.*, the source .*{kind}", message)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*prototype stage:UserWarning", "ignore:.*quantize_per_tensor:UserWarning"
+)
+@pytest.mark.parametrize("entry", ["values", "positions", "shape"])
+@pytest.mark.parametrize("kind", [*OTHER_TENSORS, "rows"])
+def test_a_tensor_of_sparse_storage_that_is_not_plain_is_refused(kind: str, entry: str) -> None:
+    model = mlp()
+    itop_prune.apply(model, 0.6, storage="sparse")
+    state, name = model.state_dict(), f"0.weight_{entry}"
+    change = OTHER_TENSORS.get(kind, lambda tensor: tensor.repeat(2, 2))
+    assert "0.weight" in refused({**state, name: change(state[name])})
+
+
 def test_a_buffer_that_is_sparse_in_the_model_too_loads() -> None:
     model, source = mlp(seed=5), trained()
     for module, table in ((model, torch.zeros(3, 3)), (source, torch.eye(3))):
