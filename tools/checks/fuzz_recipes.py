@@ -6,6 +6,7 @@ back as the same recipe from what it writes.
 
 import copy
 import functools
+import inspect
 import random
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import yaml
 from ..config.packaged import packaged_recipes
 from ..config.recipe import RecipeError, read_recipe
 from ..config.sections import section_calls
+from ..models import registration  # noqa: F401  (the recipes' nets)
 from .fuzz_runner import require
 
 VALUES: tuple[Any, ...] = (
@@ -95,14 +97,18 @@ def originals() -> tuple[str, ...]:
 
 
 @functools.cache
-def known_keys() -> tuple[str, ...]:
-    """List keys of recipes and of their sections."""
-    sections = [yaml.safe_load(text) for text in originals()]
-    names = {key for recipe in sections for key in (*recipe, *section_calls({}))}
-    for recipe in sections:
-        for section in recipe.values():
-            names |= set(section) if isinstance(section, dict) else set()
+def known_names() -> tuple[str, ...]:
+    """List what overrides may name: keys of recipes, and "section.key" of all arguments."""
+    names = {key for text in originals() for key in yaml.safe_load(text)}
+    for section, (call, given) in section_calls({}).items():
+        arguments = inspect.signature(call).parameters.keys() - {*given, "kwargs"}
+        names |= {section, *(f"{section}.{name}" for name in arguments)}
     return tuple(sorted(names))
+
+
+def draw_key(draw: random.Random) -> str:
+    """Draw a key of a section, or of the top."""
+    return draw.choice(known_names()).rpartition(".")[2]
 
 
 def case(seed: int) -> None:
@@ -111,16 +117,16 @@ def case(seed: int) -> None:
     text = draw.choice(originals())
     if draw.random() < 0.8:
         recipe = yaml.safe_load(text)
-        for _ in range(draw.choice([0, 1, 1, 2, 3])):
+        for _ in range(draw.choice([0, 0, 1, 1, 2])):
             draw.choice(MUTATIONS)(draw, recipe)
         text = yaml.safe_dump(recipe, allow_unicode=draw.random() < 0.5, sort_keys=False)
-    if draw.random() < 0.2:
+    if draw.random() < 0.1:
         text = changed_text(draw, text)
-    overrides = [draw_override(draw) for _ in range(draw.choice([0, 0, 1, 2, 4]))]
+    overrides = [draw_override(draw) for _ in range(draw.choice([0, 1, 1, 2]))]
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
-        encoding = draw.choice(["utf-8", "utf-8", "utf-8", "utf-8", "utf-16", "latin-1"])
+        encoding = draw.choice([*["utf-8"] * 8, "utf-16", "latin-1"])
         path.write_bytes(text.encode(encoding, errors="replace"))
         try:
             recipe = read_recipe(path, overrides)
@@ -149,14 +155,16 @@ def draw_value(draw: random.Random) -> Any:
     chance = draw.random()
     if chance < 0.05:
         return [value, copy.deepcopy(draw.choice(VALUES))]
-    return {draw.choice(known_keys()): value} if chance < 0.1 else value
+    return {draw_key(draw): value} if chance < 0.1 else value
 
 
 def draw_override(draw: random.Random) -> str:
     """Draw an override, most often one that can be read."""
-    keys = [draw.choice(known_keys()) for _ in range(draw.choice([1, 2, 2, 2, 3]))]
+    name = draw.choice(known_names())
+    if draw.random() < 0.1:
+        name = draw.choice([f"{name}.{draw_key(draw)}", f"{draw_key(draw)}.x", name[1:], ""])
     value = yaml.safe_dump(draw_value(draw), default_flow_style=True).removesuffix("...\n").strip()
-    override = f"{'.'.join(keys)}={value}"
+    override = f"{name}={value}"
     return changed_text(draw, override) if draw.random() < 0.1 else override
 
 
@@ -188,9 +196,7 @@ def rename(draw: random.Random, recipe: dict[Any, Any]) -> None:
     mapping = mapping_in(draw, recipe)
     if mapping:
         key = draw.choice([*mapping])
-        mapping[draw.choice([f"{key}s", str(key)[:-1], draw.choice(known_keys())])] = mapping.pop(
-            key
-        )
+        mapping[draw.choice([f"{key}s", str(key)[:-1], draw_key(draw)])] = mapping.pop(key)
 
 
 def replace(draw: random.Random, recipe: dict[Any, Any]) -> None:
@@ -202,7 +208,9 @@ def replace(draw: random.Random, recipe: dict[Any, Any]) -> None:
 
 def add(draw: random.Random, recipe: dict[Any, Any]) -> None:
     """Add a key."""
-    mapping_in(draw, recipe)[draw.choice([*known_keys(), 1, None, "ключ"])] = draw_value(draw)
+    mapping_in(draw, recipe)[draw.choice([*[draw_key(draw)] * 9, 1, None, "ключ"])] = draw_value(
+        draw
+    )
 
 
 def scale(draw: random.Random, recipe: dict[Any, Any]) -> None:
