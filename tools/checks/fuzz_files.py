@@ -9,6 +9,7 @@ import copy
 import functools
 import io
 import json
+import os
 import pickle
 import random
 import re
@@ -156,6 +157,7 @@ def other_pickle(draw: random.Random, folder: Path) -> None:
         torch.save(state, path)
         damage_pickle(draw, path)
     check_sound(load_or_refuse(draw, path))
+    require(not path.with_name("made").exists(), "code from a file was run")
 
 
 def change_header(draw: random.Random, content: bytes) -> bytes:
@@ -203,13 +205,24 @@ def draw_entry(draw: random.Random) -> Any:
     )
 
 
+class MakesFolder:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
 def damage_pickle(draw: random.Random, path: Path) -> None:
     """Damage the pickle in a file of torch, under a right checksum of the archive."""
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     pickled = next(name for name in parts if name.endswith("data.pkl"))
-    if draw.random() < 0.2:
-        parts[pickled] = pickle.dumps(draw.choice([print, Path("x"), {"a": len}]), protocol=2)
+    if draw.random() < 0.3:
+        hostile = draw.choice([MakesFolder(path.with_name("made")), print, {"a": [len]}])
+        parts[pickled] = pickle.dumps(hostile, protocol=2)
     else:
         parts[pickled] = draw.choice(DAMAGE)(draw, parts[pickled])
     with zipfile.ZipFile(path, "w") as archive:

@@ -262,6 +262,8 @@ class Training:
             require(moved == (step in self.regrow.update_steps()), f"step {step}: moved is {moved}")
             self.check_update(step, before, explored)
             self.optimizer.zero_grad()
+        if self.plan.dtype == torch.float64:
+            self.check_export()
 
     def backward(self, forward: nn.Module, step: int) -> None:
         """Collect the gradients of a step's batch."""
@@ -313,6 +315,16 @@ class Training:
             was = sum(int(mask.sum()) for mask in before.values())
             now = sum(itop.active for itop in self.masks.values())
             require(was == now, f"step {step}: {was} active weights became {now}")
+
+    def check_export(self) -> None:
+        """Refuse a dense copy that computes something else."""
+        twin = Net(self.plan.stem, self.plan.twice).double()
+        twin.load_state_dict(itop_prune.dense_state_dict(self.model))
+        generator = torch.Generator().manual_seed(self.plan.seed)
+        x = torch.randn(4, *STEMS[self.plan.stem][1], generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            error = relative_error(self.model(x), twin(x))
+        require(error < 1e-9, f"the output of a dense copy differs by {error}")
 
     def statistics(self, itop: itop_prune.ITOP) -> Iterator[tuple[str, Tensor]]:
         """Yield a parameter, and what the optimizer holds of its shape."""
