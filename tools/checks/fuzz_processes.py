@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import run_command
-from ..training import loop
+from ..training import command, loop
 from ..training.checkpoint import Checkpoints, damage
 from .fuzz_runner import require
 from .kill_and_resume import (
@@ -288,11 +287,13 @@ def train(
         flush(handle)
 
     os.fsync = slow_flush  # type: ignore[assignment]
-    sys.argv = ["train.py", str(RECIPE), *arguments]
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    sys.exit(run_command("training.command"))
+    try:
+        sys.exit(command.main([str(RECIPE), *arguments]))
+    except KeyboardInterrupt:  # before it becomes a request to stop
+        sys.exit(STOPPED)
 
 
 @functools.cache
@@ -300,7 +301,7 @@ def context(method: str = "forkserver") -> Any:
     """Make the context that starts processes."""
     found = multiprocessing.get_context(method)
     if method == "forkserver":
-        found.set_forkserver_preload([__name__, "itop_prune_tools.training.command"])
+        found.set_forkserver_preload([__name__])
     return found
 
 
