@@ -19,6 +19,8 @@ from typing import NamedTuple
 Case = Callable[[int], None]
 PATIENCE = 300.0
 """Seconds that a case may take."""
+LEAVE = 10.0
+"""Seconds that a process may take to end after its last case."""
 
 
 class Broken(AssertionError):
@@ -86,7 +88,7 @@ class _Worker:
         """Run a case; return the problem, and whether the process is still there."""
         self.connection.send(seed)
         if not self.connection.poll(patience):
-            self.end()
+            self.kill()
             return f"still running after {patience:.0f} s", False
         try:
             return self.connection.recv(), True
@@ -94,10 +96,16 @@ class _Worker:
             self.process.join()
             code = self.process.exitcode or 0
             name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            self.end()
+            self.kill()
             return f"the process died: {name}", False
 
     def end(self) -> None:
+        """Let the process end by itself, so that it removes its files."""
+        self.connection.close()
+        self.process.join(LEAVE)
+        self.kill()
+
+    def kill(self) -> None:
         """Kill the process, and those that it has started."""
         if self.process.pid:
             with contextlib.suppress(ProcessLookupError):
