@@ -1,6 +1,7 @@
 """Weights in and out: of sparse models that were saved, and to plain dense ones."""
 
 import json
+import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -489,17 +490,20 @@ def _read_folder(folder: Path) -> Mapping[str, Entry]:
         index = folder / f"{file}.index.json"
         if index.exists():
             try:
-                shards = {
-                    folder / name for name in json.loads(index.read_text())["weight_map"].values()
-                }
-            except (ValueError, KeyError, TypeError, AttributeError):
+                shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                missing = [name for name in shards if not os.path.isfile(folder / name)]
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ValueError(
                     f"{index} is damaged: it has no weight_map, files by name; save it again"
                 ) from None
+            if missing:
+                raise FileNotFoundError(
+                    f"{index} names {missing[0]!r}, no file beside it; copy the folder again"
+                )
 
             state: dict[str, Entry] = {}
-            for shard in sorted(shards):
-                state |= _read_file(shard)
+            for shard in shards:
+                state |= _read_file(folder / shard)
             return state
     raise FileNotFoundError(
         f"{folder} has neither model.safetensors nor pytorch_model.bin; allowed are a file of "

@@ -731,7 +731,7 @@ def test_a_damaged_torch_file_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}']
+    "content", ["{", "[" * 5000, "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}']
 )
 def test_a_damaged_index_of_shards_is_refused_by_its_name(content: str, tmp_path: Path) -> None:
     save_shards(trained().state_dict(), tmp_path)
@@ -742,10 +742,14 @@ def test_a_damaged_index_of_shards_is_refused_by_its_name(content: str, tmp_path
         itop_prune.load(mlp(), tmp_path)
 
 
-def test_an_index_of_shards_that_names_its_folder_ends(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "."}}')
-    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+@pytest.mark.parametrize("name", [".", "..", "", "absent", "a" * 300, "a\0"])
+def test_an_index_of_shards_that_names_no_file_is_refused(name: str, tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(FileNotFoundError) as error:
         itop_prune.load(mlp(), tmp_path)
+    message = f"{index} names {name!r}, no file beside it; copy the folder again"
+    assert str(error.value) == message
 
 
 def test_a_file_larger_than_the_memory_is_not_read(
