@@ -160,6 +160,39 @@ def other_pickle(draw: random.Random, folder: Path) -> None:
     require(not path.with_name("made").exists(), "code from a file was run")
 
 
+def folder_of_shards(draw: random.Random, folder: Path) -> None:
+    """Damage the index of a folder that Accelerate saved, or what it names."""
+    state = dict(source(draw.choice(STORAGES)).state_dict())
+    names, files = [*state], ("one.safetensors", "two.safetensors")
+    for file, part in zip(files, (names[:3], names[3:]), strict=True):
+        (folder / file).write_bytes(safetensors_bytes({name: state[name] for name in part}))
+    index: dict[str, Any] = {
+        "metadata": {},
+        "weight_map": {name: files[number >= 3] for number, name in enumerate(names)},
+    }
+    if draw.random() < 0.7:
+        others: list[Any] = [
+            None,
+            3,
+            "",
+            ".",
+            "..",
+            "absent",
+            "one\0",
+            "a" * 300,
+            [],
+            {},
+            "é\ud800",
+        ]
+        target = draw.choice([index, index["weight_map"], index["weight_map"]])
+        target[draw.choice([*target])] = draw.choice(others)
+    content = draw.choice([json.dumps(index), json.dumps([index]), "[" * 5000]).encode()
+    if draw.random() < 0.5:
+        content = draw.choice(DAMAGE)(draw, content)
+    (folder / "model.safetensors.index.json").write_bytes(content)
+    check_sound(load_or_refuse(draw, folder))
+
+
 def change_header(draw: random.Random, content: bytes) -> bytes:
     """Change a number or a word in the header of a safetensors file."""
     (length,) = struct.unpack("<Q", content[:8])
@@ -345,5 +378,6 @@ KINDS: dict[str, Callable[[random.Random, Path], None]] = {
     "no checksum": file_without_checksum,
     "right checksum": right_checksum,
     "pickle": other_pickle,
+    "shards": folder_of_shards,
     "checkpoint": damaged_checkpoint,
 }

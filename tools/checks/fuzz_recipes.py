@@ -19,6 +19,7 @@ from ..config.packaged import packaged_recipes
 from ..config.recipe import RecipeError, read_recipe
 from ..config.sections import section_calls
 from ..models import registration  # noqa: F401  (the recipes' nets)
+from ..run_folder.folder import run_folder
 from .fuzz_runner import require
 
 VALUES: tuple[Any, ...] = (
@@ -133,6 +134,11 @@ def case(seed: int) -> None:
         except RecipeError as error:
             check_message(error, path)
             return
+
+        place = run_folder(path, overrides, recipe.seed)
+        longest = max(len(part.encode()) for part in place.parts)
+        require(place.parts[0] == "runs" and ".." not in place.parts, f"the run goes to {place}")
+        require(longest <= 255 and str(place).isprintable(), f"the run goes to {place!r}")
 
         again = Path(folder) / "again.yaml"
         again.write_text(recipe.as_yaml(), encoding="utf-8")
