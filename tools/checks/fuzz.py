@@ -6,7 +6,7 @@
   python tools/fuzz.py --only files --seed 17       # one case, with its traceback
 
 A case is decided by its seed alone. Each failure is one line with the command that repeats it. A
-crash or a hang is a failure too: cases run in a process of their own.
+crash or a hang is a failure too: cases run in a process of their own. POSIX systems only.
 """
 
 import argparse
