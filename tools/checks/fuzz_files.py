@@ -1,8 +1,9 @@
-"""Random damage to files of weights: small files, state dicts, checkpoints of runs, pickles.
+"""Random damage to files of weights: small files, state dicts, checkpoints of runs, shards, pickles.
 
 A damaged file must be refused by an error of ours, which leaves the model as it was. If it is read,
 then the damage was in bytes that mean nothing, and the content is that of before, bit for bit.
 Content under a right checksum may be anything; then what is loaded must be a sound sparse model.
+States of a MaskScheduler are changed likewise.
 """
 
 import copy
@@ -373,6 +374,77 @@ def same_sums(content: bytes) -> bool:
     return all(found[name] == right[name] for name in found.keys() & right.keys())
 
 
+# --- states of a MaskScheduler -------------------------------------------------------------------
+
+
+def scheduler() -> itop_prune.MaskScheduler:
+    """Make a scheduler that sums gradients and counts survival, after five steps."""
+    model = build(0)
+    masks = itop_prune.apply(model, 0.8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regrow = itop_prune.MaskScheduler(
+        masks, optimizer, total_steps=20, every=3, grow="gradient", gradient_steps=2, survival=True
+    )
+    for _ in range(5):
+        model(torch.randn(4, 2, 5, 5)).square().mean().backward()
+        optimizer.step()
+        regrow.step()
+        optimizer.zero_grad()
+    return regrow
+
+
+def changed_state(draw: random.Random, folder: Path) -> None:
+    """Load a state of a scheduler in which something has another type, size or name."""
+    regrow, state = scheduler(), scheduler().state_dict()
+    for _ in range(draw.randint(1, 2)):
+        place: Any = state
+        key = draw.choice([*place])
+        while isinstance(place[key], dict) and place[key] and draw.random() < 0.8:
+            place = place[key]
+            key = draw.choice([*place])
+        others: list[Any] = [
+            None,
+            -1,
+            0,
+            3,
+            10**30,
+            True,
+            "x",
+            [],
+            {},
+            ["0.weight"],
+            {"0.weight": 3},
+            1.5,
+        ]
+        others += [torch.zeros(0), torch.zeros(3, dtype=torch.bool), torch.tensor(1)]
+        change = draw.random()
+        if change < 0.2:
+            del place[key]
+        elif change < 0.3:
+            place[draw.choice(["x", 3, f"{key}s"])] = place.pop(key)
+        else:
+            place[key] = draw.choice(others)
+
+    before = copy.deepcopy(regrow.state_dict())
+    try:
+        regrow.load_state_dict(state)
+    except ValueError as error:
+        require(len(str(error)) > 20, f"a refusal says no more than {error!r}")
+        require(same_states(regrow.state_dict(), before), f"refused by {error}, it has changed")
+    else:
+        regrow.load_state_dict(regrow.state_dict())
+        repr(regrow)
+
+
+def same_states(one: Any, other: Any) -> bool:
+    """Compare nested states bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_states(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same_states, one, other))
+    return same(one, other)
+
+
 KINDS: dict[str, Callable[[random.Random, Path], None]] = {
     "damaged file": damaged_file,
     "no checksum": file_without_checksum,
@@ -380,4 +452,5 @@ KINDS: dict[str, Callable[[random.Random, Path], None]] = {
     "pickle": other_pickle,
     "shards": folder_of_shards,
     "checkpoint": damaged_checkpoint,
+    "scheduler": changed_state,
 }
