@@ -1,4 +1,4 @@
-"""Random damage to files of weights: small files, state dicts, checkpoints of runs, shards, pickles.
+"""Random damage to files of weights: small files, state dicts, shards, checkpoints, pickles.
 
 A damaged file must be refused by an error of ours, which leaves the model as it was. If it is read,
 then the damage was in bytes that mean nothing, and the content is that of before, bit for bit.
