@@ -18,8 +18,10 @@ from itop_prune.update.gradients import DenseGradients
 from itop_prune.update.rules import Rules
 
 NAN = "{} gave NaN for {}; scores must be numbers"
-SPARSEST = 1 / 64
+SPARSEST = 0.002
 """With a smaller share of active weights positions are faster than masks."""
+LARGE = 1 << 31
+"""Masks of so many weights or more are not made where positions are enough."""
 
 
 class LayerUpdate(NamedTuple):
@@ -33,10 +35,10 @@ class LayerUpdate(NamedTuple):
     """Seeds the generators: the run's seed and the number of the update."""
 
     def needs_no_mask(self, rules: Rules) -> bool:
-        """Tell whether positions are enough for an update, and faster than a mask."""
+        """Tell whether positions are enough for an update, and better than a mask."""
         sparse = self.itop.parameter.numel() <= SPARSEST * self.itop.size
         return (
-            sparse
+            (sparse or self.itop.size >= LARGE)
             and rules.positions_suffice
             and self.itop.pattern is None
             and self.itop.active_values() is not None

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import timm.optim
 import torch
@@ -23,6 +24,7 @@ import itop_prune
 from itop_prune.inference.measurement import relative_error
 from itop_prune.layers.sparse_handle import Storage
 from itop_prune.layers.sparse_storage import gather
+from itop_prune.update import layer_update
 
 from .fuzz_runner import Broken, require
 
@@ -157,6 +159,8 @@ class Plan:
     clip: bool
     scaled: bool
     compiled: bool
+    by_positions: bool
+    """Whether updates of magnitude and chance are made without masks where they can be."""
     interruption: str
     """How the training is interrupted, a key of `INTERRUPTIONS`."""
     interrupted_after: int
@@ -211,6 +215,7 @@ class Plan:
             clip=draw.random() < 0.3,
             scaled=draw.random() < 0.2,
             compiled=draw.random() < 0.01,
+            by_positions=seed % 3 == 0,
             interruption=draw.choice([*INTERRUPTIONS]),
             interrupted_after=draw.randint(1, steps),
         )
@@ -388,14 +393,21 @@ INTERRUPTIONS: dict[str, Callable[[Training], Training]] = {
 
 
 def case(seed: int) -> None:
-    """Train a random plan in both storages, one of them interrupted, and compare the ends."""
+    """Train a random plan, and check it at every step."""
     torch.set_num_threads(1)
     plan = Plan.draw(seed)
+    least = 1.0 if plan.by_positions else layer_update.SPARSEST
+    with mock.patch.object(layer_update, "SPARSEST", least):
+        train_and_compare(plan)
+
+
+def train_and_compare(plan: Plan) -> None:
+    """Train a plan in both storages, one of them interrupted, and compare the ends."""
     trained: dict[str, Training] = {}
     for storage in STORAGES:
         try:
             trained[storage] = training = Training(plan, storage, plan.seed)
-            if storage == STORAGES[seed % 2]:
+            if storage == STORAGES[plan.seed % 2]:
                 train_interrupted(training)
             else:
                 training.train(range(1, plan.rules["total_steps"] + 1))
