@@ -154,8 +154,9 @@ def apply(
         groups = _check_budget(sparsity, method, densities, pattern)
     targets = _find_targets(model, include, exclude, groups, strict)
     handle = lookup(storage, STORAGES, "storage")
-    if device is not None and sparsity is not None:
+    if device is not None:
         check_can_be_made(targets, scores, method, groups, storage)
+    if device is not None and sparsity is not None:  # it is, unless scores are "nonzero"
         counts = _count(targets, sparsity, method, densities, groups)
         return _make(model, targets, counts, checked_device(device), init, seed)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from itop_prune import bits
 from itop_prune.layers.handle import ITOP
+from itop_prune.methods.validation import is_count
 from itop_prune.sparse_topology import contains
 from itop_prune.topology import count_true, true_positions
 
@@ -29,6 +30,10 @@ class Explored(Mapping[str, Tensor]):
     """
 
     def __init__(self, masks: Mapping[str, ITOP], budget: int = BUDGET) -> None:
+        if not is_count(budget):
+            raise ValueError(
+                f"explored_bytes is {budget!r}; allowed are whole numbers from 1, bytes for R_s"
+            )
         self.shapes = {name: itop.shape for name, itop in masks.items()}
         self.sizes = {name: itop.size for name, itop in masks.items()}
         block = max(1, -(-sum(self.sizes.values()) // (8 * budget)))

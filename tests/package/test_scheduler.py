@@ -701,6 +701,7 @@ def test_a_mask_loaded_before_the_first_update_counts_as_explored() -> None:
         ),
         ({"seed": 1.5}, r"seed is 1\.5; allowed is a whole number"),
         ({"seed": None}, "seed is None; allowed is a whole number"),
+        ({"explored_bytes": 0}, r"explored_bytes is 0; allowed are whole numbers from 1"),
         ({"every": 0}, "every is 0; allowed are whole numbers from 1"),
         ({"stop": 0.0}, r"stop is 0\.0; allowed is a number in \(0, 1\]"),
         ({"scope": "all"}, "scope is 'all'; allowed are 'layer' and 'global'"),

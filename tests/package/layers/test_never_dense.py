@@ -193,7 +193,7 @@ def assert_untouched(model: nn.Module) -> None:
         ({"scores": "magnitude"}, "scores and patterns look at every weight"),
         ({"method": "magnitude"}, "scores and patterns look at every weight"),
         ({"sparsity": 0.5, "pattern": "2:4", "method": "ERK"}, "scores and patterns look at"),
-        ({"sparsity": None, "scores": "nonzero"}, "on the meta device"),
+        ({"sparsity": None, "scores": "nonzero"}, "scores and patterns look at every weight"),
         ({"device": "abacus"}, "device is 'abacus'.*such as 'cpu'"),
     ],
     ids=str,
@@ -211,6 +211,8 @@ def test_a_model_with_values_is_refused() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"0\.weight, 2.weight, 4.weight has values: build the"):
         itop_prune.apply(model, 0.8, storage="sparse", device="cpu")
+    with pytest.raises(ValueError, match="has values: build the"):
+        itop_prune.apply(model, scores="nonzero", storage="sparse", device="cpu")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
