@@ -13,6 +13,7 @@ from .sparse_training import CASES, MLP, VIT, title
 SHARE = 0.27
 """Width of a bar, of the distance between two sparsities."""
 CORES = 1
+SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 
 
 def draw(rows: Iterable[Row], path: Path) -> None:
@@ -69,7 +70,8 @@ def draw_scale(rows: Iterable[Row], path: Path) -> None:
         figure, axes = style.panels(2, width=style.WIDE, height=3.4)
         for axis, what in zip(axes, Cost._fields, strict=True):
             costs = [found[name_of(what, exponent)].ours for exponent in EXPONENTS]
-            axis.plot([10**exponent for exponent in EXPONENTS], costs, "o-", color=style.VERMILLION)
-            axis.set(xscale="log", ylim=(0, 1.15 * max(costs)), title=f"One {what}")
+            axis.plot(EXPONENTS, costs, "o-", color=style.VERMILLION)
+            axis.set(ylim=(0, 1.15 * max(costs)), title=f"One {what}")
+            axis.set_xticks(EXPONENTS, [f"10{SUPERSCRIPTS[exponent]}" for exponent in EXPONENTS])
             axis.set(xlabel="active weights of the layer", ylabel="ns for an active weight")
         figure.savefig(path, dpi=160)
