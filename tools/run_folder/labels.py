@@ -19,7 +19,7 @@ SHOWN = {  # metric: label, format
     "sparsity": ("sparsity", SHARE),
     "exploration_rate": ("R_s", SHARE),
     "survival": ("survival", "{:.4f}"),
-    "train_flops": ("train FLOPs", "{:.4f}"),
+    "train_flops": ("train FLOPs", SHARE),
     "images_per_second": ("images/s", "{:,.0f}"),
 }
 
@@ -42,7 +42,7 @@ def text_of(metrics: Mapping[str, Any], key: str) -> str:
     >>> text_of({"exploration_rate": 0.2, "exploration_error": 0.003}, "exploration_rate")
     '0.2000 ± 0.003'
     """
-    form = SHOWN[key][1] if key in SHOWN else "{:.4f}"
+    form = SHOWN[key][1] if key in SHOWN else SHARE
     text = in_digits(metrics[key]) if form is SHARE else form.format(metrics[key])
     error = metrics.get("exploration_error") if key == "exploration_rate" else None
     return f"{text} ± {error:.1g}" if error else text
