@@ -233,14 +233,26 @@ class Orthogonal(nn.Linear):
         nn.init.orthogonal_(self.weight)
 
 
+class Normalized(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.scale = 0.0
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "scale"):  # after it was built
+            self.scale = self.weight.detach().norm().item()
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (Rotary, "angles of Rotary can't be made from the meta device: reset_parameters does not"),
         (lambda: timm.create_model("vit_tiny_patch16_224"), "cls_token, pos_embed of VisionTransf"),
         (lambda: Orthogonal(8, 8), "Orthogonal can't be made from the meta device: .*"),
+        (Normalized, "Normalized can't be made from the meta device: .*"),
     ],
-    ids=["buffer", "token", "not elementwise"],
+    ids=["buffer", "token", "not elementwise", "reads the weight"],
 )
 def test_modules_that_do_not_fill_their_tensors_are_named(
     build: Callable[[], nn.Module], message: str
