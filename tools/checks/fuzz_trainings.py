@@ -114,13 +114,23 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 ADAPTIVE = frozenset(OPTIMIZERS) - {"SGD", "momentum", "Nesterov"}
 """They divide by the size of the gradients."""
-NOISY = {"attention": {"Lion"}, "standardized": ADAPTIVE, "scaled": ADAPTIVE}
-"""By stem, the optimizers under which storages differ by right.
+NOISY = {"attention", "standardized", "scaled"}
+"""Stems some of whose gradients are 0 but for rounding.
 
-Some gradients are 0 but for rounding: those of queries whose keys are all equal, and of a
-standardized filter with one active weight. These optimizers make whole steps of them. Pruning by
-sign ("set") tells a weight of 1e-27 from one of -1e-27, so under it no such stem is compared.
+They are those of queries whose keys are all equal, and of a standardized filter with one active
+weight.
 """
+
+
+def differ_by_right(plan: "Plan") -> bool:
+    """Tell whether rounding alone may give the storages other masks.
+
+    Of gradients of rounding, adaptive optimizers make whole steps, and pruning by sign tells a
+    weight of 1e-27 from one of -1e-27. Lion moves all weights by steps of one size, so scores of
+    many weights are equal but for rounding.
+    """
+    by_noise = plan.optimizer in ADAPTIVE or plan.rules["prune"] == "set"
+    return plan.optimizer == "Lion" or (plan.stem in NOISY and by_noise)
 
 
 class Net(nn.Module):
@@ -416,9 +426,8 @@ def train_and_compare(plan: Plan) -> None:
             continue
         except Broken as broken:
             raise Broken(f"{storage}, {plan}: {broken}") from None
-    noisy = plan.stem in NOISY
-    by_noise = noisy and (plan.optimizer in NOISY[plan.stem] or plan.rules["prune"] == "set")
-    if plan.dtype == torch.float64 and not by_noise and len(trained) == len(STORAGES):
+    comparable = plan.dtype == torch.float64 and not differ_by_right(plan)
+    if comparable and len(trained) == len(STORAGES):
         compare_storages(trained, plan)
 
 
@@ -444,7 +453,9 @@ def compare_storages(trained: dict[str, Training], plan: Plan) -> None:
         equal = torch.equal(itop.mask, other.mask)
         require(equal, f"{plan}: the storages have other masks of {name}")
         error = relative_error(itop.weight.detach(), other.weight.detach())
-        require(error < 1e-7, f"{plan}: weights {name} of the storages differ by {error}")
+        # Standardizing a filter of small weights multiplies their rounding, at each step anew.
+        most = 1e-4 if plan.stem in NOISY else 1e-7
+        require(error < most, f"{plan}: weights {name} of the storages differ by {error}")
 
 
 def same(one: Any, other: Any) -> bool:
