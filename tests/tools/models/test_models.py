@@ -16,7 +16,7 @@ SMALL = [name for name in OURS if name != "resnet50_fan_in"]
 
 def image(name: str, *shape: int) -> torch.Tensor:
     """Blank images of the shape that a model takes by default, or of this one."""
-    default = (1, 28, 28) if name in ("lenet300", "mlp1568") else (3, 32, 32)
+    default = (1, 28, 28) if name in ("lenet300", "mlp1568", "mlp_of") else (3, 32, 32)
     return torch.zeros(2, *(shape or default))
 
 
