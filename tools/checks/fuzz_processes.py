@@ -119,6 +119,8 @@ def race(draw: random.Random, settings: Sequence[str], prepare: Prepare) -> None
             lines = [line for line in text.splitlines() if line.startswith("error: ")]
             is_clear = "Traceback" not in text and len(lines) == (code == 1)
             require(is_clear, f"a run ended with {code} and said: {text}")
+            told_why = not (code and resume) or "is in use by another run" in text
+            require(told_why, f"a run was refused for another reason: {text}")
         check_same_end(alone, run)
 
 

@@ -88,9 +88,11 @@ def test_both_ways_of_an_update_choose_as_many() -> None:
 @pytest.mark.slow
 def test_what_masks_sparse_storage_and_an_update_hold() -> None:
     between, *kept, during = memory.memory(QUICK)
+    kept, blocks = kept[:8], kept[8:]
     assert between.ours[0] <= between.target == 1.13
     assert 1.0 < during.ours[0] <= during.target == 3.0
     assert len(kept) == 8
+    assert [line.ours[0] <= 1.1 * line.target for line in blocks] == [True] * 5
     for line in kept:
         share = line.ours[0] / line.other[0]
         assert share < 1.1 * line.target
