@@ -146,6 +146,16 @@ def test_errors_of_samples_are_as_large_as_they_say() -> None:
     assert abs(sum(deviations)) / 60 < 0.6
 
 
+def test_a_sample_is_of_no_column_of_the_weight() -> None:
+    """A block is as long as a row. Of one column all weights are explored, of others none."""
+    found, _ = in_sparse_storage(4_000_000, 2000, 250)
+    assert found.explored.blocks["weight"] == 2000
+    for column in (0, 1, 1999):
+        found.explored.bits["weight"].zero_()
+        found.explored.add("weight", torch.arange(2000) * 2000 + column)
+        assert found.rate() < 0.005  # it is 0.0005
+
+
 def test_masks_and_positions_are_sampled_alike() -> None:
     size = 4_000_000
     by_mask, itop = in_sparse_storage(size, 100_000, 1 << 14)
