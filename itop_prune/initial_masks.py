@@ -7,6 +7,7 @@ after the second and leaves the model alone.
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -156,8 +157,8 @@ def apply(
     handle = lookup(storage, STORAGES, "storage")
     if device is not None:
         check_can_be_made(targets, scores, method, groups, storage)
-    if device is not None and sparsity is not None:  # it is, unless scores are "nonzero"
-        counts = _count(targets, sparsity, method, densities, groups)
+        # Only scores="nonzero" comes without a sparsity, and that is refused here.
+        counts = _count(targets, cast(float, sparsity), method, densities, groups)
         return _make(model, targets, counts, checked_device(device), init, seed)
 
     _refuse_meta(targets)

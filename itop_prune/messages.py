@@ -52,6 +52,20 @@ def describe(function: object) -> str:
     return getattr(function, "__name__", repr(function))
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Align the cells of a table: the first column to the left, all others to the right.
+
+    >>> aligned([("a", "1"), ("longer", "23")])
+    ['a        1', 'longer  23']
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for name, *cells in lines:
+        numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        text.append("  ".join([name.ljust(widths[0]), *numbers]).rstrip())
+    return text
+
+
 def in_digits(share: float) -> str:
     """Print a share with four decimals, or as many as tell it from 0 and 1 in two digits.
 

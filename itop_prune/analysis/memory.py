@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from itop_prune.layers.handle import ITOP
 from itop_prune.layers.sparse_storage import position_type
 from itop_prune.memory import in_bytes
+from itop_prune.messages import aligned
 from itop_prune.update.exploration import BUDGET
 from itop_prune.update.optimizer_state import statistics
 
@@ -24,8 +25,8 @@ class Memory:
     """Bytes by what they hold, each (dense, masks, sparse); `str(memory)` is a table.
 
     They are kept from step to step. Activations come on top, and one dense weight at a time where a
-    layer computes with it. So do dense gradients on the steps that an update needs, and on a CPU 16
-    bytes an active weight for the order in which kernels take it.
+    layer computes with it. Dense gradients come on top on the steps that an update needs. On a CPU
+    the orders of kernels take 16 bytes for an active weight.
     """
 
     rows: Mapping[str, tuple[int, int, int]]
@@ -42,15 +43,7 @@ class Memory:
         return [("memory of training", *FORMS), *lines, ("total", *map(in_bytes, self.totals))]
 
     def __str__(self) -> str:
-        lines = self.cells()
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                [line[0].ljust(widths[0])]
-                + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-            )
-            for line in lines
-        )
+        return "\n".join(aligned(self.cells()))
 
 
 def memory(masks: Mapping[str, ITOP], optimizer: Optimizer, others: int = 0) -> Memory | None:

@@ -19,7 +19,7 @@ from itop_prune.layers.maskable import (
     walk,
 )
 from itop_prune.layers.sparse_products import NAME, can_take_kernels
-from itop_prune.messages import in_digits
+from itop_prune.messages import aligned, in_digits
 from itop_prune.topology import count_true
 from itop_prune.update.exploration import Explored
 
@@ -130,14 +130,7 @@ class Summary:
         return [(*line, *more) for line, *more in zip(lines, *columns, strict=True)]
 
     def __str__(self) -> str:
-        lines = self.cells()
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-        text = []
-        for name, *cells in lines:
-            numbers = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-            text.append("  ".join([name.ljust(widths[0]), *numbers]).rstrip())
-
+        text = aligned(self.cells())
         others = self.parameters - self.weights
         sparsity = in_digits(self.sparsity)
         text.append(f"sparsity {sparsity}; {others:,} other parameters are dense")

@@ -133,7 +133,7 @@ def decode_long_gaps(code: Bytes, size: int) -> Positions:
     if gaps.max(initial=0) >= size:
         raise ValueError(f"a gap covers {gaps.max()} weights of {size}")
     positions = np.cumsum(gaps + 1) - 1
-    # So many gaps below 2**62 can't add up to more than 2**63 unless one sum is beyond the size.
+    # A gap is below the size. So the first sum that is too large is seen, also if later ones wrap.
     if positions.max(initial=-1) >= size or positions.min(initial=0) < 0:
         raise ValueError(f"the gaps cover more than the {size} weights")
     return positions.astype(np.int32 if size < 2**31 else np.int64)

@@ -104,8 +104,7 @@ def check_memory(
         by_kernel = (
             device.type == "cpu"
             and tensor == sparse_products.NAME
-            and sparse_products.forward_of(type(layer)) is not None
-            and isinstance(layer, nn.Linear | nn.Conv2d)
+            and sparse_products.can_take_kernels(layer)
             and runtime.uses_kernels(weight.shape, counts[name])
             and runtime.is_installed()
         )

@@ -418,8 +418,8 @@ def forward_of(base: type[nn.Module]) -> Any:
 
 
 def can_take_kernels(layer: nn.Module) -> bool:
-    """Tell whether a layer in sparse storage takes kernels, if it is sparse enough."""
-    forward = type(layer).forward
+    """Tell whether a layer, masked or not, takes kernels in sparse storage when it is sparse."""
+    forward = forward_of(getattr(layer, "masked_class", type(layer)))
     if forward is not convolution_forward or not isinstance(layer, nn.Conv2d):
         return forward is linear_forward
     return layer.groups == 1 and layer.stride[0] == layer.stride[1]

@@ -24,9 +24,8 @@ SCATTER = 0x9E3779B97F4A7C15 - (1 << 64)
 class Explored(Mapping[str, Tensor]):
     """By name: which weights were active at least once. It holds bits and gives bool tensors.
 
-    Where a bit of every place takes more than the budget, large layers have one of every block of
-    n places: of a place in it that is drawn by the number of the block. What they count is then an
-    estimate.
+    If bits of all places take more than the budget, large layers are cut into blocks of n places.
+    One place of each block has a bit, drawn by the number of the block. Their counts are estimates.
     """
 
     def __init__(self, masks: Mapping[str, ITOP], budget: int = BUDGET) -> None:
@@ -95,8 +94,11 @@ class Explored(Mapping[str, Tensor]):
 
     def count(self, name: str) -> int:
         """Count the explored weights of a layer; an estimate if places share a bit."""
-        share = bits.count(self.bits[name]) / self.places(name)
-        return round(share * self.sizes[name])
+        return round(self._share(name) * self.sizes[name])
+
+    def _share(self, name: str) -> float:
+        """Compute the explored share of the places of a layer that have a bit."""
+        return bits.count(self.bits[name]) / self.places(name)
 
     def rate(self) -> float:
         """Compute R_s."""
@@ -107,7 +109,7 @@ class Explored(Mapping[str, Tensor]):
         variance = 0.0
         for name, size in self.sizes.items():
             if self.blocks[name] > 1:
-                share = bits.count(self.bits[name]) / self.places(name)
+                share = self._share(name)
                 variance += size**2 * share * (1.0 - share) / self.places(name)
         return math.sqrt(variance) / sum(self.sizes.values())
 

@@ -78,18 +78,20 @@ class LayerUpdate(NamedTuple):
         try:
             if pattern is None:
                 return topology.prune_and_regrow(
-                    mask, self.prune_scores(rules.prune), grow_scores, n_prune, n_grow, ties
+                    mask, self.prune_scores(rules.prune, mask), grow_scores, n_prune, n_grow, ties
                 )
 
-            kept = topology.prune(mask, self.prune_scores(rules.prune), n_prune, ties)
+            kept = topology.prune(mask, self.prune_scores(rules.prune, mask), n_prune, ties)
             dim = self.itop.input_dim
             return patterns.grow_in_groups(kept, scored(kept), *pattern, ties, dim)
         except topology.NaNScores as error:
             criterion = rules.prune if error.role == "prune" else rules.grow
             raise ValueError(NAN.format(criterion.name, self.name)) from None
 
-    def prune_scores(self, criterion: CheckedFunction) -> Tensor | ActiveScores:
-        """Score positions for pruning.
+    def prune_scores(
+        self, criterion: CheckedFunction, mask: Tensor | None = None
+    ) -> Tensor | ActiveScores:
+        """Score positions for pruning; `mask` is the present one, if the caller has it.
 
         Sparse storage has the values of active weights at hand, and magnitude needs no more.
         """
@@ -98,7 +100,7 @@ class LayerUpdate(NamedTuple):
             if active is not None:
                 positions, values = active
                 return ActiveScores(positions, criteria.magnitude(values.float()))
-        return self.scores(criterion, self.itop.mask, "prune")
+        return self.scores(criterion, self.itop.mask if mask is None else mask, "prune")
 
     def scores(self, criterion: CheckedFunction, mask: Tensor, *stream: object) -> Tensor:
         """Score every position by a criterion.

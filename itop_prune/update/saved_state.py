@@ -26,9 +26,6 @@ SAVED = (
 ADVICE = "give what a MaskScheduler's state_dict() returned"
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
 def check_state(state: Mapping[str, Any], explored: Explored) -> None:
     """Refuse a state that no MaskScheduler of these masks can have saved.
 

@@ -58,12 +58,7 @@ def draw_case(axis: Axes, case: str, found: dict[str, Row]) -> None:
 def draw_scale(rows: Iterable[Row], path: Path) -> None:
     """Draw the nanoseconds of steps and updates for an active weight, over their number.
 
-    Args:
-        rows: All rows of the benchmark; others do not count.
-        path: The file; its ending decides the format.
-
-    Raises:
-        OSError, ValueError: The file can't be written.
+    It takes and raises what `draw` does.
     """
     found = {row.name: row for row in rows}
     with style.look():

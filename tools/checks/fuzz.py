@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     kinds = {options.only: KINDS[options.only]} if options.only else dict(KINDS)
     if "disks" in kinds and not may_mount():
-        console.print("disks are left out: only root may mount a small one")
+        console.print("disks are left out: this process may not mount a small one")
         del kinds["disks"]
 
     counts: dict[str, Count] = {}

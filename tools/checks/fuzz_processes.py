@@ -125,7 +125,10 @@ def race(draw: random.Random, settings: Sequence[str], prepare: Prepare) -> None
 
 
 def full_disks(seed: int) -> None:
-    """Let a run meet a full disk, give it room, resume it, and compare its end. Needs root."""
+    """Let a run meet a full disk, give it room, resume it, and compare its end.
+
+    The process must be allowed to mount a disk.
+    """
     draw = random.Random(seed)
     settings = (*SETTINGS, f"masks.storage={draw_storage(draw)}")
     alone, _ = left_alone(settings, 1)
@@ -172,7 +175,7 @@ def mount(folder: Path, size: int, flags: int = 0) -> None:
     """Mount memory as a disk that only this process sees.
 
     Raises:
-        OSError: This user may not.
+        OSError: This process may not.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     place, options = str(folder).encode(), f"size={size}".encode()

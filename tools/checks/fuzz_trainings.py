@@ -125,7 +125,7 @@ weight.
 def differ_by_right(plan: "Plan") -> bool:
     """Tell whether rounding alone may give the storages other masks.
 
-    Of gradients of rounding, adaptive optimizers make whole steps, and pruning by sign tells a
+    Adaptive optimizers make whole steps of gradients that are rounding. Pruning by sign tells a
     weight of 1e-27 from one of -1e-27. Lion moves all weights by steps of one size, so scores of
     many weights are equal but for rounding.
     """

@@ -275,6 +275,9 @@ def test_what_does_not_fit_in_memory_is_refused_before_it_is_tried(
     wide = on_meta(lambda: nn.Sequential(nn.Conv1d(200_000, 10_000, 1)))
     with pytest.raises(ValueError, match=r"0\.weight computes with its dense weight of 8 GB"):
         itop_prune.apply(wide, 0.9999, storage="sparse", device="cpu")
+    grouped = on_meta(lambda: nn.Sequential(nn.Conv2d(200_000, 20_000, 1, groups=2)))
+    with pytest.raises(ValueError, match=r"0\.weight computes with its dense weight of 8 GB"):
+        itop_prune.apply(grouped, 0.9999, storage="sparse", device="cpu")
     assert_untouched(model)
     assert_untouched(wide)
 
