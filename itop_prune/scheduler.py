@@ -119,6 +119,11 @@ class MaskScheduler:
             a run that has diverged. Masks are compared once, here, in any case.
         scaler: The gradient scaler of the loop. Each backward's dense gradient is divided by the
             scale of that backward. An optimizer wrapped by Accelerate brings its own.
+        one_backward: Whether every step has one backward: no gradients accumulate. Before an update
+            by "gradient" sparse storage then keeps of each layer only the gradients that may grow,
+            16 bytes for each active weight. Else it keeps them all, 4 bytes for every weight. It
+            does so in any case with several ranks, gradient_steps, redistribution, a pattern or a
+            density that moves. A second backward is an error.
 
     Raises:
         ValueError: A value is out of range, a name is unknown, the optimizer does not hold a masked
@@ -164,6 +169,7 @@ class MaskScheduler:
         seed: int = 0,
         check_ranks: bool = False,
         scaler: GradScaler | None = None,
+        one_backward: bool = False,
     ) -> None:
         self._timetable = Timetable(
             total_steps,
@@ -198,7 +204,12 @@ class MaskScheduler:
         if scaler is None:
             scaler = getattr(optimizer, "scaler", None)  # of Accelerate's wrapper
         self._gradients = DenseGradients(
-            self._masks, self._rules.needs, gradient_steps, every, scaler
+            self._masks,
+            self._rules.needs,
+            gradient_steps,
+            every,
+            scaler,
+            one_backward and self._rules.largest_gradients_suffice and not self._density.moves,
         )
         self._exploration = Exploration(self._masks, survival, explored_bytes)
         self._without_gradient = set(self._movable())  # layers without one since the last update

@@ -46,7 +46,7 @@ class SparseTrainingCallback(SparseTraining, TrainerCallback):
     Args:
         arguments: Keyword arguments of `itop_prune.apply` and of MaskScheduler together; `seed`
             goes to both. If the model has masks already, give those of MaskScheduler alone. Model,
-            optimizer, `total_steps` and `scaler` come from the Trainer.
+            optimizer, `total_steps`, `scaler` and `one_backward` come from the Trainer.
 
     Raises:
         TypeError: An argument is unknown, comes from the Trainer, or is missing.
@@ -87,7 +87,8 @@ class SparseTrainingCallback(SparseTraining, TrainerCallback):
                 "saves; give each trial a Trainer and a callback of its own"
             )
         saved = _read_state(args, state) if state.global_step > 0 else None
-        self.start(model, optimizer, state.max_steps, saved=saved)
+        one_backward = args.gradient_accumulation_steps == 1
+        self.start(model, optimizer, state.max_steps, one_backward=one_backward, saved=saved)
 
     def on_optimizer_step(
         self,

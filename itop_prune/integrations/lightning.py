@@ -13,6 +13,7 @@ from itop_prune.integrations.sparse_training import SparseTraining
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import GradientAccumulationScheduler
     from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 except ImportError as error:
     raise ImportError(
@@ -38,7 +39,7 @@ class SparseTrainingCallback(SparseTraining, Callback):
     Args:
         arguments: Keyword arguments of `itop_prune.apply` and of MaskScheduler together; `seed`
             goes to both. If the module has masks already, give those of MaskScheduler alone. Model,
-            optimizer, `total_steps` and `scaler` come from the Trainer.
+            optimizer, `total_steps`, `scaler` and `one_backward` come from the Trainer.
 
     Raises:
         TypeError: An argument is unknown, comes from the Trainer, or is missing.
@@ -86,8 +87,15 @@ class SparseTrainingCallback(SparseTraining, Callback):
                     "the checkpoint holds no state of SparseTrainingCallback; resume from one that "
                     "was saved with it"
                 )
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.start(pl_module, trainer.optimizers[0], int(total), scaler=scaler, saved=saved)
+        changes = any(isinstance(one, GradientAccumulationScheduler) for one in trainer.callbacks)
+        self.start(
+            pl_module,
+            trainer.optimizers[0],
+            int(total),
+            one_backward=trainer.accumulate_grad_batches == 1 and not changes,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            saved=saved,
+        )
         self._steps, self._scale = trainer.global_step, _scale(trainer)
 
     def on_train_batch_end(

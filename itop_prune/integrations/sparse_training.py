@@ -16,7 +16,7 @@ from itop_prune.scheduler import MaskScheduler
 OF_APPLY = dict(inspect.signature(apply).parameters)
 OF_SCHEDULER = dict(inspect.signature(MaskScheduler).parameters)
 
-FROM_TRAINER = ("model", "masks", "optimizer", "total_steps", "scaler")
+FROM_TRAINER = ("model", "masks", "optimizer", "total_steps", "scaler", "one_backward")
 """The arguments that a callback takes from its trainer."""
 
 EXAMPLE = 'SparseTrainingCallback(sparsity=0.8, exclude="lm_head", every=1000, grow="gradient")'
@@ -28,7 +28,7 @@ class SparseTraining:
     Args:
         arguments: Keyword arguments of `itop_prune.apply` and of MaskScheduler together; `seed`
             goes to both. If the model has masks already, give those of MaskScheduler alone. Model,
-            optimizer, `total_steps` and `scaler` come from the trainer.
+            optimizer, `total_steps`, `scaler` and `one_backward` come from the trainer.
 
     Raises:
         TypeError: An argument is unknown, comes from the trainer, or is missing.
@@ -73,6 +73,7 @@ class SparseTraining:
         optimizer: Optimizer,
         total_steps: int,
         *,
+        one_backward: bool,
         scaler: GradScaler | None = None,
         saved: Mapping[str, Any] | None = None,
     ) -> None:
@@ -90,7 +91,12 @@ class SparseTraining:
                 "made, and leave its arguments out of the callback"
             )
         scheduler = MaskScheduler(
-            self.masks, optimizer, total_steps=total_steps, scaler=scaler, **self._for_scheduler
+            self.masks,
+            optimizer,
+            total_steps=total_steps,
+            scaler=scaler,
+            one_backward=one_backward,
+            **self._for_scheduler,
         )
         if saved is not None:
             scheduler.load_state_dict(saved)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
+from itop_prune.layers.largest_gradients import LargestGradients
 from itop_prune.layers.masked_layer import pass_dense_gradient
 from itop_prune.layers.names import mask_name, parameter_name
 from itop_prune.sharding import like, zero_off_mask
@@ -41,7 +42,7 @@ class DenseGradientHook:
         put_first(parameter._backward_hooks, first)
         return [first, parameter.register_post_accumulate_grad_hook(self._after_accumulation)]
 
-    def take(self) -> Tensor | None:
+    def take(self) -> Tensor | LargestGradients | None:
         """Stop collecting and return the sum, float32, or None if nothing came."""
         for handle in self._handles:
             handle.remove()

@@ -9,6 +9,7 @@ from torch.amp import GradScaler
 from torch.nn.utils import prune
 
 from itop_prune.layers.dense_gradient import DenseGradientHook, ShardedDenseGradientHook
+from itop_prune.layers.largest_gradients import LargestGradients
 from itop_prune.layers.maskable import obstacle, unwrap, walk
 from itop_prune.layers.masked_layer import (
     attach,
@@ -236,19 +237,24 @@ class ITOP(prune.BasePruningMethod):
         """
         zero_off_mask(self.parameter, other.mask.to(self.parameter.device))
 
-    def collect_dense_gradient(self, scaler: GradScaler | None = None) -> None:
+    def collect_dense_gradient(
+        self, scaler: GradScaler | None = None, largest_alone: bool = False
+    ) -> None:
         """Collect the dense gradient in the backward passes to come; `.grad` stays sparse.
 
-        With a scaler the gradient of each pass is divided by its scale.
+        Args:
+            scaler: The gradient of each pass is divided by its scale.
+            largest_alone: Whether there is one pass, of which growth needs the largest gradients
+                alone. Sparse storage then drops the others.
         """
         if self._gradient_hook is None:
-            kind = self._kind_of_hook()
+            kind = self._kind_of_hook(largest_alone)
             self._gradient_hook = kind(self._layer, self._tensor_name, scaler)
 
-    def _kind_of_hook(self) -> type[DenseGradientHook]:
+    def _kind_of_hook(self, largest_alone: bool) -> type[DenseGradientHook]:
         return ShardedDenseGradientHook if is_sharded(self.parameter) else DenseGradientHook
 
-    def take_dense_gradient(self) -> Tensor | None:
+    def take_dense_gradient(self) -> Tensor | LargestGradients | None:
         """Stop collecting and return the dense gradient, float32, or None if there is none."""
         hook, self._gradient_hook = self._gradient_hook, None
         return hook.take() if hook else None

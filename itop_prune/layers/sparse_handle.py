@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 from itop_prune.layers import sparse_storage
 from itop_prune.layers.dense_gradient import DenseGradientHook, put_first
 from itop_prune.layers.handle import ITOP
+from itop_prune.layers.largest_gradients import LargestGradients, keep_largest
 from itop_prune.layers.masked_layer import (
     attach_sparse,
     attach_values,
@@ -149,8 +150,9 @@ class SparseITOP(ITOP):
         if changed is not None:
             self.parameter.masked_fill_(changed.to(self.parameter.device), 0)
 
-    def _kind_of_hook(self) -> type[DenseGradientHook]:
-        return SparseGradientHook
+    def _kind_of_hook(self, largest_alone: bool) -> type[DenseGradientHook]:
+        # Groups of a pattern regrow what they lost, so each needs its own largest.
+        return LargestGradientHook if largest_alone and not self.pattern else SparseGradientHook
 
 
 class SparseGradientHook(DenseGradientHook):
@@ -198,6 +200,38 @@ class SparseGradientHook(DenseGradientHook):
         if self._values_came_first:
             self._add()
         self._values_came_first = False
+
+
+class LargestGradientHook(SparseGradientHook):
+    """The same for one backward pass, of which it keeps what an update can choose from."""
+
+    _largest: LargestGradients | None = None
+
+    def _follow_clearing(self) -> None:
+        present = self._parameter.grad
+        if present is None or not (self._is_last_grad(present) or present.any()):
+            self._largest = None
+
+    def _add(self) -> None:
+        if self._arriving is not None and self._largest is not None:
+            raise RuntimeError(
+                f"a second gradient of {self._name} of a {type(self._layer).__name__} arrived in "
+                "one step, and the first has been reduced to its largest numbers; leave "
+                "one_backward out of the MaskScheduler where gradients accumulate"
+            )
+        super()._add()
+        if self._sum is not None:
+            mask = sparse_storage.mask_of(self._positions, self._sum.shape)
+            self._largest, self._sum = keep_largest(self._sum, mask), None
+
+    @property
+    def _positions(self) -> Tensor:
+        return self._layer.get_buffer(positions_name(self._name))
+
+    def take(self) -> LargestGradients | None:
+        """Stop collecting and return what was kept, or None if nothing came."""
+        super().take()
+        return self._largest
 
 
 Storage = Literal["mask", "sparse"]

@@ -9,6 +9,7 @@ from torch.amp import GradScaler
 
 from itop_prune import distributed
 from itop_prune.layers.handle import ITOP
+from itop_prune.layers.largest_gradients import LargestGradients
 from itop_prune.methods.validation import is_count
 
 DECAY = 0.9
@@ -20,7 +21,8 @@ class DenseGradients:
 
     What is kept from step to step is the mean over ranks, taken at each step. So it is equal on all
     ranks and survives a resume. It takes 4 bytes per weight for a sum over several steps, and 4
-    more for the moving average. A step that collects takes 4 more until it is over.
+    more for the moving average. A step that collects takes 4 more until it is over. Where only the
+    largest gradients of one backward matter, it takes 16 for each active weight instead.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class DenseGradients:
         steps: int,
         every: int,
         scaler: GradScaler | None = None,
+        largest_alone: bool = False,
     ) -> None:
         if not is_count(steps) or steps > every:
             raise ValueError(
@@ -43,14 +46,14 @@ class DenseGradients:
             )
         self.needed = "grad" in needs or "momentum" in needs
         self._masks, self._steps, self._scaler = masks, steps, scaler
+        self._largest_alone = largest_alone and steps == 1 and distributed.world_size() == 1
         self._needs_average = "momentum" in needs
         self._needs_sum = "grad" in needs and steps > 1
 
         self.collecting = False
         """Whether the next step collects."""
         self._update_is_near = False
-        self.collected: dict[str, Tensor | None] = {}
-        """What this rank collected in the last step, by name."""
+        self._collected: dict[str, Tensor | LargestGradients | None] = {}  # by this rank
         self._from_other_ranks: dict[str, Tensor] = {}  # the mean where this rank collected nothing
         self._sums: dict[str, Tensor] = {}
         self._averages: dict[str, Tensor] = {}
@@ -69,24 +72,32 @@ class DenseGradients:
     def collect_from(self, names: Collection[str]) -> None:
         """Let the next step collect from these layers only; drop what was collected."""
         self.collecting = bool(names)
-        self.collected, self._from_other_ranks = {}, {}
+        self._collected, self._from_other_ranks = {}, {}
         if not self.needed:
             return
         for name, itop in self._masks.items():
             if name in names:
-                itop.collect_dense_gradient(self._scaler)
+                itop.collect_dense_gradient(self._scaler, self._largest_alone)
             else:
                 itop.take_dense_gradient()
 
     def end_step(self, names: Collection[str]) -> None:
         """Take what this rank collected, and add it to the sums and averages if it is finite."""
-        self.collected = {name: self._masks[name].take_dense_gradient() for name in names}
+        self._collected = {name: self._masks[name].take_dense_gradient() for name in names}
         if self.collecting and (self._needs_average or self._needs_sum):  # the same on all ranks
-            for name, collected in self.collected.items():
+            for name, collected in self._collected.items():
                 self._add(name, collected)
 
+    @property
+    def collected(self) -> dict[str, Tensor | None]:
+        """The numbers that this rank collected in the last step, by name."""
+        return {
+            name: found.values if isinstance(found, LargestGradients) else found
+            for name, found in self._collected.items()
+        }
+
     @torch.no_grad()
-    def _add(self, name: str, collected: Tensor | None) -> None:
+    def _add(self, name: str, collected: Tensor | LargestGradients | None) -> None:
         mean = self._mean(name, collected)
         if collected is None:
             self._from_other_ranks[name] = mean
@@ -100,17 +111,19 @@ class DenseGradients:
             after = DECAY * before + (1.0 - DECAY) * mean
             self._averages[name] = torch.where(finite, after, before)
 
-    def _mean(self, name: str, collected: Tensor | None) -> Tensor:
+    def _mean(self, name: str, collected: Tensor | LargestGradients | None) -> Tensor:
         """Average over the ranks; a rank that collected nothing takes part with zeros."""
         if collected is None:
             itop = self._masks[name]
             collected = torch.zeros(itop.shape, device=itop.parameter.device)
+        elif isinstance(collected, LargestGradients):
+            return collected.dense()  # of one rank
         return distributed.mean(collected)
 
     def gradient(self, name: str) -> Tensor:
         """Compute the gradient for an update: of its step, or the sum over the last steps."""
         if name not in self._sums:
-            collected = self.collected.pop(name)
+            collected = self._collected.pop(name)
             if collected is None:
                 collected = self._from_other_ranks.pop(name, None)
             self._sums[name] = self._mean(name, collected)
@@ -123,7 +136,7 @@ class DenseGradients:
     def forget(self, name: str) -> None:
         """Free the gradient of a layer whose update is done."""
         self._sums.pop(name, None)
-        self.collected.pop(name, None)
+        self._collected.pop(name, None)
         self._from_other_ranks.pop(name, None)
 
     def end_update(self) -> None:

@@ -75,6 +75,15 @@ class Rules(NamedTuple):
         return self.prune.function is criteria.magnitude and self.grow.function is criteria.random
 
     @property
+    def largest_gradients_suffice(self) -> bool:
+        """Whether a layer needs of a gradient as many of the largest numbers as it has weights."""
+        return (
+            self.grow.function is criteria.gradient
+            and "grad" not in self.prune.needs
+            and self.redistribute is None
+        )
+
+    @property
     def spare_dense(self) -> bool:
         """Whether a dense layer exchanges nothing, since what it pruned could only grow in it."""
         return self.redistribute is None

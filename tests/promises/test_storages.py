@@ -38,6 +38,8 @@ RULES: dict[str, dict[str, Any]] = {
         "final_sparsity": 0.95,
         "grow": "gradient",
     },
+    "one backward": {"grow": "gradient", "one_backward": True},
+    "one backward, global": {"grow": "gradient", "scope": "global", "one_backward": True},
     "AC/DC": {"rate": 0.0, "min_rate": 0.0, "density": "alternating", "final_sparsity": 0.95},
     "density that rises": {"density": "cubic", "final_sparsity": 0.4},
 }
@@ -167,7 +169,7 @@ def slow_but(fast: set[str], names: Iterable[str]) -> list[Any]:
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("rules", slow_but({"gradient growth", "AC/DC"}, RULES))
+@pytest.mark.parametrize("rules", slow_but({"gradient growth", "one backward", "AC/DC"}, RULES))
 def test_every_method_trains_the_same(rules: str) -> None:
     assert_same_training(**RULES[rules])
 

@@ -56,7 +56,10 @@ def section_calls(data: Section) -> dict[str, tuple[Call, tuple[str, ...]]]:
             ("optimizer", "num_epochs", "updates_per_epoch"),
         ),
         "masks": (apply, ("model",)),
-        "regrow": (MaskScheduler, ("masks", "optimizer", "total_steps", "scaler")),
+        "regrow": (
+            MaskScheduler,
+            ("masks", "optimizer", "total_steps", "scaler", "one_backward"),
+        ),
         "loss": (timm.loss.LabelSmoothingCrossEntropy, ()),
         "mixup": (timm.data.Mixup, ("num_classes",)),
         "ema": (timm.utils.ModelEmaV3, ("model",)),

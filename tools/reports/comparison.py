@@ -7,6 +7,7 @@ r"""Compare finished runs: mean and spread over their seeds, as a Markdown table
 The figure shows test accuracy against R_s, as in the paper, and against the cost of the training in
 FLOPs and in steps; --against seconds takes the time of the training. A line joins experiments whose
 recipes differ in the settings of --vary alone. The first of them stands beside each point.
+--against course shows the accuracy on held-out images in the course of each run.
 """
 
 import argparse
@@ -38,7 +39,7 @@ HEADER = (
     "seconds",
 )
 
-PANELS = ("R_s", "FLOPs", "steps", "seconds")
+PANELS = ("R_s", "FLOPs", "steps", "seconds", "course")
 """What the figure can show accuracy against."""
 
 
@@ -62,6 +63,8 @@ class Runs:
     steps: int
     seconds: list[float]
     """Of the training, without evaluation and checkpoints; or []."""
+    courses: list[list[tuple[float, float]]]
+    """Of each seed, by epoch: seconds of training, and accuracy on held-out images; or []."""
 
     @property
     def dense_steps(self) -> float | None:
@@ -149,6 +152,11 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
         train_flops=[lines[-1]["train_flops"] for lines in epochs if "train_flops" in lines[-1]],
         steps=tests[0]["step"],
         seconds=[lines[-1]["seconds"] for lines in epochs if "seconds" in lines[-1]],
+        courses=[
+            [(line["seconds"], line["val_top1"]) for line in lines]
+            for lines in epochs
+            if all({"seconds", "val_top1"} <= line.keys() for line in lines)
+        ],
     )
 
 
@@ -194,7 +202,7 @@ def families(found: Sequence[Runs], vary: Sequence[str]) -> list[list[Runs]]:
     Without settings each experiment is a group.
 
     >>> rates = ("1e-1", "0.05", "1e-3")
-    >>> runs = [Runs(rate, {"lr": float(rate)}, *[[]] * 5, steps=9, seconds=[]) for rate in rates]
+    >>> runs = [Runs(rate, {"lr": float(rate)}, *[[]] * 5, 9, [], []) for rate in rates]
     >>> [[member.name for member in members] for members in families(runs, ["lr"])]
     [['1e-3', '0.05', '1e-1']]
     """

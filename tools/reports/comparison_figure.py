@@ -29,6 +29,8 @@ def seconds_of(runs: Runs) -> float | None:
     return statistics.mean(runs.seconds) if runs.seconds else None
 
 
+COURSE = "course"
+"""The panel of a line in time for each run."""
 PANELS: dict[str, tuple[str, str, Callable[[Runs], float | None]]] = {
     "R_s": ("Against exploration", "R_s, share of weights explored", explored_of),
     "FLOPs": (
@@ -38,6 +40,7 @@ PANELS: dict[str, tuple[str, str, Callable[[Runs], float | None]]] = {
     ),
     "steps": ("Against steps", "training steps", lambda runs: runs.steps),
     "seconds": ("Against time", "training time, s", seconds_of),
+    COURSE: ("In the course of training, held-out images", "training time, s", seconds_of),
 }
 """Title and label of each panel, and the position of an experiment on its lower axis."""
 
@@ -83,12 +86,14 @@ def draw(
         for axis, key in zip(axes, shown, strict=True):
             title, label, position = PANELS[key]
             for place, (members, name) in enumerate(zip(groups, names, strict=True)):
+                if key == COURSE:
+                    draw_courses(axis, members, place)
                 draw_group(axis, members, position, place, name)
             axis.set(title=title, xlabel=label)
             if key == "R_s":
                 axis.set(xlim=(-0.03, 1.04))
             else:
-                scale(axis)
+                scale(axis, may_be_logarithmic=key != COURSE)
 
         axes[0].set(ylabel="test top-1, %")
         if vary:
@@ -139,6 +144,15 @@ def draw_group(
             axis.axhline(height, color=color, linewidth=1.0, linestyle=(0, (1, 3)), zorder=0.9)
 
 
+def draw_courses(axis: Axes, members: Sequence[Runs], place: int) -> None:
+    """Draw the accuracy on held-out images after each epoch, a line for each run."""
+    color = style.COLORS[place % len(style.COLORS)]
+    for runs in members:
+        for course in runs.courses:
+            times, heights = zip(*course, strict=True)
+            axis.plot(times, heights, color=color, marker=".", linewidth=1.3, markersize=4)
+
+
 def title_of(groups: Sequence[Sequence[Runs]]) -> str:
     """Name what is compared: model and images if all share them, and what the bars mean."""
     found = [runs for members in groups for runs in members]
@@ -148,7 +162,7 @@ def title_of(groups: Sequence[Sequence[Runs]]) -> str:
     return f"{start} accuracy{', mean ± deviation over seeds' if has_bars else ''}"
 
 
-def scale(axis: Axes) -> None:
+def scale(axis: Axes, may_be_logarithmic: bool = True) -> None:
     """Begin an axis of costs at 0, or make it logarithmic where they differ much.
 
     If nobody counted them, the panel says so.
@@ -159,7 +173,7 @@ def scale(axis: Axes) -> None:
         return
 
     low, high = axis.dataLim.intervalx
-    if high > 5 * low:  # any such span holds two of 1, 2, 5, 10, ...
+    if may_be_logarithmic and high > 5 * low:  # any such span holds two of 1, 2, 5, 10, ...
         style.logarithmic(axis, "x")
     else:
         style.from_zero(axis, 1.15 * high)

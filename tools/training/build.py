@@ -119,7 +119,8 @@ def build(recipe: Recipe, accelerator: Accelerator, data: Data | None, steps_per
     model, optimizer = accelerator.prepare(model, plain_optimizer)
 
     epochs = recipe.epochs * recipe.multiplier
-    regrow = build_mask_scheduler(recipe, masks, optimizer, epochs * steps_per_epoch)
+    total_steps = epochs * steps_per_epoch
+    regrow = build_mask_scheduler(recipe, accelerator, masks, optimizer, total_steps)
     mixup = None
     if recipe.mixup:
         mixup = timm.data.Mixup(num_classes=unwrapped_model.num_classes, **recipe.mixup)
@@ -269,7 +270,11 @@ def count_cost(model: nn.Module, data: Data | None, device: torch.device) -> Cos
 
 
 def build_mask_scheduler(
-    recipe: Recipe, masks: dict[str, itop_prune.ITOP], optimizer: Any, total_steps: int
+    recipe: Recipe,
+    accelerator: Accelerator,
+    masks: dict[str, itop_prune.ITOP],
+    optimizer: Any,
+    total_steps: int,
 ) -> itop_prune.MaskScheduler | None:
     """Build the mask scheduler, or return None for static masks and dense models.
 
@@ -279,7 +284,12 @@ def build_mask_scheduler(
     if not recipe.regrow:
         return None
 
-    settings = {"seed": recipe.seed, "check_ranks": True, **recipe.regrow}
+    settings = {
+        "seed": recipe.seed,
+        "check_ranks": True,
+        "one_backward": accelerator.gradient_accumulation_steps == 1,
+        **recipe.regrow,
+    }
     try:
         with warnings.catch_warnings():
             # `explain_no_update` says it in the words of the recipe.

@@ -141,9 +141,13 @@ def test_a_model_trains_sparse_and_leaves_a_dense_copy(
     assert itop_prune.find_masks(dense) == {}
 
 
-def test_the_trainer_moves_masks_as_the_loop_of_the_readme_does(tmp_path: Path) -> None:
-    """Once in an optimizer step, by the gradient of both micro-batches."""
+@pytest.mark.parametrize(("storage", "micro_batches"), [("mask", 2), ("sparse", 1)])
+def test_the_trainer_moves_masks_as_the_loop_of_the_readme_does(
+    storage: str, micro_batches: int, tmp_path: Path
+) -> None:
+    """Once in an optimizer step, by the gradient of all its micro-batches."""
     settings = {
+        "gradient_accumulation_steps": micro_batches,
         "bf16": False,
         "train_sampling_strategy": "sequential",
         "lr_scheduler_type": "constant",
@@ -154,17 +158,17 @@ def test_the_trainer_moves_masks_as_the_loop_of_the_readme_does(tmp_path: Path) 
     model = BertForSequenceClassification(config)
     twin = BertForSequenceClassification(config)
     twin.load_state_dict(model.state_dict())
-    callback = SparseTrainingCallback(**ARGUMENTS)
+    callback = SparseTrainingCallback(**ARGUMENTS, storage=storage)
     trainer(tmp_path, callback, model=model, **settings).train()
 
-    masks = itop_prune.apply(twin, 0.8)
+    masks = itop_prune.apply(twin, 0.8, storage=storage)
     optimizer = torch.optim.AdamW(twin.parameters(), lr=5e-5, weight_decay=0.0)
     regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=8, every=2, grow="gradient")
     data = rows(twin)
     twin.train()
     for step in range(8):
-        for part in range(2):
-            first = (16 * step + 8 * part) % 64
+        for part in range(micro_batches):
+            first = 8 * (micro_batches * step + part) % 64
             batch = data[first : first + 8]
             tokens = torch.stack([row["input_ids"] for row in batch])
             labels = torch.stack([row["labels"] for row in batch])

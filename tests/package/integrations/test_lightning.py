@@ -7,7 +7,7 @@ import lightning
 import pytest
 import timm
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
@@ -75,6 +75,14 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
+def test_an_accumulation_that_begins_in_the_training_moves_masks(tmp_path: Path) -> None:
+    callback = SparseTrainingCallback(**ARGUMENTS, storage="sparse")
+    later = GradientAccumulationScheduler({0: 1, 1: 2})
+    run = trainer(tmp_path, callback, later, accumulate_grad_batches=1)
+    run.fit(Classifier(), loader())
+    assert callback.scheduler.updates == run.global_step // 2 == 6
+
+
 @pytest.mark.parametrize("storage", ["mask", "sparse"])
 def test_a_resnet_trains_sparse_and_leaves_a_dense_copy(storage: str, tmp_path: Path) -> None:
     module, callback = Classifier(), SparseTrainingCallback(**ARGUMENTS, storage=storage)
@@ -95,20 +103,24 @@ def test_a_resnet_trains_sparse_and_leaves_a_dense_copy(storage: str, tmp_path: 
     assert itop_prune.find_masks(dense) == {}
 
 
-def test_the_trainer_moves_masks_as_the_loop_of_the_readme_does(tmp_path: Path) -> None:
-    """Once in an optimizer step, by the gradient of both micro-batches."""
-    callback = SparseTrainingCallback(**ARGUMENTS)
-    trainer(tmp_path, callback, precision="32-true").fit(Classifier(), loader())
+@pytest.mark.parametrize(("storage", "micro_batches"), [("mask", 2), ("sparse", 1)])
+def test_the_trainer_moves_masks_as_the_loop_of_the_readme_does(
+    storage: str, micro_batches: int, tmp_path: Path
+) -> None:
+    """Once in an optimizer step, by the gradient of all its micro-batches."""
+    callback = SparseTrainingCallback(**ARGUMENTS, storage=storage)
+    settings = {"accumulate_grad_batches": micro_batches, "max_epochs": micro_batches}
+    trainer(tmp_path, callback, precision="32-true", **settings).fit(Classifier(), loader())
 
     twin = Classifier()
-    masks = itop_prune.apply(twin, 0.8, exclude="net.fc")
+    masks = itop_prune.apply(twin, 0.8, exclude="net.fc", storage=storage)
     optimizer = twin.configure_optimizers()
     regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=8, every=2, grow="gradient")
     twin.train()
-    batches = list(loader()) * 2
-    for number, batch in enumerate(batches):
-        (twin.training_step(batch, number) / 2).backward()
-        if number % 2:
+    batches = list(loader()) * micro_batches
+    for number, batch in enumerate(batches, 1):
+        (twin.training_step(batch, number) / micro_batches).backward()
+        if number % micro_batches == 0:
             nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
             optimizer.step()
             regrow.step()

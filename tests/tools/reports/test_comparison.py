@@ -18,9 +18,10 @@ def write(folder: Path, top1: float | None, explored: float = 0.3, **recipe: Any
     recipe = {"model": {"model_name": "m"}, "seed": seed, **recipe}
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     metrics = Metrics(folder)
-    metrics.append({"epoch": 1, "step": 600, "sparsity": 0.98, "exploration_rate": 0.1})
-    line = {"epoch": 2, "step": 1200, "sparsity": 0.98, "exploration_rate": explored}
-    metrics.append({**line, "seconds": 8.0 + seed})
+    shared = {"sparsity": 0.98, "val_top1": 40.0}
+    metrics.append({"epoch": 1, "step": 600, "exploration_rate": 0.1, "seconds": 4.0, **shared})
+    line = {"epoch": 2, "step": 1200, **shared, "exploration_rate": explored}
+    metrics.append({**line, "seconds": 8.0 + seed, "val_top1": 80.0})
     if top1 is not None:
         metrics.append({"epoch": 2, "step": 1200, "test_loss": 0.3, "test_top1": top1})
 
@@ -177,6 +178,18 @@ def test_the_panels_can_be_chosen(tmp_path, figures):
     assert lines["dense"] == lines["set"] == [[10.0, 88.0], [16.0, 89.0]]
     assert [text.get_text() for text in seconds.texts] == ["2", "8"] * 2
     assert not any(list(line.get_xdata()) == [0, 1] for line in seconds.lines)
+
+
+def test_the_course_of_each_run_can_be_drawn(tmp_path, figures):
+    """A line over the seconds of each run, beside its point of the test images."""
+    for seed in (0, 1):
+        write(tmp_path / "set" / f"seed{seed}", 88.0 + seed)
+    assert compare(tmp_path / "set", "--picture", "x.png", "--against", "course") == 0
+    (axis,) = figures[0].axes
+    courses = [line.get_xydata().tolist() for line in axis.lines]
+    assert [[4.0, 40.0], [8.0, 80.0]] in courses
+    assert [[4.0, 40.0], [9.0, 80.0]] in courses
+    assert [[8.5, 88.5]] in courses
 
 
 @pytest.mark.parametrize("experiments", [1, 12])
