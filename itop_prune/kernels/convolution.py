@@ -21,6 +21,15 @@ checks.
 import numpy as np
 from numba import njit, prange
 
+from itop_prune.kernels.convolution_geometry import (
+    Images,
+    Lines,
+    Packing,
+    Part,
+    Weights,
+    geometry_at,
+    size_of,
+)
 from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, take, zeros
 from itop_prune.kernels.vectors import (
     LINE,
@@ -64,12 +73,13 @@ def turn(kind, source, start, stride, target, first, step, rows, columns):
 
 
 @njit(**FAST)
-def pack(
-    kind, source, image, n, image_step, channels, height, width, last, s, top, left, hq, wq, tile
-):
+def pack(kind, source, images, image, n, packing, tile):
     """Pack n images: tile[channel, phases, row, column, i]; its padding stays as it is."""
+    channels, height, width, last = images
+    s, top, left, hq, wq = packing
     line = numbers(kind, LINE)
     plane = hq * wq * line
+    image_step = size_of(images)
     start = image * image_step
     for y in range(height):
         phase_y, row = (y + top) % s, (y + top) // s
@@ -95,32 +105,13 @@ def pack(
 
 
 @njit(**FAST)
-def unpack(
-    kind,
-    block,
-    channel,
-    count,
-    y,
-    rows,
-    columns,
-    image,
-    n,
-    image_step,
-    channels,
-    height,
-    width,
-    last,
-    s,
-    top,
-    left,
-    target,
-):
-    """Write rows of results, block[channel, row, column, i], where they belong.
-
-    Row r of the block is row (y + r) * s + top of the images; columns likewise.
-    """
+def unpack(kind, block, part, images, image, n, target):
+    """Write a part of the results, block[channel, row, column, i], where it belongs."""
+    channel, count, y, rows, columns, s, top, left = part
+    channels, height, width, last = images
     line = numbers(kind, LINE)
     plane = rows * columns * line
+    image_step = size_of(images)
     start = image * image_step
     if last:
         for r in range(rows):
@@ -145,36 +136,21 @@ def unpack(
 
 
 @njit(**FAST)
-def convolve(
-    kind,
-    tile,
-    row_step,
-    y,
-    rows,
-    length,
-    starts,
-    places,
-    low,
-    high,
-    first,
-    last,
-    offsets,
-    values,
-    biased,
-    bias,
-    block,
-):
-    """block[f, row, i] = bias[f] + the sum of value * tile[row, i + offset], for i < length.
+def convolve(kind, tile, lines, part, weights, biased, bias, block):
+    """block[f, row, i] = bias[f] + the sum of value * tile[row, i + offset], over the weights of f.
 
-    Feature f has the weights from starts[f * places + low] to starts[f * places + high]. Rows that
-    are shorter than a vector are written over by the next one, and the last one over its end.
+    Rows that are shorter than a vector are written over by the next one, and the last one over its
+    end.
     """
+    y, rows, step, length = lines
+    first, end = part.first, part.first + part.count
+    starts, places, low, high, offsets, values = weights
     wide = numbers(kind, kind)
     for r in range(rows):
         for begin in range(0, length, wide):
             i = max(0, min(begin, length - wide))
-            base = (y + r) * row_step + i
-            for f in range(first, last):
+            base = (y + r) * step + i
+            for f in range(first, end):
                 sums = full(kind, at(bias, f) if biased else 0, kind)
                 for k in range(at(starts, f * places + low), at(starts, f * places + high)):
                     sums = add_product(sums, at(values, k), load(tile, base + at(offsets, k), kind))
@@ -183,30 +159,21 @@ def convolve(
 
 @njit(**FAST)
 def add_gradients(
-    kind,
-    tile,
-    row_step,
-    gradients,
-    plane,
-    gradient_step,
-    inside,
-    rows,
-    columns,
-    starts,
-    offsets,
-    sums,
-    begin,
-    first,
-    last,
+    kind, tile, row_step, gradients, plane, gradient_step, part, starts, offsets, sums, begin
 ):
-    """sums[begin + weight] += the sum of gradient[output, pixel] · tile[pixel + offset]."""
+    """sums[begin + weight] += the sum of gradient[output, pixel] · tile[pixel + offset].
+
+    The pixels are rows and columns of a part; its first pixel is (top, left) of a packed gradient.
+    """
     line = numbers(kind, LINE)
+    first, count, _, rows, columns, _, top, left = part
+    inside = top * gradient_step + left * line
     high = max(1, SPAN // columns)
     for y in range(0, rows, high):
         y_end = min(y + high, rows)
         for x in range(0, columns, SPAN):
             length = (min(x + SPAN, columns) - x) * line
-            for o in range(first, last):
+            for o in range(first, first + count):
                 g = o * plane + inside + x * line
                 k, end = at(starts, o), at(starts, o + 1)
                 while k + 4 <= end:
@@ -265,6 +232,12 @@ def cleared(kind, count):
     return array
 
 
+@njit(**FAST)
+def within(size, padding, phase, s):
+    """The first pixel of a phase that is not padding, and the one after the last, along an axis."""
+    return (max(0, padding - phase) + s - 1) // s, (size - 1 + padding - phase) // s + 1
+
+
 @njit(parallel=PARALLEL, **FAST)
 def forward(
     kind,
@@ -276,22 +249,11 @@ def forward(
     bias,
     result,
     shifts,
+    geometry,
     images,
-    channels,
-    height,
-    width,
     x_last,
-    outputs,
-    rows,
-    columns,
     last,
     active,
-    places,
-    s,
-    top,
-    left,
-    hq,
-    wq,
     blocks,
 ):
     """Compute the output of a convolution.
@@ -306,98 +268,39 @@ def forward(
         bias: outputs; 0 if there is none.
         result: images * outputs * rows * columns; it is written.
         shifts: `Plan.shifts`.
+        geometry: `Plan.numbers`.
         images: Number of images.
-        channels: Of an image.
-        height: Of an image.
-        width: Of an image.
         x_last: Whether channels are the last dimension of x in memory, else the second.
-        outputs: Channels of the result.
-        rows: Of the result.
-        columns: Of the result.
         last: As `x_last`, of the result.
         active: Number of active weights.
-        places: Of the convolution's kernel.
-        s: Stride.
-        top: Rows of padding.
-        left: Columns of padding.
-        hq: Rows of a phase.
-        wq: Columns of a phase.
         blocks: In how many parts of the outputs a tile is computed, for more threads than tiles.
     """
     biased = bias != 0
     source, target, bias = pointer(kind, x), pointer(kind, result), pointer(kind, bias)
     starts, others, shifts = integers(starts), integers(others), integers(shifts)
     ordered = take(kind, pointer(kind, values), integers(slots), active)
-    line = numbers(kind, LINE)
-    step = s * s * hq * wq
-    offsets = offsets_by_output(others, active, places, shifts, step, line)
+    line, whole = numbers(kind, LINE), geometry_at(geometry)
+    step = whole.s * whole.s * whole.hq * whole.wq
+    offsets = offsets_by_output(others, active, whole.places, shifts, step, line)
 
     tiles = -(-images // line)
     for task in prange(tiles * blocks):
-        image, part = task // blocks * line, task % blocks
-        first, end = outputs * part // blocks, outputs * (part + 1) // blocks
-        n = min(line, images - image)
-        tile = cleared(kind, channels * step * line)
-        pack(
-            kind,
-            source,
-            image,
-            n,
-            channels * height * width,
-            channels,
-            height,
-            width,
-            x_last,
-            s,
-            top,
-            left,
-            hq,
-            wq,
-            tile,
-        )
-        band = max(1, min(rows, BAND // ((end - first) * columns * line)))
-        block = scratch(kind, (end - first) * band * columns * line)
-        for y in range(0, rows, band):
-            high = min(band, rows - y)
-            convolve(
-                kind,
-                tile,
-                wq * line,
-                y,
-                high,
-                columns * line,
-                starts,
-                1,
-                0,
-                1,
-                first,
-                end,
-                offsets,
-                ordered,
-                biased,
-                bias,
-                block,
-            )
-            unpack(
-                kind,
-                block,
-                first,
-                end - first,
-                y,
-                high,
-                columns,
-                image,
-                n,
-                outputs * rows * columns,
-                outputs,
-                rows,
-                columns,
-                last,
-                1,
-                0,
-                0,
-                target,
-            )
+        g = geometry_at(geometry)  # Numba hands threads no named tuple
+        image, block_of = task // blocks * line, task % blocks
+        first, end = g.outputs * block_of // blocks, g.outputs * (block_of + 1) // blocks
+        count, n = end - first, min(line, images - image)
+        of_x = Images(g.channels, g.height, g.width, x_last)
+        of_result = Images(g.outputs, g.rows, g.columns, last)
+        weights = Weights(starts, 1, 0, 1, offsets, ordered)
+        tile = cleared(kind, g.channels * step * line)
+        pack(kind, source, of_x, image, n, Packing(g.s, g.top, g.left, g.hq, g.wq), tile)
+        band = max(1, min(g.rows, BAND // (count * g.columns * line)))
+        block = scratch(kind, count * band * g.columns * line)
+        for y in range(0, g.rows, band):
+            part = Part(first, count, y, min(band, g.rows - y), g.columns, 1, 0, 0)
+            lines = Lines(y, part.rows, g.wq * line, g.columns * line)
+            convolve(kind, tile, lines, part, weights, biased, bias, block)
+            unpack(kind, block, part, of_result, image, n, target)
 
 
 @njit(parallel=PARALLEL, **FAST)
@@ -417,26 +320,11 @@ def backward(
     shifts,
     mirrored,
     phases,
+    geometry,
     images,
-    channels,
-    height,
-    width,
     x_last,
-    outputs,
-    rows,
-    columns,
     last,
     active,
-    places,
-    s,
-    top,
-    left,
-    hq,
-    wq,
-    hg,
-    wg,
-    qy,
-    qx,
     blocks,
 ):
     """Compute the gradients of input and values; one whose address is 0 is not computed.
@@ -448,8 +336,6 @@ def backward(
     - for_x: as x; it is written.
     - for_values: slots; written but for free slots.
     - mirrored, phases: `Plan.mirrored`, `Plan.phases`.
-    - hg, wg: rows and columns of a packed gradient.
-    - qy, qx: rows above and columns before the gradient's own.
 
     `blocks` is in how many parts of the channels a tile is computed.
     """
@@ -459,18 +345,20 @@ def backward(
     starts, others, slots = integers(starts), integers(others), integers(slots)
     input_starts, input_others = integers(input_starts), integers(input_others)
     shifts, mirrored, phases = integers(shifts), integers(mirrored), integers(phases)
-    line = numbers(kind, LINE)
-    step, plane = s * s * hq * wq, hg * wg * line
+    line, whole = numbers(kind, LINE), geometry_at(geometry)
+    step, plane = whole.s * whole.s * whole.hq * whole.wq, whole.hg * whole.wg * line
     ordered = take(kind, pointer(kind, values), integers(input_slots), active if needs_x else 0)
-    offsets = offsets_by_output(others, active if needs_values else 0, places, shifts, step, line)
+    counted = active if needs_values else 0
+    offsets = offsets_by_output(others, counted, whole.places, shifts, step, line)
+    features = whole.channels * whole.places if needs_x else 0
     input_offsets = offsets_by_input(
         input_starts,
         input_others,
         active,
-        channels * places if needs_x else 0,
-        places,
+        features,
+        whole.places,
         mirrored,
-        hg * wg,
+        whole.hg * whole.wg,
         line,
     )
 
@@ -478,118 +366,58 @@ def backward(
     chunks = min(tiles, CHUNKS)
     sums = zeros(kind, chunks * active if needs_values else 0)
     for task in prange(chunks * blocks):
-        chunk, part = task // blocks, task % blocks
-        gradients = cleared(kind, outputs * plane)
-        tile = cleared(kind, channels * step * line if needs_values else 0)
-        first, end = channels * part // blocks, channels * (part + 1) // blocks
-        widest = (width - 1 + left) // s + 1
-        band = max(1, min(height, BAND // ((end - first) * widest * line)))
-        block = scratch(kind, (end - first) * band * widest * line if needs_x else 0)
+        g = geometry_at(geometry)  # Numba hands threads no named tuple
+        chunk, block_of = task // blocks, task % blocks
+        of_x = Images(g.channels, g.height, g.width, x_last)
+        of_gradient = Images(g.outputs, g.rows, g.columns, last)
+        gradients = cleared(kind, g.outputs * plane)
+        tile = cleared(kind, g.channels * step * line if needs_values else 0)
+        first, end = g.channels * block_of // blocks, g.channels * (block_of + 1) // blocks
+        count = end - first
+        widest = (g.width - 1 + g.left) // g.s + 1
+        band = max(1, min(g.height, BAND // (count * widest * line)))
+        block = scratch(kind, count * band * widest * line if needs_x else 0)
         for t in range(tiles * chunk // chunks, tiles * (chunk + 1) // chunks):
             image = t * line
             n = min(line, images - image)
             if n < line:
                 gradients[:] = 0
                 tile[:] = 0
-            pack(
-                kind,
-                gradient,
-                image,
-                n,
-                outputs * rows * columns,
-                outputs,
-                rows,
-                columns,
-                last,
-                1,
-                qy,
-                qx,
-                hg,
-                wg,
-                gradients,
-            )
+            packing = Packing(1, g.qy, g.qx, g.hg, g.wg)
+            pack(kind, gradient, of_gradient, image, n, packing, gradients)
             if needs_x:
-                for phase in range(s * s):
-                    py, px = phase // s, phase % s
-                    y0, x0 = (max(0, top - py) + s - 1) // s, (max(0, left - px) + s - 1) // s
-                    y1, x1 = (height - 1 + top - py) // s + 1, (width - 1 + left - px) // s + 1
+                for phase in range(g.s * g.s):
+                    py, px = phase // g.s, phase % g.s
+                    y0, y1 = within(g.height, g.top, py, g.s)
+                    x0, x1 = within(g.width, g.left, px, g.s)
                     low, high = at(phases, phase), at(phases, phase + 1)
+                    weights = Weights(input_starts, g.places, low, high, input_offsets, ordered)
+                    shifted = gradients[x0 * line :]
+                    top, left = py - g.top, x0 * g.s + px - g.left
                     for y in range(y0, y1, band):
-                        count = min(band, y1 - y)
-                        convolve(
-                            kind,
-                            gradients[x0 * line :],
-                            wg * line,
-                            y,
-                            count,
-                            (x1 - x0) * line,
-                            input_starts,
-                            places,
-                            low,
-                            high,
-                            first,
-                            end,
-                            input_offsets,
-                            ordered,
-                            False,
-                            nothing,
-                            block,
-                        )
-                        unpack(
-                            kind,
-                            block,
-                            first,
-                            end - first,
-                            y,
-                            count,
-                            x1 - x0,
-                            image,
-                            n,
-                            channels * height * width,
-                            channels,
-                            height,
-                            width,
-                            x_last,
-                            s,
-                            py - top,
-                            x0 * s + px - left,
-                            for_x,
-                        )
+                        part = Part(first, count, y, min(band, y1 - y), x1 - x0, g.s, top, left)
+                        lines = Lines(y, part.rows, g.wg * line, part.columns * line)
+                        convolve(kind, shifted, lines, part, weights, False, nothing, block)
+                        unpack(kind, block, part, of_x, image, n, for_x)
             if needs_values:
-                pack(
-                    kind,
-                    source,
-                    image,
-                    n,
-                    channels * height * width,
-                    channels,
-                    height,
-                    width,
-                    x_last,
-                    s,
-                    top,
-                    left,
-                    hq,
-                    wq,
-                    tile,
-                )
-                begin, until = outputs * part // blocks, outputs * (part + 1) // blocks
+                packing = Packing(g.s, g.top, g.left, g.hq, g.wq)
+                pack(kind, source, of_x, image, n, packing, tile)
+                begin, until = g.outputs * block_of // blocks, g.outputs * (block_of + 1) // blocks
+                part = Part(begin, until - begin, 0, g.rows, g.columns, 1, g.qy, g.qx)
+                tile_step, step_of = g.wq * line, g.wg * line
+                into = chunk * active
                 add_gradients(
                     kind,
                     tile,
-                    wq * line,
+                    tile_step,
                     gradients,
                     plane,
-                    wg * line,
-                    (qy * wg + qx) * line,
-                    rows,
-                    columns,
+                    step_of,
+                    part,
                     starts,
                     offsets,
                     sums,
-                    chunk * active,
-                    begin,
-                    until,
+                    into,
                 )
 
     if needs_values:

@@ -64,11 +64,8 @@ class Plan(NamedTuple):
     """By rank: likewise of the packed gradient, for the first pixel of the phase."""
     phases: array
     """The ranks at which each phase begins, and where the last one ends."""
-
-    @property
-    def places(self) -> int:
-        """How many places the kernel has."""
-        return len(self.ranks)
+    numbers: array
+    """`Geometry`: what of this the kernels read."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -126,6 +123,7 @@ def make_plan(
         shifts.append(phase_of[place] * plane + y * packed[1] + x)
         mirrored.append((reach[0] - y) * of_gradient[1] + reach[1] - x)
 
+    numbers = (shape[1], *size, shape[0], *results, len(places), stride, *padding)
     widths = [len(range((phase - padding[1]) % stride, size[1], stride)) for phase in range(stride)]
     return Plan(
         shape=shape,
@@ -145,6 +143,7 @@ def make_plan(
         shifts=array("i", shifts),
         mirrored=array("i", mirrored),
         phases=array("i", (sum(n < phase for n in phase_of) for phase in range(stride**2 + 1))),
+        numbers=array("i", (*numbers, *packed, *of_gradient, *reach, band)),
     )
 
 
@@ -237,8 +236,11 @@ def forward(
         0 if bias is None else bias.data_ptr(),
         result.data_ptr(),
         _address(plan.shifts),
-        *_sizes(x, plan, order, x_last, channels_last),
-        *([plan.band] if plan.band else []),
+        _address(plan.numbers),
+        len(x),
+        x_last,
+        channels_last,
+        order.active,
         _blocks(x, threads, plan),
     )
     return result
@@ -285,10 +287,11 @@ def backward(
             _address(plan.shifts),
             _address(plan.mirrored),
             _address(plan.phases),
-            *_sizes(x, plan, order, x_last, last),
-            *plan.packed_gradient,
-            *plan.reach,
-            *([plan.band] if plan.band else []),
+            _address(plan.numbers),
+            len(x),
+            x_last,
+            last,
+            order.active,
             _blocks(x, threads, plan),
         )
     return for_x, for_values, for_bias
@@ -315,16 +318,6 @@ def _kind(x: Tensor, plan: Plan) -> Any:
         return kind_of(x.dtype, runtime.width_for(length))
     pixels = next(pixels for pixels in (4, 2, 1) if pixels <= plan.narrowest)
     return kind_of(x.dtype, pixels * LINE)
-
-
-def _sizes(
-    x: Tensor, plan: Plan, order: "Order", x_last: bool, last: bool
-) -> tuple[int | bool, ...]:
-    outputs, channels, _, _ = plan.shape
-    images = (len(x), channels, plan.height, plan.width, x_last)
-    results = (outputs, plan.rows, plan.columns, last)
-    geometry = (plan.places, plan.stride, plan.top, plan.left, *plan.packed)
-    return (*images, *results, order.active, *geometry)
 
 
 def _blocks(x: Tensor, threads: int, plan: Plan) -> int:

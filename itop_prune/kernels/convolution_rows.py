@@ -21,6 +21,16 @@ from itop_prune.kernels.convolution import (
     offsets_by_input,
     offsets_by_output,
     turn,
+    within,
+)
+from itop_prune.kernels.convolution_geometry import (
+    Images,
+    Lines,
+    Packing,
+    Part,
+    Weights,
+    geometry_at,
+    size_of,
 )
 from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, take, zeros
 from itop_prune.kernels.runtime import ALIGNED
@@ -57,13 +67,15 @@ def copy(kind, source, place, step, target, first, gap, count):
 
 
 @njit(**FAST)
-def pack(
-    kind, source, start, channels, height, width, last, s, top, left, begin, rows, wq, plane, tile
-):
+def pack(kind, source, images, image, packing, begin, plane, tile):
     """Pack rows of an image: tile[channel, phase, row, column]; its padding stays as it is.
 
-    The first one is row `begin` of the padded image's phases; a plane has `rows` of `wq` numbers.
+    The first one is row `begin` of the padded image's phases. A plane has so many numbers, of which
+    the rows take the first ones.
     """
+    channels, height, width, last = images
+    s, top, left, rows, wq = packing
+    start = image * size_of(images)
     if s == 1 and wq == width:  # rows follow each other without a gap: they are one
         y = max(0, begin - top)
         count, first = (min(height, begin + rows - top) - y) * width, (y + top - begin) * width
@@ -83,49 +95,26 @@ def pack(
                 continue
             x = (phase % s - left) % s
             count, first = (width - x + s - 1) // s, phase * plane + j * wq + (x + left) // s
+            step = s * s * plane
             if last:
-                place, step = start + (y * width + x) * channels, s * s * plane
+                place = start + (y * width + x) * channels
                 turn(kind, source, place, s * channels, tile, first, step, count, channels)
             else:
-                place, step = start + y * width + x, s * s * plane
                 for c in range(channels):
-                    copy(
-                        kind,
-                        source,
-                        place + c * height * width,
-                        s,
-                        tile,
-                        first + c * step,
-                        1,
-                        count,
-                    )
+                    place = start + (c * height + y) * width + x
+                    copy(kind, source, place, s, tile, first + c * step, 1, count)
 
 
 @njit(**FAST)
-def unpack(
-    kind,
-    block,
-    length,
-    step,
-    first,
-    count,
-    y,
-    rows,
-    columns,
-    start,
-    channels,
-    height,
-    width,
-    last,
-    s,
-    top,
-    left,
-    target,
-):
-    """Write rows of results, block[channel, row * step + column], where they belong.
+def unpack(kind, block, lines, part, images, image, target):
+    """Write a part of the results, block[channel, row * step + column], where it belongs.
 
-    Row r of the block is row (y + r) * s + top of the image; columns likewise.
+    `lines` is one line, of all its rows, and its step that from one row to the next.
     """
+    _, _, step, length = lines
+    first, count, y, rows, columns, s, top, left = part
+    channels, height, width, last = images
+    start = image * size_of(images)
     if s == 1 and step == width:
         rows, columns = 1, rows * columns
     for r in range(rows):
@@ -150,105 +139,41 @@ def forward(
     bias,
     result,
     shifts,
+    geometry,
     images,
-    channels,
-    height,
-    width,
     x_last,
-    outputs,
-    rows,
-    columns,
     last,
     active,
-    places,
-    s,
-    top,
-    left,
-    hq,
-    wq,
-    band,
     blocks,
 ):
-    """Compute the output of a convolution.
-
-    The arguments are those of `convolution.forward`, but for two. `hq` is the rows of a packed
-    band, and `band` how many rows of results it gives.
-    """
+    """Compute the output of a convolution; the arguments are those of `convolution.forward`."""
     biased = bias != 0
     source, target, bias = pointer(kind, x), pointer(kind, result), pointer(kind, bias)
     starts, others, shifts = integers(starts), integers(others), integers(shifts)
     ordered = take(kind, pointer(kind, values), integers(slots), active)
-    plane, wide = aligned(hq * wq), numbers(kind, kind)
-    offsets = offsets_by_output(others, active, places, shifts, s * s * plane, 1)
+    wide, whole = numbers(kind, kind), geometry_at(geometry)
+    plane = aligned(whole.hq * whole.wq)
+    offsets = offsets_by_output(others, active, whole.places, shifts, whole.s * whole.s * plane, 1)
 
-    bands = -(-rows // band)
+    bands = -(-whole.rows // whole.band)
     for task in prange(images * bands * blocks):
-        part, image, y = task % blocks, task // blocks // bands, task // blocks % bands * band
-        first, end = outputs * part // blocks, outputs * (part + 1) // blocks
-        high = min(band, rows - y)
-        tile = scratch(kind, channels * s * s * plane + wide)
-        if top or left:
+        g = geometry_at(geometry)  # Numba hands threads no named tuple
+        block_of, image, y = task % blocks, task // blocks // bands, task // blocks % bands * g.band
+        first, end = g.outputs * block_of // blocks, g.outputs * (block_of + 1) // blocks
+        of_x = Images(g.channels, g.height, g.width, x_last)
+        of_result = Images(g.outputs, g.rows, g.columns, last)
+        tile = scratch(kind, g.channels * g.s * g.s * plane + wide)
+        if g.top or g.left:
             tile[:] = 0
-        start = image * channels * height * width
-        pack(
-            kind,
-            source,
-            start,
-            channels,
-            height,
-            width,
-            x_last,
-            s,
-            top,
-            left,
-            y,
-            hq,
-            wq,
-            plane,
-            tile,
-        )
-        length = (high - 1) * wq + columns
-        block = scratch(kind, (end - first) * length + wide)
-        convolve(
-            kind,
-            tile,
-            0,
-            0,
-            1,
-            length,
-            starts,
-            1,
-            0,
-            1,
-            first,
-            end,
-            offsets,
-            ordered,
-            biased,
-            bias,
-            block,
-        )
-        start = image * outputs * rows * columns
-        unpack(
-            kind,
-            block,
-            length,
-            wq,
-            first,
-            end - first,
-            y,
-            high,
-            columns,
-            start,
-            outputs,
-            rows,
-            columns,
-            last,
-            1,
-            0,
-            0,
-            target,
-        )
+        packing = Packing(g.s, g.top, g.left, g.hq, g.wq)
+        pack(kind, source, of_x, image, packing, y, plane, tile)
+
+        part = Part(first, end - first, y, min(g.band, g.rows - y), g.columns, 1, 0, 0)
+        lines = Lines(0, 1, g.wq, (part.rows - 1) * g.wq + g.columns)
+        weights = Weights(starts, 1, 0, 1, offsets, ordered)
+        block = scratch(kind, part.count * lines.length + wide)
+        convolve(kind, tile, lines, part, weights, biased, bias, block)
+        unpack(kind, block, lines, part, of_result, image, target)
 
 
 @njit(parallel=PARALLEL, **FAST)
@@ -268,33 +193,16 @@ def backward(
     shifts,
     mirrored,
     phases,
+    geometry,
     images,
-    channels,
-    height,
-    width,
     x_last,
-    outputs,
-    rows,
-    columns,
     last,
     active,
-    places,
-    s,
-    top,
-    left,
-    hq,
-    wq,
-    hg,
-    wg,
-    qy,
-    qx,
-    band,
     blocks,
 ):
     """Compute the gradients of input and values; one whose address is 0 is not computed.
 
-    The arguments are those of `convolution.backward`, but for three. `hq` and `hg` are the rows of
-    packed bands, and `band` how many rows of results, or of a phase, one gives.
+    The arguments are those of `convolution.backward`.
     """
     needs_x, needs_values = for_x != 0, for_values != 0
     for_x, nothing = pointer(kind, for_x), pointer(kind, 0)
@@ -302,152 +210,63 @@ def backward(
     starts, others, slots = integers(starts), integers(others), integers(slots)
     input_starts, input_others = integers(input_starts), integers(input_others)
     shifts, mirrored, phases = integers(shifts), integers(mirrored), integers(phases)
-    line, wide = numbers(kind, LINE), numbers(kind, kind)
-    plane, around = aligned(hq * wq), aligned(hg * wg)
-    lines = -(-band * wq // line)
+    line, wide, whole = numbers(kind, LINE), numbers(kind, kind), geometry_at(geometry)
+    plane, around = aligned(whole.hq * whole.wq), aligned(whole.hg * whole.wg)
+    vectors = -(-whole.band * whole.wq // line)
     ordered = take(kind, pointer(kind, values), integers(input_slots), active if needs_x else 0)
-    offsets = offsets_by_output(
-        others, active if needs_values else 0, places, shifts, s * s * plane, 1
-    )
-    features = channels * places if needs_x else 0
+    counted = active if needs_values else 0
+    offsets = offsets_by_output(others, counted, whole.places, shifts, whole.s * whole.s * plane, 1)
+    features = whole.channels * whole.places if needs_x else 0
     input_offsets = offsets_by_input(
-        input_starts, input_others, active, features, places, mirrored, around, 1
+        input_starts, input_others, active, features, whole.places, mirrored, around, 1
     )
 
-    bands = -(-max(rows, (height - 1 + top) // s + 1) // band)
+    bands = -(-max(whole.rows, (whole.height - 1 + whole.top) // whole.s + 1) // whole.band)
     tasks = images * bands
     chunks = min(tasks, CHUNKS)
     sums = zeros(kind, chunks * active if needs_values else 0)
     for task in prange(chunks * blocks):
-        chunk, part = task // blocks, task % blocks
+        g = geometry_at(geometry)  # Numba hands threads no named tuple
+        chunk, block_of = task // blocks, task % blocks
+        of_x = Images(g.channels, g.height, g.width, x_last)
+        of_gradient = Images(g.outputs, g.rows, g.columns, last)
         for t in range(tasks * chunk // chunks, tasks * (chunk + 1) // chunks):
-            image, y = t // bands, t % bands * band
-            start, results = image * channels * height * width, image * outputs * rows * columns
+            image, y = t // bands, t % bands * g.band
             if needs_x:
-                first, end = channels * part // blocks, channels * (part + 1) // blocks
-                gradients = cleared(kind, outputs * around + wide)
-                pack(
-                    kind,
-                    gradient,
-                    results,
-                    outputs,
-                    rows,
-                    columns,
-                    last,
-                    1,
-                    qy,
-                    qx,
-                    y,
-                    hg,
-                    wg,
-                    around,
-                    gradients,
-                )
-                block = scratch(kind, (end - first) * band * wg + wide)
-                for phase in range(s * s):
-                    py, px = phase // s, phase % s
-                    x0 = (max(0, left - px) + s - 1) // s
-                    x1 = (width - 1 + left - px) // s + 1
-                    y0 = max(y, (max(0, top - py) + s - 1) // s)
-                    y1 = min(y + band, (height - 1 + top - py) // s + 1)
+                first, end = g.channels * block_of // blocks, g.channels * (block_of + 1) // blocks
+                gradients = cleared(kind, g.outputs * around + wide)
+                packing = Packing(1, g.qy, g.qx, g.hg, g.wg)
+                pack(kind, gradient, of_gradient, image, packing, y, around, gradients)
+                block = scratch(kind, (end - first) * g.band * g.wg + wide)
+                for phase in range(g.s * g.s):
+                    py, px = phase // g.s, phase % g.s
+                    x0, x1 = within(g.width, g.left, px, g.s)
+                    y0, y1 = within(g.height, g.top, py, g.s)
+                    y0, y1 = max(y, y0), min(y + g.band, y1)
                     if y0 >= y1 or x0 >= x1:
                         continue
-                    length = (y1 - y0 - 1) * wg + x1 - x0
-                    convolve(
-                        kind,
-                        gradients[(y0 - y) * wg + x0 :],
-                        0,
-                        0,
-                        1,
-                        length,
-                        input_starts,
-                        places,
-                        at(phases, phase),
-                        at(phases, phase + 1),
-                        first,
-                        end,
-                        input_offsets,
-                        ordered,
-                        False,
-                        nothing,
-                        block,
-                    )
-                    unpack(
-                        kind,
-                        block,
-                        length,
-                        wg,
-                        first,
-                        end - first,
-                        y0,
-                        y1 - y0,
-                        x1 - x0,
-                        start,
-                        channels,
-                        height,
-                        width,
-                        x_last,
-                        s,
-                        py - top,
-                        x0 * s + px - left,
-                        for_x,
-                    )
-            if needs_values and y < rows:
-                first, end = outputs * part // blocks, outputs * (part + 1) // blocks
-                gradients = cleared(kind, outputs * lines * line)
-                high = min(band, rows - y)
-                pack(
-                    kind,
-                    gradient,
-                    results,
-                    outputs,
-                    rows,
-                    columns,
-                    last,
-                    1,
-                    0,
-                    0,
-                    y,
-                    high,
-                    wq,
-                    lines * line,
-                    gradients,
-                )
+                    top, left = py - g.top, x0 * g.s + px - g.left
+                    part = Part(first, end - first, y0, y1 - y0, x1 - x0, g.s, top, left)
+                    lines = Lines(0, 1, g.wg, (part.rows - 1) * g.wg + part.columns)
+                    low, high = at(phases, phase), at(phases, phase + 1)
+                    weights = Weights(input_starts, g.places, low, high, input_offsets, ordered)
+                    shifted = gradients[(y0 - y) * g.wg + x0 :]
+                    convolve(kind, shifted, lines, part, weights, False, nothing, block)
+                    unpack(kind, block, lines, part, of_x, image, for_x)
+            if needs_values and y < g.rows:
+                first, end = g.outputs * block_of // blocks, g.outputs * (block_of + 1) // blocks
+                # The gradient has no rows around it, and each of its planes is whole lines.
+                gradients = cleared(kind, g.outputs * vectors * line)
+                packing = Packing(1, 0, 0, min(g.band, g.rows - y), g.wq)
+                pack(kind, gradient, of_gradient, image, packing, y, vectors * line, gradients)
                 # Lines may go over the end of the last plane, by a shift and a part of a line.
-                tile = cleared(kind, channels * s * s * plane + wq + line)
-                pack(
-                    kind,
-                    source,
-                    start,
-                    channels,
-                    height,
-                    width,
-                    x_last,
-                    s,
-                    top,
-                    left,
-                    y,
-                    hq,
-                    wq,
-                    plane,
-                    tile,
-                )
+                tile = cleared(kind, g.channels * g.s * g.s * plane + g.wq + line)
+                packing = Packing(g.s, g.top, g.left, g.hq, g.wq)
+                pack(kind, source, of_x, image, packing, y, plane, tile)
+                part = Part(first, end - first, 0, 1, vectors, 1, 0, 0)
+                into = chunk * active
                 add_gradients(
-                    kind,
-                    tile,
-                    0,
-                    gradients,
-                    lines * line,
-                    0,
-                    0,
-                    1,
-                    lines,
-                    starts,
-                    offsets,
-                    sums,
-                    chunk * active,
-                    first,
-                    end,
+                    kind, tile, 0, gradients, vectors * line, 0, part, starts, offsets, sums, into
                 )
 
     if needs_values:
