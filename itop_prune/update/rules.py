@@ -79,8 +79,8 @@ class Rules(NamedTuple):
         """Whether a layer needs of a gradient as many of the largest numbers as it has weights."""
         return (
             self.grow.function is criteria.gradient
-            and "grad" not in self.prune.needs
             and self.redistribute is None
+            and not {"grad", "momentum"} & {*self.prune.needs}
         )
 
     @property

@@ -87,6 +87,30 @@ def test_a_backward_after_clearing_is_the_one_that_counts(
         assert torch.equal(itop_prune.find_masks(twice)[name].mask, itop.mask)
 
 
+def smallest_momentum(momentum: Tensor) -> Tensor:
+    return momentum.abs()
+
+
+def smallest_change(weight: Tensor, grad: Tensor) -> Tensor:
+    return (weight - grad).abs()
+
+
+@pytest.mark.parametrize("prune", ["magnitude", smallest_momentum, smallest_change])
+def test_masks_move_as_if_all_were_kept(prune: object) -> None:
+    """Where another function looks at gradients too, all are kept."""
+    (one, _, first), (other, _, second) = (
+        sparse_run(one_backward=kept, every=3, prune=prune) for kept in (True, False)
+    )
+    for step in range(9):
+        for model, regrow in ((one, first), (other, second)):
+            backward(model, step)
+            regrow.step()
+            model.zero_grad()
+    assert first.updates == second.updates == 3
+    for name, itop in itop_prune.find_masks(one).items():
+        assert torch.equal(itop.mask, itop_prune.find_masks(other)[name].mask)
+
+
 def zero(model: nn.Module) -> None:
     model.zero_grad(set_to_none=False)
 
