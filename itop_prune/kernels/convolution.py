@@ -143,7 +143,7 @@ def convolve(kind, tile, lines, part, weights, biased, bias, block):
     end.
     """
     y, rows, step, length = lines
-    first, end = part.first, part.first + part.count
+    first, end = part.first, part.first + part.channels
     starts, places, low, high, offsets, values = weights
     wide = numbers(kind, kind)
     for r in range(rows):

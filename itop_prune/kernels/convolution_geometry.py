@@ -67,8 +67,7 @@ class Part(NamedTuple):
 
     first: int
     """Channel."""
-    count: int
-    """Of channels."""
+    channels: int
     y: int
     """The first row."""
     rows: int
@@ -82,7 +81,7 @@ class Lines(NamedTuple):
     """Rows of packed planes, from which as many rows of results are computed."""
 
     first: int
-    count: int
+    rows: int
     step: int
     """Numbers from one to the next."""
     length: int

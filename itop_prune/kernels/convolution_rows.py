@@ -171,7 +171,7 @@ def forward(
         part = Part(first, end - first, y, min(g.band, g.rows - y), g.columns, 1, 0, 0)
         lines = Lines(0, 1, g.wq, (part.rows - 1) * g.wq + g.columns)
         weights = Weights(starts, 1, 0, 1, offsets, ordered)
-        block = scratch(kind, part.count * lines.length + wide)
+        block = scratch(kind, part.channels * lines.length + wide)
         convolve(kind, tile, lines, part, weights, biased, bias, block)
         unpack(kind, block, lines, part, of_result, image, target)
 

@@ -5,6 +5,7 @@ import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import timm
@@ -142,7 +143,11 @@ def bytes_of_a_step(
     model = nn.Sequential(*(Block(width, 4) for _ in range(BLOCKS))).to(settings.device)
     masks = itop_prune.apply(model, sparsity, storage=storage) if sparsity else {}
     optimizer = torch.optim.AdamW(model.parameters())
-    rules = {"grow": grow, "every": 1 if grow == "gradient" else 33, "one_backward": True}
+    rules: dict[str, Any] = {
+        "grow": grow,
+        "every": 1 if grow == "gradient" else 33,
+        "one_backward": True,
+    }
     regrow = itop_prune.MaskScheduler(masks, optimizer, total_steps=99, **rules) if masks else None
     token = torch.randn(1, 1, width, device=settings.device)
 
