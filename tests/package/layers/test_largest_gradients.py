@@ -87,15 +87,15 @@ def test_a_backward_after_clearing_is_the_one_that_counts(
         assert torch.equal(itop_prune.find_masks(twice)[name].mask, itop.mask)
 
 
-def smallest_momentum(momentum: Tensor) -> Tensor:
-    return momentum.abs()
+def far_from_mean_momentum(weight: Tensor, momentum: Tensor) -> Tensor:
+    return (weight.abs() - 1000 * momentum.abs().mean()).abs()
 
 
-def smallest_change(weight: Tensor, grad: Tensor) -> Tensor:
-    return (weight - grad).abs()
+def far_from_mean_gradient(weight: Tensor, grad: Tensor) -> Tensor:
+    return (weight.abs() - 100 * grad.abs().mean()).abs()
 
 
-@pytest.mark.parametrize("prune", ["magnitude", smallest_momentum, smallest_change])
+@pytest.mark.parametrize("prune", ["magnitude", far_from_mean_momentum, far_from_mean_gradient])
 def test_masks_move_as_if_all_were_kept(prune: object) -> None:
     """Where another function looks at gradients too, all are kept."""
     (one, _, first), (other, _, second) = (

@@ -61,6 +61,7 @@ def test_a_profile_names_ten_operations_and_the_share_of_the_masks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(steps, "CPU_STEPS", {"lenet300": ((8, 1, 28, 28), 1.15, 3)})
+    monkeypatch.setenv("COLUMNS", "200")  # the name of a processor may be long
     assert command.main(["--profile"]) == 0
     _, title, *lines = capsys.readouterr().out.strip().splitlines()
     assert title.startswith("lenet300: ")
