@@ -63,7 +63,10 @@ class Packing(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Results that are computed together: row r, column c are r * s + top, c * s + left of all."""
+    """Results that are computed together, from row y on.
+
+    Row y and column x of them are row y * s + top and column x * s + left of the whole.
+    """
 
     first: int
     """Channel."""
