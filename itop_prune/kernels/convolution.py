@@ -18,7 +18,6 @@ checks.
 
 # mypy: disable-error-code=no-untyped-def
 
-import numpy as np
 from numba import njit, prange
 
 from itop_prune.kernels.convolution_geometry import (
@@ -30,7 +29,7 @@ from itop_prune.kernels.convolution_geometry import (
     geometry_at,
     size_of,
 )
-from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, take, zeros
+from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, zeros
 from itop_prune.kernels.vectors import (
     LINE,
     SQUARE,
@@ -204,27 +203,6 @@ def add_gradients(
 
 
 @njit(**FAST)
-def offsets_by_output(others, active, places, shifts, channel_step, line):
-    """Where each weight reads, from the first pixel of the tile."""
-    offsets = np.empty(active, np.int32)
-    for k in range(active):
-        channel, place = divmod(at(others, k), places)
-        offsets[k] = (channel * channel_step + at(shifts, place)) * line
-    return offsets
-
-
-@njit(**FAST)
-def offsets_by_input(starts, others, active, features, places, shifts, output_step, line):
-    """Where each weight reads the packed gradient, from its first pixel."""
-    offsets = np.empty(active, np.int32)
-    for feature in range(features):
-        shift = at(shifts, feature % places)
-        for k in range(at(starts, feature), at(starts, feature + 1)):
-            offsets[k] = (at(others, k) * output_step + shift) * line
-    return offsets
-
-
-@njit(**FAST)
 def cleared(kind, count):
     """A scratch of zeros."""
     array = scratch(kind, count)
@@ -243,17 +221,14 @@ def forward(
     kind,
     x,
     starts,
-    others,
-    slots,
+    offsets,
     values,
     bias,
     result,
-    shifts,
     geometry,
     images,
     x_last,
     last,
-    active,
     blocks,
 ):
     """Compute the output of a convolution.
@@ -262,26 +237,20 @@ def forward(
         kind: Of the numbers; its size is that of one, two or four pixels.
         x: images * channels * height * width; it is read.
         starts: `Order.by_output.starts`.
-        others: `Order.by_output.others`, with ranks in place of the kernel's places.
-        slots: `Order.by_output.slots`.
-        values: slots.
+        offsets: `Offsets.by_output`.
+        values: By output.
         bias: outputs; 0 if there is none.
         result: images * outputs * rows * columns; it is written.
-        shifts: `Plan.shifts`.
         geometry: `Plan.numbers`.
         images: Number of images.
         x_last: Whether channels are the last dimension of x in memory, else the second.
         last: As `x_last`, of the result.
-        active: Number of active weights.
         blocks: In how many parts of the outputs a tile is computed, for more threads than tiles.
     """
     biased = bias != 0
     source, target, bias = pointer(kind, x), pointer(kind, result), pointer(kind, bias)
-    starts, others, shifts = integers(starts), integers(others), integers(shifts)
-    ordered = take(kind, pointer(kind, values), integers(slots), active)
-    line, whole = numbers(kind, LINE), geometry_at(geometry)
-    step = whole.s * whole.s * whole.hq * whole.wq
-    offsets = offsets_by_output(others, active, whole.places, shifts, step, line)
+    starts, offsets, values = integers(starts), integers(offsets), pointer(kind, values)
+    line = numbers(kind, LINE)
 
     tiles = -(-images // line)
     for task in prange(tiles * blocks):
@@ -291,8 +260,8 @@ def forward(
         count, n = end - first, min(line, images - image)
         of_x = Images(g.channels, g.height, g.width, x_last)
         of_result = Images(g.outputs, g.rows, g.columns, last)
-        weights = Weights(starts, 1, 0, 1, offsets, ordered)
-        tile = cleared(kind, g.channels * step * line)
+        weights = Weights(starts, 1, 0, 1, offsets, values)
+        tile = cleared(kind, g.channels * g.s * g.s * g.plane * line)
         pack(kind, source, of_x, image, n, Packing(g.s, g.top, g.left, g.hq, g.wq), tile)
         band = max(1, min(g.rows, BAND // (count * g.columns * line)))
         block = scratch(kind, count * band * g.columns * line)
@@ -309,16 +278,13 @@ def backward(
     gradient,
     x,
     starts,
-    others,
+    offsets,
     slots,
     input_starts,
-    input_others,
-    input_slots,
+    input_offsets,
     values,
     for_x,
     for_values,
-    shifts,
-    mirrored,
     phases,
     geometry,
     images,
@@ -332,35 +298,23 @@ def backward(
     There is at least one image. Beside the arguments of `forward`, which mean the same, there are:
 
     - gradient: images * outputs * rows * columns; it is read. `last` is about it.
-    - input_starts, input_others, input_slots: `Order.by_input`, with ranks likewise.
+    - slots: `Order.by_output.slots`.
+    - input_starts: `Order.by_input.starts`, with ranks in place of the kernel's places.
+    - input_offsets: `Offsets.by_input`.
+    - values: By input.
     - for_x: as x; it is written.
     - for_values: slots; written but for free slots.
-    - mirrored, phases: `Plan.mirrored`, `Plan.phases`.
+    - phases: `Plan.phases`.
+    - active: Number of active weights.
 
     `blocks` is in how many parts of the channels a tile is computed.
     """
     needs_x, needs_values = for_x != 0, for_values != 0
     for_x, nothing = pointer(kind, for_x), pointer(kind, 0)
     source, gradient = pointer(kind, x), pointer(kind, gradient)
-    starts, others, slots = integers(starts), integers(others), integers(slots)
-    input_starts, input_others = integers(input_starts), integers(input_others)
-    shifts, mirrored, phases = integers(shifts), integers(mirrored), integers(phases)
-    line, whole = numbers(kind, LINE), geometry_at(geometry)
-    step, plane = whole.s * whole.s * whole.hq * whole.wq, whole.hg * whole.wg * line
-    ordered = take(kind, pointer(kind, values), integers(input_slots), active if needs_x else 0)
-    counted = active if needs_values else 0
-    offsets = offsets_by_output(others, counted, whole.places, shifts, step, line)
-    features = whole.channels * whole.places if needs_x else 0
-    input_offsets = offsets_by_input(
-        input_starts,
-        input_others,
-        active,
-        features,
-        whole.places,
-        mirrored,
-        whole.hg * whole.wg,
-        line,
-    )
+    starts, offsets, slots = integers(starts), integers(offsets), integers(slots)
+    input_starts, input_offsets = integers(input_starts), integers(input_offsets)
+    values, phases, line = pointer(kind, values), integers(phases), numbers(kind, LINE)
 
     tiles = -(-images // line)
     chunks = min(tiles, CHUNKS)
@@ -370,8 +324,9 @@ def backward(
         chunk, block_of = task // blocks, task % blocks
         of_x = Images(g.channels, g.height, g.width, x_last)
         of_gradient = Images(g.outputs, g.rows, g.columns, last)
-        gradients = cleared(kind, g.outputs * plane)
-        tile = cleared(kind, g.channels * step * line if needs_values else 0)
+        around = g.around * line
+        gradients = cleared(kind, g.outputs * around)
+        tile = cleared(kind, g.channels * g.s * g.s * g.plane * line if needs_values else 0)
         first, end = g.channels * block_of // blocks, g.channels * (block_of + 1) // blocks
         count = end - first
         widest = (g.width - 1 + g.left) // g.s + 1
@@ -391,7 +346,7 @@ def backward(
                     y0, y1 = within(g.height, g.top, py, g.s)
                     x0, x1 = within(g.width, g.left, px, g.s)
                     low, high = at(phases, phase), at(phases, phase + 1)
-                    weights = Weights(input_starts, g.places, low, high, input_offsets, ordered)
+                    weights = Weights(input_starts, g.places, low, high, input_offsets, values)
                     shifted = gradients[x0 * line :]
                     top, left = py - g.top, x0 * g.s + px - g.left
                     for y in range(y0, y1, band):
@@ -411,7 +366,7 @@ def backward(
                     tile,
                     tile_step,
                     gradients,
-                    plane,
+                    around,
                     step_of,
                     part,
                     starts,

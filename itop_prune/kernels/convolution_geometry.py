@@ -34,6 +34,10 @@ class Geometry(NamedTuple):
     hg: int
     wg: int
     """Rows and columns of a packed gradient, or of its packed band."""
+    plane: int
+    """Pixels from one packed phase to the next."""
+    around: int
+    """Pixels from one packed output of the gradient to the next."""
     qy: int
     qx: int
     """Rows above and columns before the gradient's own."""
@@ -126,6 +130,8 @@ def geometry_at(address):
         int(at(g, 14)),
         int(at(g, 15)),
         int(at(g, 16)),
+        int(at(g, 17)),
+        int(at(g, 18)),
     )
 
 

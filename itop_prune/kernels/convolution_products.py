@@ -3,7 +3,7 @@
 import functools
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from itop_prune.kernels.known_orders import known_order
 from itop_prune.kernels.runtime import ALIGNED, kind_of, stored, threads_for
 
 if TYPE_CHECKING:
+    from itop_prune.kernels.convolution_offsets import Offsets
     from itop_prune.kernels.orders import Order
 
 LINE = 64
@@ -52,15 +53,19 @@ class Plan(NamedTuple):
     """Rows and columns of a phase, or of its band."""
     packed_gradient: tuple[int, int]
     """Rows and columns of a packed gradient, or of its band."""
+    plane: int
+    """Pixels from one packed phase to the next."""
+    gradient_plane: int
+    """Pixels from one packed output of the gradient to the next."""
     reach: tuple[int, int]
     """Rows above and columns before the gradient's own in a packed gradient."""
     narrowest: int
     """Columns of the narrowest results: the output, and the phases of the input's gradient."""
     ranks: tuple[int, ...]
     """The rank of each place of the kernel: places that read the same phase follow each other."""
-    shifts: array
+    shifts: tuple[int, ...]
     """By rank: the pixel of a packed channel that the place reads for the first output pixel."""
-    mirrored: array
+    mirrored: tuple[int, ...]
     """By rank: likewise of the packed gradient, for the first pixel of the phase."""
     phases: array
     """The ranks at which each phase begins, and where the last one ends."""
@@ -108,9 +113,10 @@ def make_plan(
         bands = -(-rows // max(1, band_numbers // row - reach[0]))
         band = -(-rows // bands)
         packed[0] = of_gradient[0] = band + reach[0]
-    plane = packed[0] * packed[1]
-    if band:
-        plane = -(-plane // ALIGNED) * ALIGNED
+    aligned = ALIGNED if band else 1
+    plane, gradient_plane = (
+        -(-math.prod(sides) // aligned) * aligned for sides in (packed, of_gradient)
+    )
 
     places = [
         (y * dilation[0], x * dilation[1]) for y in range(kernel[0]) for x in range(kernel[1])
@@ -137,13 +143,15 @@ def make_plan(
         band=band,
         packed=(packed[0], packed[1]),
         packed_gradient=(of_gradient[0], of_gradient[1]),
+        plane=plane,
+        gradient_plane=gradient_plane,
         reach=(reach[0], reach[1]),
         narrowest=min([results[1], *(width for width in widths if width)]),
         ranks=tuple(by_rank.index(place) for place in range(len(places))),
-        shifts=array("i", shifts),
-        mirrored=array("i", mirrored),
+        shifts=tuple(shifts),
+        mirrored=tuple(mirrored),
         phases=array("i", (sum(n < phase for n in phase_of) for phase in range(stride**2 + 1))),
-        numbers=array("i", (*numbers, *packed, *of_gradient, *reach, band)),
+        numbers=array("i", (*numbers, *packed, *of_gradient, plane, gradient_plane, *reach, band)),
     )
 
 
@@ -217,7 +225,7 @@ def forward(
         (images, outputs, rows, columns).
     """
     x, x_last = _stored(x)
-    values = stored(values)
+    values = order.by_output_of(stored(values))
     bias = None if bias is None else stored(bias)
     result = torch.empty(
         (len(x), plan.shape[0], plan.rows, plan.columns),
@@ -226,21 +234,21 @@ def forward(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
     threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
+    offsets = _offsets(x, plan, order)
     runtime.run(
         _kernels(plan.band > 0).forward,
         threads,
         _kind(x, plan),
         x.data_ptr(),
-        *order.output_addresses,
+        order.output_addresses[0],
+        offsets.addresses[0],
         values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         result.data_ptr(),
-        _address(plan.shifts),
         _address(plan.numbers),
         len(x),
         x_last,
         channels_last,
-        order.active,
         _blocks(x, threads, plan),
     )
     return result
@@ -273,19 +281,22 @@ def backward(
     for_bias = gradient.sum((2, 3)).sum(0) if needs[2] else x.new_empty(0)
     if needs[0] or needs[1]:
         threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
+        offsets = _offsets(x, plan, order)
+        by_input = order.by_input_of(values) if needs[0] else values
         runtime.run(
             _kernels(plan.band > 0).backward,
             threads,
             _kind(x, plan),
             gradient.data_ptr(),
             x.data_ptr(),
-            *order.output_addresses,
-            *order.input_addresses,
-            values.data_ptr(),
+            order.output_addresses[0],
+            offsets.addresses[0],
+            order.slots_address,
+            order.input_addresses[0],
+            offsets.addresses[1],
+            by_input.data_ptr(),
             for_x.data_ptr(),  # 0 if it is empty
             for_values.data_ptr(),
-            _address(plan.shifts),
-            _address(plan.mirrored),
             _address(plan.phases),
             _address(plan.numbers),
             len(x),
@@ -305,6 +316,11 @@ def _stored(images: Tensor) -> tuple[Tensor, bool]:
     if images.is_contiguous(memory_format=torch.channels_last):
         return images, True
     return images.contiguous(), False
+
+
+def _offsets(x: Tensor, plan: Plan, order: "Order") -> "Offsets":
+    pixel = 1 if plan.band else LINE // x.element_size()
+    return _offsets_of()(order, plan, pixel)
 
 
 def _address(numbers: array) -> int:
@@ -328,6 +344,14 @@ def _blocks(x: Tensor, threads: int, plan: Plan) -> int:
     size = x.element_size()
     tiles = len(x) * -(-plan.rows // plan.band) if plan.band else -(-len(x) * size // LINE)
     return min(-(-threads // tiles), max(1, LARGEST_TILE // _tile_bytes(plan, size)))
+
+
+@functools.cache
+def _offsets_of() -> "Callable[[Order, Plan, int], Offsets]":
+    """Import what needs NumPy."""
+    from itop_prune.kernels.convolution_offsets import offsets_of
+
+    return offsets_of
 
 
 @functools.cache

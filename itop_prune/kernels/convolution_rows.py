@@ -18,8 +18,6 @@ from itop_prune.kernels.convolution import (
     add_gradients,
     cleared,
     convolve,
-    offsets_by_input,
-    offsets_by_output,
     turn,
     within,
 )
@@ -32,8 +30,7 @@ from itop_prune.kernels.convolution_geometry import (
     geometry_at,
     size_of,
 )
-from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, take, zeros
-from itop_prune.kernels.runtime import ALIGNED
+from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, zeros
 from itop_prune.kernels.vectors import (
     LINE,
     SQUARE,
@@ -45,12 +42,6 @@ from itop_prune.kernels.vectors import (
     put,
     store,
 )
-
-
-@njit(**FAST)
-def aligned(count):
-    """Round up to a multiple of `ALIGNED`."""
-    return -(-count // ALIGNED) * ALIGNED
 
 
 @njit(**FAST)
@@ -106,6 +97,20 @@ def pack(kind, source, images, image, packing, begin, plane, tile):
 
 
 @njit(**FAST)
+def clear_ends(kind, tile, planes, plane, used):
+    """Write 0 behind the numbers that are used of each plane, and behind the last plane.
+
+    Vectors go over the ends. What lies there enters no result, but with numbers smaller than normal
+    ones a product takes a hundred times as long.
+    """
+    for begin in range(used, planes * plane, plane):
+        for i in range(begin, begin + plane - used):
+            put(tile, i, 0)
+    for i in range(planes * plane, len(tile)):
+        put(tile, i, 0)
+
+
+@njit(**FAST)
 def unpack(kind, block, lines, part, images, image, target):
     """Write a part of the results, block[channel, row * step + column], where it belongs.
 
@@ -133,27 +138,21 @@ def forward(
     kind,
     x,
     starts,
-    others,
-    slots,
+    offsets,
     values,
     bias,
     result,
-    shifts,
     geometry,
     images,
     x_last,
     last,
-    active,
     blocks,
 ):
     """Compute the output of a convolution; the arguments are those of `convolution.forward`."""
     biased = bias != 0
     source, target, bias = pointer(kind, x), pointer(kind, result), pointer(kind, bias)
-    starts, others, shifts = integers(starts), integers(others), integers(shifts)
-    ordered = take(kind, pointer(kind, values), integers(slots), active)
+    starts, offsets, values = integers(starts), integers(offsets), pointer(kind, values)
     wide, whole = numbers(kind, kind), geometry_at(geometry)
-    plane = aligned(whole.hq * whole.wq)
-    offsets = offsets_by_output(others, active, whole.places, shifts, whole.s * whole.s * plane, 1)
 
     bands = -(-whole.rows // whole.band)
     for task in prange(images * bands * blocks):
@@ -162,15 +161,17 @@ def forward(
         first, end = g.outputs * block_of // blocks, g.outputs * (block_of + 1) // blocks
         of_x = Images(g.channels, g.height, g.width, x_last)
         of_result = Images(g.outputs, g.rows, g.columns, last)
-        tile = scratch(kind, g.channels * g.s * g.s * plane + wide)
-        if g.top or g.left:
+        tile = scratch(kind, g.channels * g.s * g.s * g.plane + wide)
+        if g.s > 1 or g.top or g.left:
             tile[:] = 0
+        else:
+            clear_ends(kind, tile, g.channels, g.plane, min(g.hq, g.height - y) * g.wq)
         packing = Packing(g.s, g.top, g.left, g.hq, g.wq)
-        pack(kind, source, of_x, image, packing, y, plane, tile)
+        pack(kind, source, of_x, image, packing, y, g.plane, tile)
 
         part = Part(first, end - first, y, min(g.band, g.rows - y), g.columns, 1, 0, 0)
         lines = Lines(0, 1, g.wq, (part.rows - 1) * g.wq + g.columns)
-        weights = Weights(starts, 1, 0, 1, offsets, ordered)
+        weights = Weights(starts, 1, 0, 1, offsets, values)
         block = scratch(kind, part.channels * lines.length + wide)
         convolve(kind, tile, lines, part, weights, biased, bias, block)
         unpack(kind, block, lines, part, of_result, image, target)
@@ -182,16 +183,13 @@ def backward(
     gradient,
     x,
     starts,
-    others,
+    offsets,
     slots,
     input_starts,
-    input_others,
-    input_slots,
+    input_offsets,
     values,
     for_x,
     for_values,
-    shifts,
-    mirrored,
     phases,
     geometry,
     images,
@@ -207,19 +205,11 @@ def backward(
     needs_x, needs_values = for_x != 0, for_values != 0
     for_x, nothing = pointer(kind, for_x), pointer(kind, 0)
     source, gradient = pointer(kind, x), pointer(kind, gradient)
-    starts, others, slots = integers(starts), integers(others), integers(slots)
-    input_starts, input_others = integers(input_starts), integers(input_others)
-    shifts, mirrored, phases = integers(shifts), integers(mirrored), integers(phases)
+    starts, offsets, slots = integers(starts), integers(offsets), integers(slots)
+    input_starts, input_offsets = integers(input_starts), integers(input_offsets)
+    values, phases = pointer(kind, values), integers(phases)
     line, wide, whole = numbers(kind, LINE), numbers(kind, kind), geometry_at(geometry)
-    plane, around = aligned(whole.hq * whole.wq), aligned(whole.hg * whole.wg)
     vectors = -(-whole.band * whole.wq // line)
-    ordered = take(kind, pointer(kind, values), integers(input_slots), active if needs_x else 0)
-    counted = active if needs_values else 0
-    offsets = offsets_by_output(others, counted, whole.places, shifts, whole.s * whole.s * plane, 1)
-    features = whole.channels * whole.places if needs_x else 0
-    input_offsets = offsets_by_input(
-        input_starts, input_others, active, features, whole.places, mirrored, around, 1
-    )
 
     bands = -(-max(whole.rows, (whole.height - 1 + whole.top) // whole.s + 1) // whole.band)
     tasks = images * bands
@@ -234,9 +224,9 @@ def backward(
             image, y = t // bands, t % bands * g.band
             if needs_x:
                 first, end = g.channels * block_of // blocks, g.channels * (block_of + 1) // blocks
-                gradients = cleared(kind, g.outputs * around + wide)
+                gradients = cleared(kind, g.outputs * g.around + wide)
                 packing = Packing(1, g.qy, g.qx, g.hg, g.wg)
-                pack(kind, gradient, of_gradient, image, packing, y, around, gradients)
+                pack(kind, gradient, of_gradient, image, packing, y, g.around, gradients)
                 block = scratch(kind, (end - first) * g.band * g.wg + wide)
                 for phase in range(g.s * g.s):
                     py, px = phase // g.s, phase % g.s
@@ -249,7 +239,7 @@ def backward(
                     part = Part(first, end - first, y0, y1 - y0, x1 - x0, g.s, top, left)
                     lines = Lines(0, 1, g.wg, (part.rows - 1) * g.wg + part.columns)
                     low, high = at(phases, phase), at(phases, phase + 1)
-                    weights = Weights(input_starts, g.places, low, high, input_offsets, ordered)
+                    weights = Weights(input_starts, g.places, low, high, input_offsets, values)
                     shifted = gradients[(y0 - y) * g.wg + x0 :]
                     convolve(kind, shifted, lines, part, weights, False, nothing, block)
                     unpack(kind, block, lines, part, of_x, image, for_x)
@@ -260,9 +250,9 @@ def backward(
                 packing = Packing(1, 0, 0, min(g.band, g.rows - y), g.wq)
                 pack(kind, gradient, of_gradient, image, packing, y, vectors * line, gradients)
                 # Lines may go over the end of the last plane, by a shift and a part of a line.
-                tile = cleared(kind, g.channels * g.s * g.s * plane + g.wq + line)
+                tile = cleared(kind, g.channels * g.s * g.s * g.plane + g.wq + line)
                 packing = Packing(g.s, g.top, g.left, g.hq, g.wq)
-                pack(kind, source, of_x, image, packing, y, plane, tile)
+                pack(kind, source, of_x, image, packing, y, g.plane, tile)
                 part = Part(first, end - first, 0, 1, vectors, 1, 0, 0)
                 into = chunk * active
                 add_gradients(

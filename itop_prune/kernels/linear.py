@@ -168,15 +168,6 @@ def zeros(kind, count):
 
 
 @njit(**FAST)
-def take(kind, values, slots, count):
-    """The values of slots."""
-    taken = empty(kind, count)
-    for k in range(count):
-        put(taken, k, at(values, at(slots, k)))
-    return taken
-
-
-@njit(**FAST)
 def add_chunks(sums, chunks, count):
     """sums[0, k] becomes the sum of sums[chunk, k] over all chunks."""
     for k in range(count):
@@ -185,7 +176,7 @@ def add_chunks(sums, chunks, count):
 
 
 @njit(parallel=PARALLEL, **FAST)
-def vector_forward(kind, x, starts, others, slots, values, bias, result, outputs):
+def vector_forward(kind, x, starts, others, values, bias, result, outputs):
     """Compute the output of a layer for one row: bias + the sum of value * x[input].
 
     Args:
@@ -193,28 +184,26 @@ def vector_forward(kind, x, starts, others, slots, values, bias, result, outputs
         x: inputs.
         starts: `Order.by_output.starts`.
         others: `Order.by_output.others`.
-        slots: `Order.by_output.slots`.
-        values: slots.
+        values: By output.
         bias: outputs; 0 if there is none.
         result: outputs; it is written.
         outputs: Number of features.
     """
     biased = bias != 0
     x, values, bias = pointer(kind, x), pointer(kind, values), pointer(kind, bias)
-    starts, others, slots = integers(starts), integers(others), integers(slots)
-    result = pointer(kind, result)
+    starts, others, result = integers(starts), integers(others), pointer(kind, result)
     zero = total(full(kind, 0, LINE))
     for o in prange(outputs):
         k, end = at(starts, o), at(starts, o + 1)
         a, b, c, d = at(bias, o) if biased else zero, zero, zero, zero
         while k + 4 <= end:  # four sums, which do not wait for each other
-            a += at(values, at(slots, k)) * at(x, at(others, k))
-            b += at(values, at(slots, k + 1)) * at(x, at(others, k + 1))
-            c += at(values, at(slots, k + 2)) * at(x, at(others, k + 2))
-            d += at(values, at(slots, k + 3)) * at(x, at(others, k + 3))
+            a += at(values, k) * at(x, at(others, k))
+            b += at(values, k + 1) * at(x, at(others, k + 1))
+            c += at(values, k + 2) * at(x, at(others, k + 2))
+            d += at(values, k + 3) * at(x, at(others, k + 3))
             k += 4
         while k < end:
-            a += at(values, at(slots, k)) * at(x, at(others, k))
+            a += at(values, k) * at(x, at(others, k))
             k += 1
         put(result, o, (a + b) + (c + d))
 
@@ -225,14 +214,12 @@ def forward(
     x,
     starts,
     others,
-    slots,
     values,
     bias,
     result,
     rows,
     inputs,
     outputs,
-    active,
     blocks,
 ):
     """Compute the output of a layer.
@@ -242,20 +229,17 @@ def forward(
         x: rows * inputs.
         starts: `Order.by_output.starts`.
         others: `Order.by_output.others`.
-        slots: `Order.by_output.slots`.
-        values: slots.
+        values: By output.
         bias: outputs; 0 if there is none.
         result: rows * outputs; it is written.
         rows: Number of rows.
         inputs: Number of features.
         outputs: Number of features.
-        active: Number of active weights.
         blocks: In how many parts of the outputs a tile is computed, for more threads than tiles.
     """
     biased = bias != 0
     source, target, bias = pointer(kind, x), pointer(kind, result), pointer(kind, bias)
-    starts, others = integers(starts), integers(others)
-    ordered = take(kind, pointer(kind, values), integers(slots), active)
+    starts, others, values = integers(starts), integers(others), pointer(kind, values)
 
     tile_rows = numbers(kind, kind)
     tiles = -(-rows // tile_rows)
@@ -270,7 +254,7 @@ def forward(
             tile,
             starts,
             others,
-            ordered,
+            values,
             biased,
             bias,
             first,
@@ -293,7 +277,6 @@ def backward(
     slots,
     input_starts,
     input_others,
-    input_slots,
     values,
     for_x,
     for_values,
@@ -315,8 +298,7 @@ def backward(
         slots: `Order.by_output.slots`.
         input_starts: `Order.by_input.starts`.
         input_others: `Order.by_input.others`.
-        input_slots: `Order.by_input.slots`.
-        values: slots.
+        values: By input.
         for_x: rows * inputs; it is written.
         for_values: slots; written but for free slots.
         for_bias: outputs; it is written.
@@ -331,7 +313,7 @@ def backward(
     source, gradient = pointer(kind, x), pointer(kind, gradient)
     starts, others, slots = integers(starts), integers(others), integers(slots)
     input_starts, input_others = integers(input_starts), integers(input_others)
-    ordered = take(kind, pointer(kind, values), integers(input_slots), active if needs_x else 0)
+    values = pointer(kind, values)
 
     tile_rows = numbers(kind, kind)
     tiles = -(-rows // tile_rows)
@@ -353,7 +335,7 @@ def backward(
                     gradients,
                     input_starts,
                     input_others,
-                    ordered,
+                    values,
                     False,
                     nothing,
                     first,

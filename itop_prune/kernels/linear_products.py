@@ -30,7 +30,7 @@ def forward(x: Tensor, values: Tensor, order: "Order", bias: Tensor | None) -> T
         (rows, outputs).
     """
     rows, outputs = x.shape[0], order.outputs
-    x, values = stored(x), stored(values)
+    x, values = stored(x), order.by_output_of(stored(values))
     bias = None if bias is None else stored(bias)
     result = x.new_empty(rows, outputs)
     pointers = (
@@ -45,9 +45,10 @@ def forward(x: Tensor, values: Tensor, order: "Order", bias: Tensor | None) -> T
         runtime.run(_kernels().vector_forward, threads, kind, *pointers, outputs)
     elif rows:
         threads = threads_for(rows * order.active)
-        kind, blocks = _parts(x, threads)
-        sizes = (rows, order.inputs, outputs, order.active)
-        runtime.run(_kernels().forward, threads, kind, *pointers, *sizes, blocks)
+        kind, blocks = _parts(x, threads, threads)
+        runtime.run(
+            _kernels().forward, threads, kind, *pointers, rows, order.inputs, outputs, blocks
+        )
     return result
 
 
@@ -65,6 +66,7 @@ def backward(
     """
     rows, outputs = gradient.shape
     gradient, x, values = stored(gradient), stored(x), stored(values)
+    by_input = order.by_input_of(values) if needs[0] else values
     for_x = x.new_empty(x.shape if needs[0] else 0)
     for_values = values.new_zeros(values.shape if needs[1] else 0)
     for_bias = x.new_zeros(outputs if needs[2] else 0)
@@ -78,8 +80,9 @@ def backward(
             gradient.data_ptr(),
             x.data_ptr(),
             *order.output_addresses,
+            order.slots_address,
             *order.input_addresses,
-            values.data_ptr(),
+            by_input.data_ptr(),
             for_x.data_ptr(),  # 0 if it is empty
             for_values.data_ptr(),
             for_bias.data_ptr(),
@@ -92,10 +95,14 @@ def backward(
     return for_x, for_values, for_bias
 
 
-def _parts(x: Tensor, threads: int) -> tuple[Any, int]:
-    """Choose the rows of a tile, and in how many parts it is computed."""
+def _parts(x: Tensor, threads: int, sharing: int = 1) -> tuple[Any, int]:
+    """Choose the rows of a tile, and in how many parts it is computed.
+
+    Only an output may take tiles that depend on how many threads share them: the sums of the
+    values' gradient do too.
+    """
     size = x.shape[0] * x.element_size()
-    width = runtime.width_for(size)
+    width = runtime.width_for(size, sharing)
     return kind_of(x.dtype, width), -(-threads // -(-size // width))
 
 

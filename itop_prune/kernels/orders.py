@@ -1,10 +1,15 @@
 """In which order kernels take the weights of a matrix: by output and by input."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from itop_prune.kernels.convolution_offsets import Offsets
 
 _REPAIR = "load the model again, and move weights with ITOP.write_mask alone"
 
@@ -23,15 +28,31 @@ class Direction(NamedTuple):
 class Order:
     """Both directions, each sorted, so that sums do not depend on which weight has which slot.
 
-    Kernels take addresses. They are looked up once, here.
+    Kernels take values in one of the two orders, and addresses, which are looked up once, here.
     """
+
+    offsets: "Offsets | None" = None
+    """Of the convolution that was computed last."""
 
     def __init__(self, by_output: Direction, by_input: Direction) -> None:
         self.by_output, self.by_input = by_output, by_input
         self.inputs, self.outputs = len(by_input.starts) - 1, len(by_output.starts) - 1
         self.active = len(by_output.others)
-        self.output_addresses = tuple(array.ctypes.data for array in by_output)
-        self.input_addresses = tuple(array.ctypes.data for array in by_input)
+        self.in_place = bool((by_output.slots == np.arange(self.active)).all())
+        """Whether slots follow the weights by output, as they do until weights move."""
+        self.output_addresses = by_output.starts.ctypes.data, by_output.others.ctypes.data
+        self.input_addresses = by_input.starts.ctypes.data, by_input.others.ctypes.data
+        self.slots_address = by_output.slots.ctypes.data
+        self._output_slots = torch.from_numpy(by_output.slots)
+        self._input_slots = torch.from_numpy(by_input.slots)
+
+    def by_output_of(self, values: Tensor) -> Tensor:
+        """Put values, (1, slots), in the order of weights by output; more may follow them."""
+        return values if self.in_place else values.view(-1).index_select(0, self._output_slots)
+
+    def by_input_of(self, values: Tensor) -> Tensor:
+        """Put values, (1, slots), in the order of weights by input."""
+        return values.view(-1).index_select(0, self._input_slots)
 
 
 def make_order(

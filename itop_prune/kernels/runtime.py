@@ -92,13 +92,17 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
-def width_for(size: int) -> int:
+def width_for(size: int, threads: int = 1) -> int:
     """Choose the bytes of vectors that go over so many bytes; the last one may go over the end.
+
+    Threads share the vectors, and all wait for the one with the most.
 
     >>> [width_for(4 * rows) for rows in (10, 32, 100, 197)]
     [64, 128, 256, 128]
+    >>> width_for(4 * 197, threads=2)  # two of 256 bytes each, not four and three of 128
+    256
     """
-    return min(WIDTHS, key=lambda width: -(-size // width) * (width + PER_WEIGHT))
+    return min(WIDTHS, key=lambda width: -(-size // (width * threads)) * (width + PER_WEIGHT))
 
 
 def threads_for(work: int) -> int:

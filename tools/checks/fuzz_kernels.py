@@ -27,7 +27,7 @@ from .fuzz_runner import require
 
 NOT_WRITTEN = (torch.empty, torch.empty_like, Tensor.new_empty)
 """Functions whose results hold anything."""
-ALLOCATING = (*NOT_WRITTEN, Tensor.new_zeros, Tensor.contiguous)
+ALLOCATING = (*NOT_WRITTEN, Tensor.new_zeros, Tensor.contiguous, Tensor.index_select)
 """Functions of which the kernels' results and inputs are made."""
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 ALL = (True, True, True)
