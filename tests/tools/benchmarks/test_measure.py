@@ -87,10 +87,11 @@ def test_both_ways_of_an_update_choose_as_many() -> None:
 
 @pytest.mark.slow
 def test_what_masks_sparse_storage_and_an_update_hold() -> None:
-    between, *kept, during = memory.memory(QUICK)
+    between, *kept, convolutions, during = memory.memory(QUICK)
     kept, blocks = kept[:8], kept[8:]
     assert between.ours[0] <= between.target == 1.13
     assert 1.0 < during.ours[0] <= during.target == 3.0
+    assert convolutions.ours[0] <= 1.1 * convolutions.other[0]
     assert len(kept) == 8
     assert len(blocks) == 7
     for line in blocks:
