@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from ..run_folder.folder import RunError, decisive
+from ..run_folder.labels import subject
 from ..run_folder.metrics import Metrics
 
 HEADER = (
@@ -50,6 +51,8 @@ class Runs:
     name: str
     recipe: dict[str, Any]
     """The settings that decide the numbers, without the seed; {} if unknown."""
+    subject: str
+    """Model and images; "" if unknown."""
     top1: list[float]
     """Test accuracy in percent."""
     explored: list[float]
@@ -142,9 +145,11 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
         rates = [line["survival"] for line in lines if "survival" in line]
         if rates:
             survival.append(statistics.mean(rates))
+    recipe, about = recipe_of(finished[0])
     return Runs(
         name=folder.name,
-        recipe=recipe_of(finished[0]),
+        recipe=recipe,
+        subject=about,
         top1=[test["test_top1"] for test in tests],
         explored=[lines[-1]["exploration_rate"] for lines in epochs],
         survival=survival,
@@ -160,13 +165,17 @@ def read(folder: Path, seeds: Sequence[Path] = ()) -> Runs:
     )
 
 
-def recipe_of(run: Path) -> dict[str, Any]:
-    """Read the settings that decided a run's numbers, without the seed; {} if unreadable."""
+def recipe_of(run: Path) -> tuple[dict[str, Any], str]:
+    """Read the settings that decided a run's numbers, without the seed, and name its subject.
+
+    {} and "" if the recipe is unreadable.
+    """
     try:
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-        return {key: value for key, value in decisive(recipe).items() if key != "seed"}
+        settings = {key: value for key, value in decisive(recipe).items() if key != "seed"}
+        return settings, subject(recipe)
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
-        return {}
+        return {}, ""
 
 
 def without(recipe: dict[str, Any], *keys: str) -> str:
@@ -202,7 +211,7 @@ def families(found: Sequence[Runs], vary: Sequence[str]) -> list[list[Runs]]:
     Without settings each experiment is a group.
 
     >>> rates = ("1e-1", "0.05", "1e-3")
-    >>> runs = [Runs(rate, {"lr": float(rate)}, *[[]] * 5, 9, [], []) for rate in rates]
+    >>> runs = [Runs(rate, {"lr": float(rate)}, "", *[[]] * 5, 9, [], []) for rate in rates]
     >>> [[member.name for member in members] for members in families(runs, ["lr"])]
     [['1e-3', '0.05', '1e-1']]
     """

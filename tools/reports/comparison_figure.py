@@ -11,7 +11,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.patheffects import withStroke
 
 from ..run_folder.folder import RunError
-from ..run_folder.labels import subject
 from . import style
 from .comparison import Runs
 
@@ -160,7 +159,7 @@ def draw_courses(axis: Axes, members: Sequence[Runs], place: int) -> None:
 def title_of(groups: Sequence[Sequence[Runs]]) -> str:
     """Name what is compared: model and images if all share them, and what the bars mean."""
     found = [runs for members in groups for runs in members]
-    subjects = {subject(runs.recipe) if runs.recipe else "" for runs in found}
+    subjects = {runs.subject for runs in found}
     start = f"{subjects.pop()}: test" if len(subjects) == 1 and subjects != {""} else "Test"
     has_bars = any(len(runs.top1) > 1 for runs in found)
     return f"{start} accuracy{', mean ± deviation over seeds' if has_bars else ''}"

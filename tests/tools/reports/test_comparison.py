@@ -228,13 +228,15 @@ def test_the_figure_and_its_panels_have_titles(tmp_path, figures):
     for name, data in (("dense", "digits"), ("set", "digits"), ("other", "cifar10")):
         write(tmp_path / name / "seed0", 88.0, data={"name": data})
     write(tmp_path / "set" / "seed1", 89.0, data={"name": "digits"})
-    dense, of_seeds, other = (tmp_path / name for name in ("dense", "set", "other"))
-    for folders in ((dense,), (dense, of_seeds), (dense, other)):
+    write(tmp_path / "own" / "seed0", 88.0, data={"name": "npz", "root": "/my/cats.npz"})
+    dense, of_seeds, other, own = (tmp_path / name for name in ("dense", "set", "other", "own"))
+    for folders in ((dense,), (dense, of_seeds), (dense, other), (own,)):
         assert compare(*folders, "--picture", "x.png") == 0
     assert [figure.get_suptitle() for figure in figures] == [
         "m on digits: test accuracy",
         "m on digits: test accuracy, mean ± deviation over seeds",
         "Test accuracy",
+        "m on cats.npz: test accuracy",
     ]
     titles = [axis.get_title(loc="left") for axis in figures[0].axes]
     assert titles == ["Against exploration", "Against FLOPs", "Against steps"]
