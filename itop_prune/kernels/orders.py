@@ -43,16 +43,18 @@ class Order:
         self.output_addresses = by_output.starts.ctypes.data, by_output.others.ctypes.data
         self.input_addresses = by_input.starts.ctypes.data, by_input.others.ctypes.data
         self.slots_address = by_output.slots.ctypes.data
-        self._output_slots = torch.from_numpy(by_output.slots)
-        self._input_slots = torch.from_numpy(by_input.slots)
 
     def by_output_of(self, values: Tensor) -> Tensor:
         """Put values, (1, slots), in the order of weights by output; more may follow them."""
-        return values if self.in_place else values.view(-1).index_select(0, self._output_slots)
+        return values if self.in_place else _taken(values, self.by_output.slots)
 
     def by_input_of(self, values: Tensor) -> Tensor:
         """Put values, (1, slots), in the order of weights by input."""
-        return values.view(-1).index_select(0, self._input_slots)
+        return _taken(values, self.by_input.slots)
+
+
+def _taken(values: Tensor, slots: NDArray[np.int32]) -> Tensor:
+    return values.view(-1).index_select(0, torch.from_numpy(slots))
 
 
 def make_order(
