@@ -225,7 +225,7 @@ def forward(
         (images, outputs, rows, columns).
     """
     x, x_last = _stored(x)
-    values = order.by_output_of(stored(values))
+    values = order.values_by_output(stored(values))
     bias = None if bias is None else stored(bias)
     result = torch.empty(
         (len(x), plan.shape[0], plan.rows, plan.columns),
@@ -282,7 +282,7 @@ def backward(
     if needs[0] or needs[1]:
         threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
         offsets = _offsets(x, plan, order)
-        by_input = order.by_input_of(values) if needs[0] else values
+        by_input = order.values_by_input(values) if needs[0] else values
         runtime.run(
             _kernels(plan.band > 0).backward,
             threads,

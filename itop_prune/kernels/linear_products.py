@@ -30,7 +30,7 @@ def forward(x: Tensor, values: Tensor, order: "Order", bias: Tensor | None) -> T
         (rows, outputs).
     """
     rows, outputs = x.shape[0], order.outputs
-    x, values = stored(x), order.by_output_of(stored(values))
+    x, values = stored(x), order.values_by_output(stored(values))
     bias = None if bias is None else stored(bias)
     result = x.new_empty(rows, outputs)
     pointers = (
@@ -66,7 +66,7 @@ def backward(
     """
     rows, outputs = gradient.shape
     gradient, x, values = stored(gradient), stored(x), stored(values)
-    by_input = order.by_input_of(values) if needs[0] else values
+    by_input = order.values_by_input(values) if needs[0] else values
     for_x = x.new_empty(x.shape if needs[0] else 0)
     for_values = values.new_zeros(values.shape if needs[1] else 0)
     for_bias = x.new_zeros(outputs if needs[2] else 0)

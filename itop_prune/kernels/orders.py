@@ -44,11 +44,11 @@ class Order:
         self.input_addresses = by_input.starts.ctypes.data, by_input.others.ctypes.data
         self.slots_address = by_output.slots.ctypes.data
 
-    def by_output_of(self, values: Tensor) -> Tensor:
+    def values_by_output(self, values: Tensor) -> Tensor:
         """Put values, (1, slots), in the order of weights by output; more may follow them."""
         return values if self.in_place else _taken(values, self.by_output.slots)
 
-    def by_input_of(self, values: Tensor) -> Tensor:
+    def values_by_input(self, values: Tensor) -> Tensor:
         """Put values, (1, slots), in the order of weights by input."""
         return _taken(values, self.by_input.slots)
 
