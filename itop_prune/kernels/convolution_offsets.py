@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from itop_prune.kernels.convolution_products import Plan
+from itop_prune.kernels.convolution_plan import Plan
 from itop_prune.kernels.orders import Order
 
 
@@ -34,7 +34,7 @@ def offsets_of(order: Order, plan: Plan, pixel: int) -> Offsets:
         plan: Of the convolution.
         pixel: Numbers of a packed pixel, one for each image of a tile.
 
-    >>> from itop_prune.kernels.convolution_products import make_plan
+    >>> from itop_prune.kernels.convolution_plan import make_plan
     >>> from itop_prune.kernels.orders import make_order
     >>> plan = make_plan((2, 1, 1, 2), (1, 3), 1, (0, 0), (1, 1))  # w0 x0 + w1 x1, w0 x1 + w1 x2
     >>> order = make_order(np.array([0, 1, 3]), outputs=2, inputs=2, ranks=plan.ranks)
@@ -42,7 +42,7 @@ def offsets_of(order: Order, plan: Plan, pixel: int) -> Offsets:
     >>> offsets.by_output.tolist(), offsets.by_input.tolist()
     ([0, 16, 16], [16, 0, 64])
     """
-    known = order.offsets
+    known: Offsets | None = order.offsets
     if known is not None and known.plan is plan and known.pixel == pixel:
         return known
 

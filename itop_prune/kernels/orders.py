@@ -1,15 +1,12 @@
 """In which order kernels take the weights of a matrix: by output and by input."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from itop_prune.kernels.convolution_offsets import Offsets
 
 _REPAIR = "load the model again, and move weights with ITOP.write_mask alone"
 
@@ -31,8 +28,8 @@ class Order:
     Kernels take values in one of the two orders, and addresses, which are looked up once, here.
     """
 
-    offsets: "Offsets | None" = None
-    """Of the convolution that was computed last."""
+    offsets: Any = None
+    """The `Offsets` of the convolution that was computed last, if any."""
 
     def __init__(self, by_output: Direction, by_input: Direction) -> None:
         self.by_output, self.by_input = by_output, by_input

@@ -21,7 +21,7 @@ from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 
 from itop_prune.kernels import convolution_products, linear_products
-from itop_prune.kernels.convolution_products import Plan
+from itop_prune.kernels.convolution_plan import Plan, plan_of
 from itop_prune.kernels.runtime import can_compute
 from itop_prune.layers.names import layout_name, positions_name, probe_name, values_name
 from itop_prune.layers.sparse_storage import Layout, dense, gather
@@ -86,7 +86,7 @@ def kernel_for(
     # First: sizes of traced and faked images may be symbols, which a plan would fix.
     if not can_compute(*((x, values) if bias is None else (x, values, bias))):
         return None
-    plan = convolution_products.plan_of(x, layout.shape, *geometry)
+    plan = plan_of(x, layout.shape, *geometry)
     if plan is None or (bias is not None and bias.shape != layout.shape[:1]):
         return None
     order = convolution_products.order_of(values, positions, plan)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from itop_prune.kernels import convolution_products, linear_products, runtime
+from itop_prune.kernels import convolution_plan, convolution_products, linear_products, runtime
 from itop_prune.kernels.orders import Direction, Order, make_order
 from itop_prune.layers.sparse_storage import Layout, dense
 
@@ -80,9 +80,9 @@ def check_convolution(draw: random.Random, generator: torch.Generator, numbers: 
     padding = draw.randint(0, 4), draw.randint(0, 4)
     dilation = draw.choice([1, 1, 1, 2, 3]), draw.choice([1, 1, 1, 2, 3])
     shape = (outputs, channels, *kernel)
-    band = draw.choice([0, 1, 300, convolution_products.BAND])
+    band = draw.choice([0, 1, 300, convolution_plan.BAND])
     geometry: tuple[Any, ...] = (shape, image, stride, padding, dilation)
-    plan = convolution_products.make_plan(*geometry, band)
+    plan = convolution_plan.make_plan(*geometry, band)
     if plan is None:
         return
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from itop_prune.kernels import convolution_products, runtime
-from itop_prune.kernels.convolution_products import LARGEST_TILE, Plan, make_plan, plan_of
+from itop_prune.kernels.convolution_plan import LARGEST_TILE, Plan, make_plan, plan_of
 from itop_prune.kernels.convolution_rows import clear_ends
 from itop_prune.kernels.orders import Order, make_order
 from itop_prune.layers.sparse_storage import Layout, dense, gather

@@ -1,0 +1,182 @@
+"""The geometry of a convolution, planned once for images of one size."""
+
+import functools
+import math
+from array import array
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from itop_prune.kernels.runtime import ALIGNED
+
+LINE = 64
+"""Bytes of a packed pixel: one number for each image of a tile."""
+LARGEST_TILE = 1 << 28
+"""Bytes of a packed tile. Images that need more are taken in bands."""
+BAND = 1 << 18
+"""Bytes that a packed band should have, so that it stays in the second cache level."""
+
+
+class Plan(NamedTuple):
+    """The geometry of a convolution on images of one size, as the kernels take it.
+
+    Padding is part of the packed images. With a stride s they are split into s * s phases, by
+    the remainders of row and column. A place (dy, dx) of the kernel reads one of them, shifted.
+
+    Many images are packed whole, several in a tile (`convolution.py`). Of few images bands of rows
+    are packed, one by one (`convolution_rows.py`).
+    """
+
+    shape: tuple[int, int, int, int]
+    """Of the weight: outputs, channels, height and width of the kernel."""
+    height: int
+    width: int
+    """Of an image."""
+    rows: int
+    columns: int
+    """Of a result."""
+    stride: int
+    top: int
+    left: int
+    """Padding."""
+    band: int
+    """Rows of a result, or of a phase, that are computed of a packed band; 0 for whole images."""
+    packed: tuple[int, int]
+    """Rows and columns of a phase, or of its band."""
+    packed_gradient: tuple[int, int]
+    """Rows and columns of a packed gradient, or of its band."""
+    plane: int
+    """Pixels from one packed phase to the next."""
+    gradient_plane: int
+    """Pixels from one packed output of the gradient to the next."""
+    reach: tuple[int, int]
+    """Rows above and columns before the gradient's own in a packed gradient."""
+    narrowest: int
+    """Columns of the narrowest results: the output, and the phases of the input's gradient."""
+    ranks: tuple[int, ...]
+    """The rank of each place of the kernel: places that read the same phase follow each other."""
+    shifts: tuple[int, ...]
+    """By rank: the pixel of a packed channel that the place reads for the first output pixel."""
+    mirrored: tuple[int, ...]
+    """By rank: likewise of the packed gradient, for the first pixel of the phase."""
+    phases: array
+    """The ranks at which each phase begins, and where the last one ends."""
+    numbers: array
+    """`Geometry`: what of this the kernels read."""
+
+
+@functools.lru_cache(maxsize=4096)
+def make_plan(
+    shape: tuple[int, int, int, int],
+    size: tuple[int, int],
+    stride: int,
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    band_numbers: int = 0,
+) -> Plan | None:
+    """Plan a convolution of one group; None if the kernel is larger than the padded image.
+
+    Args:
+        shape: Of the weight.
+        size: Height and width of an image.
+        stride: In both directions.
+        padding: Rows above and below, columns before and after.
+        dilation: In both directions.
+        band_numbers: How many numbers a packed band should have; 0 for whole images.
+    """
+    kernel = shape[2:]
+    padded = [n + 2 * p for n, p in zip(size, padding, strict=True)]
+    spans = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+    results = [(n - span - 1) // stride + 1 for n, span in zip(padded, spans, strict=True)]
+    if min(results) < 1:
+        return None
+
+    # For each axis: the rows of a phase, how far the kernel reaches in it, and its last row.
+    packed = [-(-n // stride) for n in padded]
+    reach = [span // stride for span in spans]
+    lasts = [(n - 1 + p) // stride for n, p in zip(size, padding, strict=True)]
+    of_gradient = [
+        far + max(n, last + 1) for far, n, last in zip(reach, results, lasts, strict=True)
+    ]
+    band = 0
+    if band_numbers:
+        row = max(shape[1] * stride**2 * packed[1], shape[0] * of_gradient[1])
+        rows = max(results[0], lasts[0] + 1)
+        bands = -(-rows // max(1, band_numbers // row - reach[0]))
+        band = -(-rows // bands)
+        packed[0] = of_gradient[0] = band + reach[0]
+    aligned = ALIGNED if band else 1
+    plane, gradient_plane = (
+        -(-math.prod(sides) // aligned) * aligned for sides in (packed, of_gradient)
+    )
+
+    places = [
+        (y * dilation[0], x * dilation[1]) for y in range(kernel[0]) for x in range(kernel[1])
+    ]
+    phase_of = [y % stride * stride + x % stride for y, x in places]
+    by_rank = sorted(range(len(places)), key=lambda place: (phase_of[place], place))
+    shifts, mirrored = [], []
+    for place in by_rank:
+        y, x = (distance // stride for distance in places[place])
+        shifts.append(phase_of[place] * plane + y * packed[1] + x)
+        mirrored.append((reach[0] - y) * of_gradient[1] + reach[1] - x)
+
+    numbers = (shape[1], *size, shape[0], *results, len(places), stride, *padding)
+    widths = [len(range((phase - padding[1]) % stride, size[1], stride)) for phase in range(stride)]
+    return Plan(
+        shape=shape,
+        height=size[0],
+        width=size[1],
+        rows=results[0],
+        columns=results[1],
+        stride=stride,
+        top=padding[0],
+        left=padding[1],
+        band=band,
+        packed=(packed[0], packed[1]),
+        packed_gradient=(of_gradient[0], of_gradient[1]),
+        plane=plane,
+        gradient_plane=gradient_plane,
+        reach=(reach[0], reach[1]),
+        narrowest=min([results[1], *(width for width in widths if width)]),
+        ranks=tuple(by_rank.index(place) for place in range(len(places))),
+        shifts=tuple(shifts),
+        mirrored=tuple(mirrored),
+        phases=array("i", (sum(n < phase for n in phase_of) for phase in range(stride**2 + 1))),
+        numbers=array("i", (*numbers, *packed, *of_gradient, plane, gradient_plane, *reach, band)),
+    )
+
+
+def plan_of(
+    x: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Plan | None:
+    """Plan a convolution of these images; None if kernels can't compute it.
+
+    A tile holds 16 images in float32. A batch that fills less than half of one is taken in bands.
+    """
+    if len(shape) != 4 or groups != 1 or x.ndim != 4 or x.shape[1] != shape[1]:
+        return None
+    if stride[0] != stride[1] or not len(x) or min(padding) < 0:
+        return None
+
+    size = x.element_size()
+    geometry = (tuple(shape), tuple(x.shape[2:]), stride[0], tuple(padding), tuple(dilation))
+    if 2 * size * len(x) >= LINE:
+        plan = make_plan(*geometry)
+        if plan is None or tile_bytes(plan, size) <= LARGEST_TILE:
+            return plan
+    return make_plan(*geometry, BAND // size)
+
+
+def tile_bytes(plan: Plan, size: int) -> int:
+    """Compute the bytes of what is packed, of images or of the gradient, whichever is larger."""
+    outputs, channels, _, _ = plan.shape
+    images = channels * plan.stride**2 * math.prod(plan.packed)
+    pixel = size if plan.band else LINE
+    return pixel * max(images, outputs * math.prod(plan.packed_gradient))
