@@ -238,7 +238,7 @@ def forward(
         x: images * channels * height * width; it is read.
         starts: `Order.by_output.starts`.
         offsets: `Offsets.by_output`.
-        values: By output.
+        values: As `Order.values_by_output` gives them.
         bias: outputs; 0 if there is none.
         result: images * outputs * rows * columns; it is written.
         geometry: `Plan.numbers`.
@@ -301,7 +301,7 @@ def backward(
     - slots: `Order.by_output.slots`.
     - input_starts: `Order.by_input.starts`, with ranks in place of the kernel's places.
     - input_offsets: `Offsets.by_input`.
-    - values: By input.
+    - values: As `Order.values_by_input` gives them.
     - for_x: as x; it is written.
     - for_values: slots; written but for free slots.
     - phases: `Plan.phases`.

@@ -184,7 +184,7 @@ def vector_forward(kind, x, starts, others, values, bias, result, outputs):
         x: inputs.
         starts: `Order.by_output.starts`.
         others: `Order.by_output.others`.
-        values: By output.
+        values: As `Order.values_by_output` gives them.
         bias: outputs; 0 if there is none.
         result: outputs; it is written.
         outputs: Number of features.
@@ -229,7 +229,7 @@ def forward(
         x: rows * inputs.
         starts: `Order.by_output.starts`.
         others: `Order.by_output.others`.
-        values: By output.
+        values: As `Order.values_by_output` gives them.
         bias: outputs; 0 if there is none.
         result: rows * outputs; it is written.
         rows: Number of rows.
@@ -298,7 +298,7 @@ def backward(
         slots: `Order.by_output.slots`.
         input_starts: `Order.by_input.starts`.
         input_others: `Order.by_input.others`.
-        values: By input.
+        values: As `Order.values_by_input` gives them.
         for_x: rows * inputs; it is written.
         for_values: slots; written but for free slots.
         for_bias: outputs; it is written.
