@@ -333,7 +333,7 @@ def test_a_plan_of_bands_says_how_many_rows_one_has() -> None:
 
 
 def test_numbers_behind_the_planes_of_a_band_are_cleared() -> None:
-    """Vectors go over the ends. A number that is almost 0 there would slow them by a hundred."""
+    """Vectors go over the ends, and denormal numbers there would slow them."""
     tile = np.ones(12, np.float32)
     clear_ends(runtime.kind_of(torch.float32, 64), tile, 2, 5, 3)
     assert tile.tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0]
