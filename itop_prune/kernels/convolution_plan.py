@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from itop_prune.kernels.runtime import ALIGNED
-
 LINE = 64
 """Bytes of a packed pixel: one number for each image of a tile."""
 LARGEST_TILE = 1 << 28
 """Bytes of a packed tile. Images that need more are taken in bands."""
 BAND = 1 << 18
 """Bytes that a packed band should have, so that it stays in the second cache level."""
+ALIGNED = 16
+"""Numbers of which the planes of a packed band are multiples, so vectors share fewer lines."""
 
 
 class Plan(NamedTuple):

@@ -2,7 +2,6 @@
 
 import functools
 from array import array
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,8 +147,10 @@ def _stored(images: Tensor) -> tuple[Tensor, bool]:
 
 
 def _offsets(x: Tensor, plan: Plan, order: "Order") -> "Offsets":
-    pixel = 1 if plan.band else LINE // x.element_size()
-    return _offsets_of()(order, plan, pixel)
+    # Here, since it needs NumPy.
+    from itop_prune.kernels.convolution_offsets import offsets_of
+
+    return offsets_of(order, plan, 1 if plan.band else LINE // x.element_size())
 
 
 def _address(numbers: array) -> int:
@@ -173,14 +174,6 @@ def _blocks(x: Tensor, threads: int, plan: Plan) -> int:
     size = x.element_size()
     tiles = len(x) * -(-plan.rows // plan.band) if plan.band else -(-len(x) * size // LINE)
     return min(-(-threads // tiles), max(1, LARGEST_TILE // tile_bytes(plan, size)))
-
-
-@functools.cache
-def _offsets_of() -> "Callable[[Order, Plan, int], Offsets]":
-    """Import what needs NumPy."""
-    from itop_prune.kernels.convolution_offsets import offsets_of
-
-    return offsets_of
 
 
 @functools.cache

@@ -100,8 +100,8 @@ def pack(kind, source, images, image, packing, begin, plane, tile):
 def clear_ends(kind, tile, planes, plane, used):
     """Write 0 behind the numbers that are used of each plane, and behind the last plane.
 
-    Vectors go over the ends. What lies there enters no result, but products with denormal numbers
-    are slow: a layer of ResNet-50 took ten times as long with what lay there by chance.
+    Vectors go over the ends. What lies there enters no result. But products with denormal numbers
+    are slow: by chance, a layer of ResNet-50 took ten times as long.
     """
     for begin in range(used, planes * plane, plane):
         for i in range(begin, begin + plane - used):

@@ -26,8 +26,6 @@ WIDTHS = (256, 128, 64)
 """Bytes of vectors: 64 to 16 numbers in float32."""
 PER_WEIGHT = 32
 """Reading a weight takes as long as computing with so many bytes."""
-ALIGNED = 16
-"""Numbers of which the planes of a packed band are multiples, so vectors share fewer lines."""
 
 
 def uses_kernels(shape: Sequence[int], active: int) -> bool:

@@ -39,11 +39,7 @@ PANELS: dict[str, tuple[str, str, Callable[[Runs], float | None]]] = {
     ),
     "steps": ("Against steps", "training steps", lambda runs: runs.steps),
     "seconds": ("Against time", "training time, s", seconds_of),
-    COURSE: (
-        "Held-out images, test images at the end",
-        "training time, s",
-        seconds_of,
-    ),
+    COURSE: ("Held-out images, test images at the end", "training time, s", seconds_of),
 }
 """Title and label of each panel, and the position of an experiment on its lower axis."""
 
