@@ -1,4 +1,10 @@
-"""Convolutions that compute with their active weights: tensors in, tensors out."""
+"""Convolutions that compute with their active weights: tensors in, tensors out.
+
+How numbers are packed is each call's own affair. A kernel reads images as they come, contiguous or
+with channels last. It packs them, computes, and unpacks the result into the memory format that
+torch would give it. So what lies between two layers are torch's own tensors. Batch norm, residual
+sums and a user's own modules need not know of kernels. Two copies a layer are the price.
+"""
 
 import functools
 from array import array
