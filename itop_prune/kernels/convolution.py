@@ -1,8 +1,9 @@
 """Products of a 2-d convolution with its active weights: Numba kernels.
 
-Images are taken in tiles of one cache line: 16 in float32. A tile is packed as planes, one for each
-channel, in which a pixel is one line with a number for each image. Padding is part of the plane.
-Then a weight that reads channel c at a shift (dy, dx) is an offset into the tile, the same for all
+Images are taken in tiles of one cache line: 16 in float32. Of a tile bands of rows are packed, one
+after the other, so that what is packed stays in the second cache level. Each channel of a band is a
+plane, in which a pixel is one line with a number for each image. Padding is part of the plane. Then
+a weight that reads channel c at a shift (dy, dx) is an offset into the band, the same for all
 output pixels:
 
     forward             pixel p of output o:  bias[o] + the sum of value * tile[p + offset]
@@ -47,10 +48,18 @@ from itop_prune.kernels.vectors import (
     transpose,
 )
 
-BAND = 1 << 16
+BLOCK = 1 << 16
 """Numbers of results that wait in the second cache level to be unpacked."""
 SPAN = 8
 """Pixels over which the values' gradient is summed in registers."""
+
+
+@njit(**FAST)
+def cleared(kind, count):
+    """A scratch of zeros."""
+    array = scratch(kind, count)
+    array[:] = 0
+    return array
 
 
 @njit(**FAST)
@@ -63,44 +72,62 @@ def turn(kind, source, start, stride, target, first, step, rows, columns):
                 put(target, first + j * step + i, at(source, start + i * stride + j))
         return
     # The last squares overlap those before, where a side is no multiple.
-    for i_begin in range(0, rows, side):
-        i = min(i_begin, rows - side)
-        for j_begin in range(0, columns, side):
-            j = min(j_begin, columns - side)
+    for j_begin in range(0, columns, side):
+        j = min(j_begin, columns - side)
+        for i_begin in range(0, rows, side):
+            i = min(i_begin, rows - side)
             place = start + i * stride + j
             transpose(source, place, stride, target, first + j * step + i, step)
 
 
 @njit(**FAST)
-def pack(kind, source, images, image, n, packing, tile):
-    """Pack n images: tile[channel, phases, row, column, i]; its padding stays as it is."""
+def pack(kind, source, images, image, n, packing, begin, band, tile):
+    """Pack rows of n images: tile[channel, phases, row, column, i].
+
+    The first one is row `begin` of the padded images' phases. What the band before has too is moved
+    there. Padding before and after the columns stays as it is, and other rows of padding are 0.
+    """
     channels, height, width, last = images
-    s, top, left, hq, wq = packing
+    s, top, left, rows, wq = packing
     line = numbers(kind, LINE)
-    plane = hq * wq * line
+    row, plane = wq * line, rows * wq * line
     image_step = size_of(images)
+    known = rows - band if begin else 0
+    for first in range(0, channels * s * s * plane, plane):
+        for place in range(first, first + known * row, line):
+            store(tile, place, load(tile, place + band * row, LINE))
+
+    # Row j from here is row y + j of the images.
+    y = begin * s - top
+    low, high = max(known * s, -y), min(rows * s, height - y)
+    for j in range(known * s, rows * s):
+        if j < low or j >= high:
+            for c in range(channels):
+                for phase in range(s):
+                    first = (c * s * s + j % s * s + phase) * plane + j // s * row
+                    tile[first : first + row] = 0
+
     start = image * image_step
-    for y in range(height):
-        phase_y, row = (y + top) % s, (y + top) // s
-        if last:
+    if last:
+        for j in range(low, high):
             for x in range(width):
-                phase, column = phase_y * s + (x + left) % s, (x + left) // s
-                first = phase * plane + (row * wq + column) * line
-                place = start + (y * width + x) * channels
+                column = (x + left) % s * plane + (x + left) // s * line
+                first = j % s * s * plane + j // s * row + column
+                place = start + ((y + j) * width + x) * channels
                 turn(kind, source, place, image_step, tile, first, s * s * plane, n, channels)
-        elif s == 1:
-            for c in range(channels):
-                first = c * plane + (row * wq + left) * line
-                place = start + (c * height + y) * width
-                turn(kind, source, place, image_step, tile, first, line, n, width)
-        else:
-            for c in range(channels):
-                for x in range(width):
-                    phase, column = phase_y * s + (x + left) % s, (x + left) // s
-                    first = (c * s * s + phase) * plane + (row * wq + column) * line
-                    place = start + (c * height + y) * width + x
-                    for i in range(n):
-                        put(tile, first + i, at(source, place + i * image_step))
+        return
+    pixels = cleared(kind, width * line if s > 1 else 0)
+    for c in range(channels):
+        for j in range(low, high):
+            first = (c * s * s + j % s * s) * plane + j // s * row
+            place = start + (c * height + y + j) * width
+            if s == 1:
+                turn(kind, source, place, image_step, tile, first + left * line, line, n, width)
+                continue
+            turn(kind, source, place, image_step, pixels, 0, line, n, width)
+            for x in range(width):
+                column = (x + left) % s * plane + (x + left) // s * line
+                store(tile, first + column, load(pixels, x * line, LINE))
 
 
 @njit(**FAST)
@@ -203,14 +230,6 @@ def add_gradients(
 
 
 @njit(**FAST)
-def cleared(kind, count):
-    """A scratch of zeros."""
-    array = scratch(kind, count)
-    array[:] = 0
-    return array
-
-
-@njit(**FAST)
 def within(size, padding, phase, s):
     """The first pixel of a phase that is not padding, and the one after the last, along an axis."""
     return (max(0, padding - phase) + s - 1) // s, (size - 1 + padding - phase) // s + 1
@@ -262,14 +281,17 @@ def forward(
         of_result = Images(g.outputs, g.rows, g.columns, last)
         weights = Weights(starts, 1, 0, 1, offsets, values)
         tile = cleared(kind, g.channels * g.s * g.s * g.plane * line)
-        pack(kind, source, of_x, image, n, Packing(g.s, g.top, g.left, g.hq, g.wq), tile)
-        band = max(1, min(g.rows, BAND // (count * g.columns * line)))
-        block = scratch(kind, count * band * g.columns * line)
-        for y in range(0, g.rows, band):
-            part = Part(first, count, y, min(band, g.rows - y), g.columns, 1, 0, 0)
-            lines = Lines(y, part.rows, g.wq * line, g.columns * line)
-            convolve(kind, tile, lines, part, weights, biased, bias, block)
-            unpack(kind, block, part, of_result, image, n, target)
+        packing = Packing(g.s, g.top, g.left, g.hq, g.wq)
+        strip = max(1, min(g.band, BLOCK // (count * g.columns * line)))
+        block = scratch(kind, count * strip * g.columns * line)
+        for begin in range(0, g.rows, g.band):
+            pack(kind, source, of_x, image, n, packing, begin, g.band, tile)
+            until = min(begin + g.band, g.rows)
+            for y in range(begin, until, strip):
+                part = Part(first, count, y, min(strip, until - y), g.columns, 1, 0, 0)
+                lines = Lines(y - begin, part.rows, g.wq * line, g.columns * line)
+                convolve(kind, tile, lines, part, weights, biased, bias, block)
+                unpack(kind, block, part, of_result, image, n, target)
 
 
 @njit(parallel=PARALLEL, **FAST)
@@ -324,24 +346,23 @@ def backward(
         chunk, block_of = task // blocks, task % blocks
         of_x = Images(g.channels, g.height, g.width, x_last)
         of_gradient = Images(g.outputs, g.rows, g.columns, last)
-        around = g.around * line
+        around, last_row = g.around * line, (g.height - 1 + g.top) // g.s
         gradients = cleared(kind, g.outputs * around)
         tile = cleared(kind, g.channels * g.s * g.s * g.plane * line if needs_values else 0)
         first, end = g.channels * block_of // blocks, g.channels * (block_of + 1) // blocks
-        count = end - first
-        widest = (g.width - 1 + g.left) // g.s + 1
-        band = max(1, min(g.height, BAND // (count * widest * line)))
-        block = scratch(kind, count * band * widest * line if needs_x else 0)
+        count, widest = end - first, (g.width - 1 + g.left) // g.s + 1
+        strip = max(1, min(g.band, BLOCK // (count * widest * line)))
+        block = scratch(kind, count * strip * widest * line if needs_x else 0)
         for t in range(tiles * chunk // chunks, tiles * (chunk + 1) // chunks):
             image = t * line
             n = min(line, images - image)
             if n < line:
                 gradients[:] = 0
                 tile[:] = 0
-            packing = Packing(1, g.qy, g.qx, g.hg, g.wg)
-            pack(kind, gradient, of_gradient, image, n, packing, gradients)
-            if needs_x:
-                for phase in range(g.s * g.s):
+            for begin in range(0, max(g.rows, last_row + 1), g.band):
+                packing = Packing(1, g.qy, g.qx, g.hg, g.wg)
+                pack(kind, gradient, of_gradient, image, n, packing, begin, g.band, gradients)
+                for phase in range(g.s * g.s if needs_x else 0):
                     py, px = phase // g.s, phase % g.s
                     y0, y1 = within(g.height, g.top, py, g.s)
                     x0, x1 = within(g.width, g.left, px, g.s)
@@ -349,31 +370,33 @@ def backward(
                     weights = Weights(input_starts, g.places, low, high, input_offsets, values)
                     shifted = gradients[x0 * line :]
                     top, left = py - g.top, x0 * g.s + px - g.left
-                    for y in range(y0, y1, band):
-                        part = Part(first, count, y, min(band, y1 - y), x1 - x0, g.s, top, left)
-                        lines = Lines(y, part.rows, g.wg * line, part.columns * line)
+                    until = min(begin + g.band, y1)
+                    for y in range(max(begin, y0), until, strip):
+                        rows = min(strip, until - y)
+                        part = Part(first, count, y, rows, x1 - x0, g.s, top, left)
+                        lines = Lines(y - begin, rows, g.wg * line, part.columns * line)
                         convolve(kind, shifted, lines, part, weights, False, nothing, block)
                         unpack(kind, block, part, of_x, image, n, for_x)
-            if needs_values:
-                packing = Packing(g.s, g.top, g.left, g.hq, g.wq)
-                pack(kind, source, of_x, image, n, packing, tile)
-                begin, until = g.outputs * block_of // blocks, g.outputs * (block_of + 1) // blocks
-                part = Part(begin, until - begin, 0, g.rows, g.columns, 1, g.qy, g.qx)
-                tile_step, step_of = g.wq * line, g.wg * line
-                into = chunk * active
-                add_gradients(
-                    kind,
-                    tile,
-                    tile_step,
-                    gradients,
-                    around,
-                    step_of,
-                    part,
-                    starts,
-                    offsets,
-                    sums,
-                    into,
-                )
+                if needs_values and begin < g.rows:
+                    packing = Packing(g.s, g.top, g.left, g.hq, g.wq)
+                    pack(kind, source, of_x, image, n, packing, begin, g.band, tile)
+                    low, high = g.outputs * block_of // blocks, g.outputs * (block_of + 1) // blocks
+                    rows = min(g.band, g.rows - begin)
+                    part = Part(low, high - low, 0, rows, g.columns, 1, g.qy, g.qx)
+                    step, step_of_gradient, into = g.wq * line, g.wg * line, chunk * active
+                    add_gradients(
+                        kind,
+                        tile,
+                        step,
+                        gradients,
+                        around,
+                        step_of_gradient,
+                        part,
+                        starts,
+                        offsets,
+                        sums,
+                        into,
+                    )
 
     if needs_values:
         add_chunks(sums, chunks, active)

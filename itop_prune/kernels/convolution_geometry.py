@@ -30,10 +30,10 @@ class Geometry(NamedTuple):
     """Rows and columns of padding."""
     hq: int
     wq: int
-    """Rows and columns of a phase, or of its packed band."""
+    """Rows and columns of a phase's packed band."""
     hg: int
     wg: int
-    """Rows and columns of a packed gradient, or of its packed band."""
+    """Rows and columns of a gradient's packed band."""
     plane: int
     """Pixels from one packed phase to the next."""
     around: int
@@ -42,7 +42,7 @@ class Geometry(NamedTuple):
     qx: int
     """Rows above and columns before the gradient's own."""
     band: int
-    """Rows of a result, or of a phase, that a packed band gives; 0 for whole images."""
+    """Rows of a result, or of a phase, that a packed band gives."""
 
 
 class Images(NamedTuple):
@@ -63,7 +63,7 @@ class Packing(NamedTuple):
     left: int
     rows: int
     columns: int
-    """Of a phase, or of what is packed of it."""
+    """Of what is packed of a phase."""
 
 
 class Part(NamedTuple):

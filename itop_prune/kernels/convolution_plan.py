@@ -11,11 +11,11 @@ from torch import Tensor
 LINE = 64
 """Bytes of a packed pixel: one number for each image of a tile."""
 LARGEST_TILE = 1 << 28
-"""Bytes of a packed tile. Images that need more are taken in bands."""
-BAND = 1 << 18
-"""Bytes that a packed band should have, so that it stays in the second cache level."""
+"""Bytes of a packed band of a tile. Images that need more are taken one by one."""
+TILE_BAND, BAND = 1 << 20, 1 << 18
+"""Bytes that a packed band should have, of a tile and of an image, to stay in the second cache."""
 ALIGNED = 16
-"""Numbers of which the planes of a packed band are multiples, so vectors share fewer lines."""
+"""Numbers of which the planes of an image's band are multiples, so vectors share fewer lines."""
 
 
 class Plan(NamedTuple):
@@ -24,10 +24,12 @@ class Plan(NamedTuple):
     Padding is part of the packed images. With a stride s they are split into s * s phases, by
     the remainders of row and column. A place (dy, dx) of the kernel reads one of them, shifted.
 
-    Many images are packed whole, several in a tile (`convolution.py`). Of few images bands of rows
-    are packed, one by one (`convolution_rows.py`).
+    Bands of rows are packed, one after the other. With many images a band is of a whole tile of
+    them (`convolution.py`), with few images it is of one (`convolution_rows.py`).
     """
 
+    tiled: bool
+    """Whether a packed pixel has a number for each image of a tile; else it is one number."""
     shape: tuple[int, int, int, int]
     """Of the weight: outputs, channels, height and width of the kernel."""
     height: int
@@ -41,11 +43,11 @@ class Plan(NamedTuple):
     left: int
     """Padding."""
     band: int
-    """Rows of a result, or of a phase, that are computed of a packed band; 0 for whole images."""
+    """Rows of a result, or of a phase, that are computed of a packed band."""
     packed: tuple[int, int]
-    """Rows and columns of a phase, or of its band."""
+    """Rows and columns of a phase's band."""
     packed_gradient: tuple[int, int]
-    """Rows and columns of a packed gradient, or of its band."""
+    """Rows and columns of a packed gradient's band."""
     plane: int
     """Pixels from one packed phase to the next."""
     gradient_plane: int
@@ -73,7 +75,8 @@ def make_plan(
     stride: int,
     padding: tuple[int, int],
     dilation: tuple[int, int],
-    band_numbers: int = 0,
+    tiled: bool = True,
+    pixels: int = TILE_BAND // LINE,
 ) -> Plan | None:
     """Plan a convolution of one group; None if the kernel is larger than the padded image.
 
@@ -83,7 +86,8 @@ def make_plan(
         stride: In both directions.
         padding: Rows above and below, columns before and after.
         dilation: In both directions.
-        band_numbers: How many numbers a packed band should have; 0 for whole images.
+        tiled: Whether images are packed in tiles, else one by one.
+        pixels: How many pixels a packed band should have.
     """
     kernel = shape[2:]
     padded = [n + 2 * p for n, p in zip(size, padding, strict=True)]
@@ -99,14 +103,12 @@ def make_plan(
     of_gradient = [
         far + max(n, last + 1) for far, n, last in zip(reach, results, lasts, strict=True)
     ]
-    band = 0
-    if band_numbers:
-        row = max(shape[1] * stride**2 * packed[1], shape[0] * of_gradient[1])
-        rows = max(results[0], lasts[0] + 1)
-        bands = -(-rows // max(1, band_numbers // row - reach[0]))
-        band = -(-rows // bands)
-        packed[0] = of_gradient[0] = band + reach[0]
-    aligned = ALIGNED if band else 1
+    row = max(shape[1] * stride**2 * packed[1], shape[0] * of_gradient[1])
+    rows = max(results[0], lasts[0] + 1)
+    bands = -(-rows // max(1, pixels // row - reach[0]))
+    band = -(-rows // bands)
+    packed[0] = of_gradient[0] = band + reach[0]
+    aligned = 1 if tiled else ALIGNED
     plane, gradient_plane = (
         -(-math.prod(sides) // aligned) * aligned for sides in (packed, of_gradient)
     )
@@ -125,6 +127,7 @@ def make_plan(
     numbers = (shape[1], *size, shape[0], *results, len(places), stride, *padding)
     widths = [len(range((phase - padding[1]) % stride, size[1], stride)) for phase in range(stride)]
     return Plan(
+        tiled=tiled,
         shape=shape,
         height=size[0],
         width=size[1],
@@ -158,7 +161,8 @@ def plan_of(
 ) -> Plan | None:
     """Plan a convolution of these images; None if kernels can't compute it.
 
-    A tile holds 16 images in float32. A batch that fills less than half of one is taken in bands.
+    A tile holds 16 images in float32. Those of a batch that fills less than half of one are taken
+    one by one.
     """
     if len(shape) != 4 or groups != 1 or x.ndim != 4 or x.shape[1] != shape[1]:
         return None
@@ -171,12 +175,16 @@ def plan_of(
         plan = make_plan(*geometry)
         if plan is None or tile_bytes(plan, size) <= LARGEST_TILE:
             return plan
-    return make_plan(*geometry, BAND // size)
+    return make_plan(*geometry, tiled=False, pixels=BAND // size)
 
 
 def tile_bytes(plan: Plan, size: int) -> int:
     """Compute the bytes of what is packed, of images or of the gradient, whichever is larger."""
     outputs, channels, _, _ = plan.shape
     images = channels * plan.stride**2 * math.prod(plan.packed)
-    pixel = size if plan.band else LINE
-    return pixel * max(images, outputs * math.prod(plan.packed_gradient))
+    return pixel_bytes(plan, size) * max(images, outputs * math.prod(plan.packed_gradient))
+
+
+def pixel_bytes(plan: Plan, size: int) -> int:
+    """Compute the bytes of a packed pixel, of numbers of so many bytes."""
+    return LINE if plan.tiled else size

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from itop_prune.kernels import runtime
-from itop_prune.kernels.convolution_plan import LARGEST_TILE, LINE, Plan, tile_bytes
+from itop_prune.kernels.convolution_plan import (
+    LARGEST_TILE,
+    LINE,
+    Plan,
+    pixel_bytes,
+    tile_bytes,
+)
 from itop_prune.kernels.known_orders import known_order
 from itop_prune.kernels.runtime import kind_of, stored, threads_for
 
@@ -70,7 +76,7 @@ def forward(
     threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
     offsets = _offsets(x, plan, order)
     runtime.run(
-        _kernels(plan.band > 0).forward,
+        _kernels(plan.tiled).forward,
         threads,
         _kind(x, plan),
         x.data_ptr(),
@@ -118,7 +124,7 @@ def backward(
         offsets = _offsets(x, plan, order)
         by_input = order.values_by_input(values) if needs[0] else values
         runtime.run(
-            _kernels(plan.band > 0).backward,
+            _kernels(plan.tiled).backward,
             threads,
             _kind(x, plan),
             gradient.data_ptr(),
@@ -156,7 +162,7 @@ def _offsets(x: Tensor, plan: Plan, order: "Order") -> "Offsets":
     # Here, since it needs NumPy.
     from itop_prune.kernels.convolution_offsets import offsets_of
 
-    return offsets_of(order, plan, 1 if plan.band else LINE // x.element_size())
+    return offsets_of(order, plan, pixel_bytes(plan, x.element_size()) // x.element_size())
 
 
 def _address(numbers: array) -> int:
@@ -165,11 +171,11 @@ def _address(numbers: array) -> int:
 
 def _kind(x: Tensor, plan: Plan) -> Any:
     """Choose the size of vectors: one, two or four pixels of a tile, or up to a whole band."""
-    if plan.band:
-        length = ((plan.band - 1) * plan.packed[1] + plan.columns) * x.element_size()
-        return kind_of(x.dtype, runtime.width_for(length))
-    pixels = next(pixels for pixels in (4, 2, 1) if pixels <= plan.narrowest)
-    return kind_of(x.dtype, pixels * LINE)
+    if plan.tiled:
+        pixels = next(pixels for pixels in (4, 2, 1) if pixels <= plan.narrowest)
+        return kind_of(x.dtype, pixels * LINE)
+    length = ((plan.band - 1) * plan.packed[1] + plan.columns) * x.element_size()
+    return kind_of(x.dtype, runtime.width_for(length))
 
 
 def _blocks(x: Tensor, threads: int, plan: Plan) -> int:
@@ -178,13 +184,13 @@ def _blocks(x: Tensor, threads: int, plan: Plan) -> int:
     Each part packs the whole tile, so together they take no more than the largest tile may.
     """
     size = x.element_size()
-    tiles = len(x) * -(-plan.rows // plan.band) if plan.band else -(-len(x) * size // LINE)
+    tiles = -(-len(x) * size // LINE) if plan.tiled else len(x) * -(-plan.rows // plan.band)
     return min(-(-threads // tiles), max(1, LARGEST_TILE // tile_bytes(plan, size)))
 
 
 @functools.cache
-def _kernels(of_bands: bool) -> Any:
+def _kernels(tiled: bool) -> Any:
     """Import the kernels; they are compiled at their first call, once in an environment."""
     from itop_prune.kernels import convolution, convolution_rows
 
-    return convolution_rows if of_bands else convolution
+    return convolution if tiled else convolution_rows

@@ -54,10 +54,10 @@ def read_tile(kind, source, row, rows, features, tile):
                 put(tile, f * tile_rows + i, at(source, (row + i) * features + f))
     else:
         # The last squares overlap those before, where a side is no multiple.
-        for begin in range(0, n, side):
-            i = min(begin, n - side)
-            for first in range(0, features, side):
-                f = min(first, features - side)
+        for first in range(0, features, side):
+            f = min(first, features - side)
+            for begin in range(0, n, side):
+                i = min(begin, n - side)
                 start = (row + i) * features + f
                 transpose(source, start, features, tile, f * tile_rows + i, tile_rows)
 

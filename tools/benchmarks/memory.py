@@ -137,7 +137,7 @@ def blocks(settings: Settings) -> Iterator[Measured]:
 def convolutions(settings: Settings) -> Measured:
     """Measure the most bytes that a step of ResNet-34 holds on a CPU, beside the dense step.
 
-    What kernels need is not among them. That is 24 bytes an active weight for its order, and 10 MB
+    What kernels need is not among them. That is 24 bytes an active weight for its order, and 3 MB
     a thread for what they pack.
     """
     ours, dense = (bytes_of_a_convolution_step(sparsity, settings) for sparsity in (0.95, None))

@@ -21,6 +21,9 @@ from itop_prune.kernels.orders import Order, make_order
 from itop_prune.layers.sparse_storage import Layout, dense, gather
 
 ALL = (True, True, True)
+TILE, IMAGE = (True, 1 << 16), (False, 1 << 16)
+BANDS = [(tiled, pixels) for tiled in (True, False) for pixels in (1, 300, 1 << 16)]
+"""In tiles or one by one: bands of one row, of a few and of all."""
 
 
 @dataclass
@@ -36,13 +39,13 @@ class Convolution:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     channels_last: bool = False
-    band: int = 0
-    """Numbers of a packed band; 0 for whole images."""
+    band: tuple[bool, int] = TILE
+    """Whether images are packed in tiles, and the pixels of a band."""
 
     @property
     def plan(self) -> Plan | None:
         size = (self.x.shape[2], self.x.shape[3])
-        return make_plan(self.shape, size, self.stride, self.padding, self.dilation, self.band)
+        return make_plan(self.shape, size, self.stride, self.padding, self.dilation, *self.band)
 
     @property
     def order(self) -> Order:
@@ -86,7 +89,7 @@ def convolution_of(
     *,
     density: float = 0.3,
     last: bool = False,
-    band: int = 0,
+    band: tuple[bool, int] = TILE,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> Convolution:
@@ -155,13 +158,12 @@ def test_output_and_gradients_are_those_of_the_dense_weight(geometry: str, last:
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_images_in_bands_compute_the_same(geometry: str, last: bool) -> None:
-    """Bands of one row, of a few and of all."""
-    for band in (1, 300, 1 << 16):
+    for band in BANDS:
         assert_as_dense(convolution_of(3, **GEOMETRIES[geometry], last=last, band=band))
 
 
-@pytest.mark.parametrize("band", [1, 1 << 16])
-def test_bands_wider_than_a_vector_compute_the_same(band: int) -> None:
+@pytest.mark.parametrize("band", [(False, 1), IMAGE], ids=["one row", "all rows"])
+def test_bands_wider_than_a_vector_compute_the_same(band: tuple[bool, int]) -> None:
     geometry = {"shape": (6, 5, 3, 3), "size": (4, 75), "padding": (1, 1)}
     for stride in (1, 2):
         assert_as_dense(convolution_of(2, **geometry, stride=stride, band=band))
@@ -170,7 +172,8 @@ def test_bands_wider_than_a_vector_compute_the_same(band: int) -> None:
 @pytest.mark.parametrize("geometry", ["3x3", "3x3 of stride 2"])
 def test_a_last_tile_that_is_not_full_computes_the_same(geometry: str) -> None:
     """Of ten tiles the last one comes after a full one, in the memory of that."""
-    assert_as_dense(convolution_of(75, **GEOMETRIES[geometry]))
+    for pixels in (1, 1 << 16):
+        assert_as_dense(convolution_of(75, **GEOMETRIES[geometry], band=(True, pixels)))
 
 
 @pytest.mark.slow
@@ -178,8 +181,7 @@ def test_a_last_tile_that_is_not_full_computes_the_same(geometry: str) -> None:
 def test_float32_computes_the_same(geometry: str) -> None:
     for last in (False, True):
         one = convolution_of(19, **GEOMETRIES[geometry], last=last, dtype=torch.float32)
-        assert_as_dense(one, 1e-4)
-        for band in (1, 300, 1 << 16):
+        for band in BANDS:
             one.band = band
             assert_as_dense(one, 1e-4)
 
@@ -198,9 +200,9 @@ AXIS = st.tuples(st.integers(1, 14), st.integers(1, 4), st.integers(0, 4), st.in
     st.integers(1, 4),
     st.sampled_from([0.0, 0.1, 1.0]),
     st.booleans(),
-    st.sampled_from([0, 1, 300, 1 << 16]),
+    st.sampled_from(BANDS),
 )
-@example(1, 1, 1, (1, 4, 1, 1), (1, 1, 0, 1), 1, 1.0, False, 0)  # a kernel larger than the image
+@example(1, 1, 1, (1, 4, 1, 1), (1, 1, 0, 1), 1, 1.0, False, TILE)  # a kernel larger than the image
 def test_any_geometry_computes_as_with_the_dense_weight(
     images: int,
     outputs: int,
@@ -210,7 +212,7 @@ def test_any_geometry_computes_as_with_the_dense_weight(
     stride: int,
     density: float,
     last: bool,
-    band: int,
+    band: tuple[bool, int],
 ) -> None:
     size, kernel, padding, dilation = zip(rows, columns, strict=True)
     shape = (outputs, channels, *kernel)
@@ -223,12 +225,12 @@ def test_any_geometry_computes_as_with_the_dense_weight(
         assert_as_dense(one)
 
 
-@pytest.mark.parametrize("band", [0, 300])
+@pytest.mark.parametrize("band", [TILE, (False, 300)], ids=["tiles", "images"])
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True)]
 )
 def test_only_the_gradients_that_are_needed_are_computed(
-    needs: tuple[bool, bool, bool], band: int
+    needs: tuple[bool, bool, bool], band: tuple[bool, int]
 ) -> None:
     one = convolution_of(9, (6, 5, 3, 3), (8, 8), 2, (1, 1), band=band)
     gradient = torch.randn_like(one.output())
@@ -248,11 +250,11 @@ def threads_of_torch() -> Iterator[None]:
 @pytest.mark.usefixtures("threads_of_torch")
 @pytest.mark.parametrize(
     ("images", "band"),
-    [(8, 0), (40, 0), (5, 1 << 16), (5, 1)],
-    ids=["one tile", "many tiles", "few bands", "many bands"],
+    [(8, TILE), (40, TILE), (40, (True, 1)), (5, IMAGE), (5, (False, 1))],
+    ids=["one tile", "many tiles", "bands of tiles", "few bands", "many bands"],
 )
 def test_results_are_the_same_to_the_last_bit_for_any_number_of_threads(
-    images: int, band: int, monkeypatch: pytest.MonkeyPatch
+    images: int, band: tuple[bool, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = convolution_of(images, (40, 40, 3, 3), (20, 20), 1, (1, 1), band=band)
     gradient = torch.randn_like(one.output())
@@ -294,8 +296,8 @@ def test_images_that_lie_elsewhere_in_memory_compute_the_same() -> None:
     assert torch.equal(one.output(), expected)
 
 
-@pytest.mark.parametrize("band", [0, 60])
-def test_one_order_computes_images_of_any_size_and_type_in_turn(band: int) -> None:
+@pytest.mark.parametrize("band", [TILE, (True, 60), (False, 60)])
+def test_one_order_computes_images_of_any_size_and_type_in_turn(band: tuple[bool, int]) -> None:
     sizes: list[tuple[int, int]] = [(9, 7), (6, 8)]
     shape = GEOMETRIES["3x3"]["shape"]
     one, other = (convolution_of(9, shape, size, 1, (1, 1), band=band) for size in sizes)
@@ -324,10 +326,10 @@ def test_a_plan_says_what_each_place_of_the_kernel_reads() -> None:
 
 def test_a_plan_of_bands_says_how_many_rows_one_has() -> None:
     """A packed row has 2 channels of 7 numbers, its gradient 3 outputs of 8; two rows go around."""
-    plan = make_plan((3, 2, 3, 3), (9, 5), 1, (1, 1), (1, 1), 6 * 24)
+    plan = make_plan((3, 2, 3, 3), (9, 5), 1, (1, 1), (1, 1), pixels=6 * 24)
     assert plan is not None
     assert (plan.band, plan.packed, plan.packed_gradient) == (4, (6, 7), (6, 8))
-    one = make_plan((3, 2, 3, 3), (9, 5), 1, (1, 1), (1, 1), 1)
+    one = make_plan((3, 2, 3, 3), (9, 5), 1, (1, 1), (1, 1), pixels=1)
     assert one is not None
     assert one.band == 1
 
@@ -346,15 +348,16 @@ def planned(
     return plan_of(images, (6, 4, 3, 3), stride, (0, 0), (1, 1), groups)
 
 
-def test_few_images_and_large_ones_are_taken_in_bands() -> None:
-    for x, whole in {
+def test_few_images_and_wide_ones_are_packed_one_by_one() -> None:
+    for x, tiled in {
         (8, 4, 8, 8): True,  # half of a tile
         (7, 4, 8, 8): False,
-        (16, 4, 4096, 4096): False,
+        (16, 4, 4096, 1024): True,
+        (16, 4, 8, 1 << 20): False,
     }.items():
         plan = planned(x)
         assert plan is not None
-        assert (plan.band == 0) == whole
+        assert plan.tiled == tiled
 
 
 REFUSED = {
