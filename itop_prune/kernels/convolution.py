@@ -1,7 +1,7 @@
 """Products of a 2-d convolution with its active weights: Numba kernels.
 
 Images are taken in tiles of one cache line: 16 in float32. Of a tile bands of rows are packed, one
-after the other, so that what is packed stays in the second cache level. Each channel of a band is a
+after the other, which mostly stay in the second cache level. Each channel of a band is a
 plane, in which a pixel is one line with a number for each image. Padding is part of the plane. Then
 a weight that reads channel c at a shift (dy, dx) is an offset into the band, the same for all
 output pixels:
@@ -30,10 +30,17 @@ from itop_prune.kernels.convolution_geometry import (
     geometry_at,
     size_of,
 )
-from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, zeros
+from itop_prune.kernels.linear import (
+    CHUNKS,
+    FAST,
+    PARALLEL,
+    add_chunks,
+    scratch,
+    turn,
+    zeros,
+)
 from itop_prune.kernels.vectors import (
     LINE,
-    SQUARE,
     add_product,
     add_totals,
     at,
@@ -45,7 +52,6 @@ from itop_prune.kernels.vectors import (
     put,
     store,
     total,
-    transpose,
 )
 
 BLOCK = 1 << 16
@@ -63,29 +69,12 @@ def cleared(kind, count):
 
 
 @njit(**FAST)
-def turn(kind, source, start, stride, target, first, step, rows, columns):
-    """target[first + j * step + i] = source[start + i * stride + j], for i < rows, j < columns."""
-    side = numbers(kind, SQUARE)
-    if rows < side or columns < side:
-        for i in range(rows):
-            for j in range(columns):
-                put(target, first + j * step + i, at(source, start + i * stride + j))
-        return
-    # The last squares overlap those before, where a side is no multiple.
-    for j_begin in range(0, columns, side):
-        j = min(j_begin, columns - side)
-        for i_begin in range(0, rows, side):
-            i = min(i_begin, rows - side)
-            place = start + i * stride + j
-            transpose(source, place, stride, target, first + j * step + i, step)
-
-
-@njit(**FAST)
 def pack(kind, source, images, image, n, packing, begin, band, tile):
     """Pack rows of n images: tile[channel, phases, row, column, i].
 
-    The first one is row `begin` of the padded images' phases. What the band before has too is moved
-    there. Padding before and after the columns stays as it is, and other rows of padding are 0.
+    The first one is row `begin` of the padded images' phases. After the first band, the tile holds
+    the band before, and rows that both have are moved. Rows of padding become 0, and columns of
+    padding stay as they are.
     """
     channels, height, width, last = images
     s, top, left, rows, wq = packing
@@ -380,9 +369,10 @@ def backward(
                 if needs_values and begin < g.rows:
                     packing = Packing(g.s, g.top, g.left, g.hq, g.wq)
                     pack(kind, source, of_x, image, n, packing, begin, g.band, tile)
-                    low, high = g.outputs * block_of // blocks, g.outputs * (block_of + 1) // blocks
+                    output = g.outputs * block_of // blocks
+                    outputs = g.outputs * (block_of + 1) // blocks - output
                     rows = min(g.band, g.rows - begin)
-                    part = Part(low, high - low, 0, rows, g.columns, 1, g.qy, g.qx)
+                    part = Part(output, outputs, 0, rows, g.columns, 1, g.qy, g.qx)
                     step, step_of_gradient, into = g.wq * line, g.wg * line, chunk * active
                     add_gradients(
                         kind,

@@ -12,7 +12,7 @@ LINE = 64
 """Bytes of a packed pixel: one number for each image of a tile."""
 LARGEST_TILE = 1 << 28
 """Bytes of a packed band of a tile. Images that need more are taken one by one."""
-TILE_BAND, BAND = 1 << 20, 1 << 18
+TILE_BAND, IMAGE_BAND = 1 << 20, 1 << 18
 """Bytes that a packed band should have, of a tile and of an image, to stay in the second cache."""
 ALIGNED = 16
 """Numbers of which the planes of an image's band are multiples, so vectors share fewer lines."""
@@ -59,9 +59,9 @@ class Plan(NamedTuple):
     ranks: tuple[int, ...]
     """The rank of each place of the kernel: places that read the same phase follow each other."""
     shifts: tuple[int, ...]
-    """By rank: the pixel of a packed channel that the place reads for the first output pixel."""
+    """By rank: the pixel of a packed channel that is read for the first output pixel of a band."""
     mirrored: tuple[int, ...]
-    """By rank: likewise of the packed gradient, for the first pixel of the phase."""
+    """By rank: likewise of the packed gradient, for the first pixel of the band of a phase."""
     phases: array
     """The ranks at which each phase begins, and where the last one ends."""
     numbers: array
@@ -96,21 +96,18 @@ def make_plan(
     if min(results) < 1:
         return None
 
-    # For each axis: the rows of a phase, how far the kernel reaches in it, and its last row.
-    packed = [-(-n // stride) for n in padded]
+    # For each axis: how far the kernel reaches in a phase, and the last row of an image's phases.
     reach = [span // stride for span in spans]
     lasts = [(n - 1 + p) // stride for n, p in zip(size, padding, strict=True)]
-    of_gradient = [
-        far + max(n, last + 1) for far, n, last in zip(reach, results, lasts, strict=True)
-    ]
-    row = max(shape[1] * stride**2 * packed[1], shape[0] * of_gradient[1])
-    rows = max(results[0], lasts[0] + 1)
+    rows, columns = (max(n, last + 1) for n, last in zip(results, lasts, strict=True))
+    widths = -(-padded[1] // stride), columns + reach[1]  # of what is packed
+    row = max(shape[1] * stride**2 * widths[0], shape[0] * widths[1])
     bands = -(-rows // max(1, pixels // row - reach[0]))
     band = -(-rows // bands)
-    packed[0] = of_gradient[0] = band + reach[0]
+    packed, packed_gradient = ((band + reach[0], width) for width in widths)
     aligned = 1 if tiled else ALIGNED
     plane, gradient_plane = (
-        -(-math.prod(sides) // aligned) * aligned for sides in (packed, of_gradient)
+        -(-math.prod(sides) // aligned) * aligned for sides in (packed, packed_gradient)
     )
 
     places = [
@@ -122,10 +119,10 @@ def make_plan(
     for place in by_rank:
         y, x = (distance // stride for distance in places[place])
         shifts.append(phase_of[place] * plane + y * packed[1] + x)
-        mirrored.append((reach[0] - y) * of_gradient[1] + reach[1] - x)
+        mirrored.append((reach[0] - y) * widths[1] + reach[1] - x)
 
     numbers = (shape[1], *size, shape[0], *results, len(places), stride, *padding)
-    widths = [len(range((phase - padding[1]) % stride, size[1], stride)) for phase in range(stride)]
+    of_phases = [len(range((n - padding[1]) % stride, size[1], stride)) for n in range(stride)]
     return Plan(
         tiled=tiled,
         shape=shape,
@@ -137,17 +134,19 @@ def make_plan(
         top=padding[0],
         left=padding[1],
         band=band,
-        packed=(packed[0], packed[1]),
-        packed_gradient=(of_gradient[0], of_gradient[1]),
+        packed=packed,
+        packed_gradient=packed_gradient,
         plane=plane,
         gradient_plane=gradient_plane,
         reach=(reach[0], reach[1]),
-        narrowest=min([results[1], *(width for width in widths if width)]),
+        narrowest=min([results[1], *(count for count in of_phases if count)]),
         ranks=tuple(by_rank.index(place) for place in range(len(places))),
         shifts=tuple(shifts),
         mirrored=tuple(mirrored),
         phases=array("i", (sum(n < phase for n in phase_of) for phase in range(stride**2 + 1))),
-        numbers=array("i", (*numbers, *packed, *of_gradient, plane, gradient_plane, *reach, band)),
+        numbers=array(
+            "i", (*numbers, *packed, *packed_gradient, plane, gradient_plane, *reach, band)
+        ),
     )
 
 
@@ -175,11 +174,11 @@ def plan_of(
         plan = make_plan(*geometry)
         if plan is None or tile_bytes(plan, size) <= LARGEST_TILE:
             return plan
-    return make_plan(*geometry, tiled=False, pixels=BAND // size)
+    return make_plan(*geometry, tiled=False, pixels=IMAGE_BAND // size)
 
 
 def tile_bytes(plan: Plan, size: int) -> int:
-    """Compute the bytes of what is packed, of images or of the gradient, whichever is larger."""
+    """Compute the bytes of a band, of images or of the gradient, whichever is larger."""
     outputs, channels, _, _ = plan.shape
     images = channels * plan.stride**2 * math.prod(plan.packed)
     return pixel_bytes(plan, size) * max(images, outputs * math.prod(plan.packed_gradient))

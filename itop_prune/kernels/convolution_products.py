@@ -170,7 +170,7 @@ def _address(numbers: array) -> int:
 
 
 def _kind(x: Tensor, plan: Plan) -> Any:
-    """Choose the size of vectors: one, two or four pixels of a tile, or up to a whole band."""
+    """Choose the size of vectors: up to four pixels of a tile, or up to all of an image's band."""
     if plan.tiled:
         pixels = next(pixels for pixels in (4, 2, 1) if pixels <= plan.narrowest)
         return kind_of(x.dtype, pixels * LINE)
@@ -181,7 +181,7 @@ def _kind(x: Tensor, plan: Plan) -> Any:
 def _blocks(x: Tensor, threads: int, plan: Plan) -> int:
     """Choose in how many parts of the channels a tile is computed, for more threads than tiles.
 
-    Each part packs the whole tile, so together they take no more than the largest tile may.
+    Each part packs all of the tile, so together their bands take no more than the largest may.
     """
     size = x.element_size()
     tiles = -(-len(x) * size // LINE) if plan.tiled else len(x) * -(-plan.rows // plan.band)

@@ -18,7 +18,6 @@ from itop_prune.kernels.convolution import (
     add_gradients,
     cleared,
     convolve,
-    turn,
     within,
 )
 from itop_prune.kernels.convolution_geometry import (
@@ -30,7 +29,15 @@ from itop_prune.kernels.convolution_geometry import (
     geometry_at,
     size_of,
 )
-from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, zeros
+from itop_prune.kernels.linear import (
+    CHUNKS,
+    FAST,
+    PARALLEL,
+    add_chunks,
+    scratch,
+    turn,
+    zeros,
+)
 from itop_prune.kernels.vectors import (
     LINE,
     SQUARE,

@@ -44,23 +44,29 @@ PARALLEL = {"prange": True} | dict.fromkeys(
 
 
 @njit(**FAST)
+def turn(kind, source, start, stride, target, first, step, rows, columns):
+    """target[first + j * step + i] = source[start + i * stride + j], for i < rows, j < columns."""
+    side = numbers(kind, SQUARE)
+    if rows < side or columns < side:
+        for i in range(rows):
+            for j in range(columns):
+                put(target, first + j * step + i, at(source, start + i * stride + j))
+        return
+    # The last squares overlap those before, where a side is no multiple.
+    for j_begin in range(0, columns, side):
+        j = min(j_begin, columns - side)
+        for i_begin in range(0, rows, side):
+            i = min(i_begin, rows - side)
+            place = start + i * stride + j
+            transpose(source, place, stride, target, first + j * step + i, step)
+
+
+@njit(**FAST)
 def read_tile(kind, source, row, rows, features, tile):
     """tile[feature, i] = source[row + i, feature]; 0 where there are no more rows."""
-    tile_rows, side = numbers(kind, kind), numbers(kind, SQUARE)
+    tile_rows = numbers(kind, kind)
     n = min(tile_rows, rows - row)
-    if n < side or features < side:
-        for i in range(n):
-            for f in range(features):
-                put(tile, f * tile_rows + i, at(source, (row + i) * features + f))
-    else:
-        # The last squares overlap those before, where a side is no multiple.
-        for first in range(0, features, side):
-            f = min(first, features - side)
-            for begin in range(0, n, side):
-                i = min(begin, n - side)
-                start = (row + i) * features + f
-                transpose(source, start, features, tile, f * tile_rows + i, tile_rows)
-
+    turn(kind, source, row * features, features, tile, 0, tile_rows, n, features)
     if n < tile_rows:
         for f in range(features):
             for i in range(n, tile_rows):
@@ -85,8 +91,7 @@ def multiply(
     block,
 ):
     """result[row + i, f] = bias[f] + the sum of value * tile[other, i], for f in first..last."""
-    tile_rows, side = numbers(kind, kind), numbers(kind, SQUARE)
-    line = numbers(kind, LINE)
+    tile_rows, line = numbers(kind, kind), numbers(kind, LINE)
     n, m = min(tile_rows, rows - row), min(line, last - first)
     for begin in range(first, last, line):
         f = min(begin, last - m)
@@ -96,18 +101,8 @@ def multiply(
                 sums = add_product(sums, at(values, k), load(tile, at(others, k) * tile_rows, kind))
             store(block, j * tile_rows, sums)
 
-        if n < side or m < side:
-            for i in range(n):
-                for j in range(m):
-                    put(result, (row + i) * features + f + j, at(block, j * tile_rows + i))
-        else:
-            # Whole cache lines of each row, one after the other.
-            for start in range(0, n, side):
-                i = min(start, n - side)
-                for next_column in range(0, m, side):
-                    j = min(next_column, m - side)
-                    place = (row + i) * features + f + j
-                    transpose(block, j * tile_rows + i, tile_rows, result, place, features)
+        # Whole cache lines of each row, one after the other.
+        turn(kind, block, 0, tile_rows, result, row * features + f, features, m, n)
 
 
 @njit(**FAST)

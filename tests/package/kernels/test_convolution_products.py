@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from itop_prune.kernels import convolution_products, runtime
-from itop_prune.kernels.convolution_plan import LARGEST_TILE, Plan, make_plan, plan_of
+from itop_prune.kernels.convolution_plan import LARGEST_TILE, Plan, make_plan, plan_of, tile_bytes
 from itop_prune.kernels.convolution_rows import clear_ends
 from itop_prune.kernels.orders import Order, make_order
 from itop_prune.layers.sparse_storage import Layout, dense, gather
@@ -159,7 +159,7 @@ def test_output_and_gradients_are_those_of_the_dense_weight(geometry: str, last:
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_images_in_bands_compute_the_same(geometry: str, last: bool) -> None:
     for band in BANDS:
-        assert_as_dense(convolution_of(3, **GEOMETRIES[geometry], last=last, band=band))
+        assert_as_dense(convolution_of(11, **GEOMETRIES[geometry], last=last, band=band))
 
 
 @pytest.mark.parametrize("band", [(False, 1), IMAGE], ids=["one row", "all rows"])
@@ -169,11 +169,13 @@ def test_bands_wider_than_a_vector_compute_the_same(band: tuple[bool, int]) -> N
         assert_as_dense(convolution_of(2, **geometry, stride=stride, band=band))
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("geometry", ["3x3", "3x3 of stride 2"])
-def test_a_last_tile_that_is_not_full_computes_the_same(geometry: str) -> None:
+def test_a_last_tile_that_is_not_full_computes_the_same(geometry: str, last: bool) -> None:
     """Of ten tiles the last one comes after a full one, in the memory of that."""
     for pixels in (1, 1 << 16):
-        assert_as_dense(convolution_of(75, **GEOMETRIES[geometry], band=(True, pixels)))
+        one = convolution_of(75, **GEOMETRIES[geometry], last=last, band=(True, pixels))
+        assert_as_dense(one)
 
 
 @pytest.mark.slow
@@ -225,7 +227,9 @@ def test_any_geometry_computes_as_with_the_dense_weight(
         assert_as_dense(one)
 
 
-@pytest.mark.parametrize("band", [TILE, (False, 300)], ids=["tiles", "images"])
+@pytest.mark.parametrize(
+    "band", [TILE, (True, 1), (False, 300)], ids=["tiles", "bands of tiles", "images"]
+)
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True)]
 )
@@ -358,6 +362,27 @@ def test_few_images_and_wide_ones_are_packed_one_by_one() -> None:
         plan = planned(x)
         assert plan is not None
         assert plan.tiled == tiled
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "stride"),
+    [
+        ((64, 64, 3, 3), 32, 1),
+        ((128, 64, 3, 3), 32, 2),
+        ((512, 512, 3, 3), 4, 1),
+        ((64, 256, 1, 1), 56, 1),
+    ],
+)
+def test_a_packed_band_takes_about_a_megabyte_at_most(
+    shape: tuple[int, int, int, int], size: int, stride: int
+) -> None:
+    """Then two of them fit into a second cache level of 2 MB, and a thread needs little memory."""
+    around = shape[2] // 2
+    x = torch.empty(16, shape[1], size, size, device="meta")
+    plan = plan_of(x, shape, (stride, stride), (around, around), (1, 1), 1)
+    assert plan is not None
+    assert plan.tiled
+    assert tile_bytes(plan, 4) <= 1.1e6
 
 
 REFUSED = {
