@@ -1,10 +1,9 @@
 """Products of a 2-d convolution with its active weights: Numba kernels.
 
-Images are taken in tiles of one cache line: 16 in float32. Of a tile bands of rows are packed, one
-after the other, which mostly stay in the second cache level. Each channel of a band is a
-plane, in which a pixel is one line with a number for each image. Padding is part of the plane. Then
-a weight that reads channel c at a shift (dy, dx) is an offset into the band, the same for all
-output pixels:
+Images are taken in tiles of one cache line: 16 in float32. Bands of a tile's rows are packed, one
+after the other, and mostly stay in the second cache level. Each channel of a band is a plane, in
+which a pixel is one line with a number for each image. Padding is part of the plane. Then a weight
+that reads channel c at a shift (dy, dx) is an offset into the band, the same for all output pixels:
 
     forward             pixel p of output o:  bias[o] + the sum of value * tile[p + offset]
     input's gradient    the same, over the packed gradient, with mirrored offsets
@@ -30,15 +29,7 @@ from itop_prune.kernels.convolution_geometry import (
     geometry_at,
     size_of,
 )
-from itop_prune.kernels.linear import (
-    CHUNKS,
-    FAST,
-    PARALLEL,
-    add_chunks,
-    scratch,
-    turn,
-    zeros,
-)
+from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, turn, zeros
 from itop_prune.kernels.vectors import (
     LINE,
     add_product,

@@ -14,12 +14,7 @@ not depend on the number of threads. Nothing is checked here: `convolution_produ
 
 from numba import njit, prange
 
-from itop_prune.kernels.convolution import (
-    add_gradients,
-    cleared,
-    convolve,
-    within,
-)
+from itop_prune.kernels.convolution import add_gradients, cleared, convolve, within
 from itop_prune.kernels.convolution_geometry import (
     Images,
     Lines,
@@ -29,15 +24,7 @@ from itop_prune.kernels.convolution_geometry import (
     geometry_at,
     size_of,
 )
-from itop_prune.kernels.linear import (
-    CHUNKS,
-    FAST,
-    PARALLEL,
-    add_chunks,
-    scratch,
-    turn,
-    zeros,
-)
+from itop_prune.kernels.linear import CHUNKS, FAST, PARALLEL, add_chunks, scratch, turn, zeros
 from itop_prune.kernels.vectors import (
     LINE,
     SQUARE,
