@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from itop_prune.analysis.flops import run
+from itop_prune.inference.folding import fold_norms
 from itop_prune.inference.measurement import (
     Choice,
     Report,
@@ -39,6 +40,7 @@ def deploy(
 ) -> nn.Module:
     """Copy a masked model for inference on a CPU, each layer dense or sparse, whichever is faster.
 
+    Batch norms become part of the convolutions before them, which scale and shift their outputs.
     A sparse layer holds its active weights alone, as in `apply(..., storage="sparse")`. If kernels
     can compute it (`pip install 'itop_prune[sparse]'`), it is timed beside the dense one, on the
     inputs that the layer gets here. Kernels compute linear layers and 2-d convolutions of one
@@ -84,6 +86,7 @@ def deploy(
 
     with torch.no_grad():
         expected = run(dense, clone_tensors(arguments))
+        norms = fold_norms(deployed, arguments)
         rows = _choose(deployed, targets, arguments, choices)
         for row, (layer, tensor) in zip(rows, targets.values(), strict=True):
             if row.storage == "sparse":
@@ -95,7 +98,7 @@ def deploy(
         seconds = interleaved_times(models, at_least=11, within=1.0, reduce=median)
 
     fallback = ""
-    if all(row.storage == "dense" for row in rows):
+    if not norms and all(row.storage == "dense" for row in rows):
         seconds["deployed"] = seconds["dense"]  # both are the same model
     elif math.isnan(error):
         fallback = "all of it dense: no numbers in the outputs, or NaN, to compare"
@@ -104,7 +107,7 @@ def deploy(
     elif "dense" in choices and seconds["deployed"] > seconds["dense"]:
         fallback = f"all of it dense: it would take {1e3 * seconds['deployed']:.3f} ms"
     if fallback:
-        deployed, error, seconds["deployed"] = dense, 0.0, seconds["dense"]
+        deployed, norms, error, seconds["deployed"] = dense, 0, 0.0, seconds["dense"]
         rows = [
             dataclasses.replace(row, storage="dense", seconds=row.dense_seconds) for row in rows
         ]
@@ -117,6 +120,7 @@ def deploy(
         seconds=seconds["deployed"],
         difference=error,
         fallback=fallback,
+        norms=norms,
     )
     return deployed
 

@@ -44,6 +44,8 @@ class Report:
     """Relative error of the outputs against the dense model."""
     fallback: str = ""
     """Why all of the model stayed dense although single layers were faster."""
+    norms: int = 0
+    """Batch norms that became part of convolutions."""
 
     @property
     def speedup(self) -> float:
@@ -78,6 +80,8 @@ class Report:
             f"measured with {where}; others give the same outputs. Difference of outputs: "
             f"{self.difference:.1e}"
         )
+        if self.norms:
+            text.append(f"batch norms that are part of convolutions: {self.norms}")
         return "\n".join(text)
 
 

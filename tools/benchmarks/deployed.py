@@ -1,7 +1,8 @@
 """How fast deployed models are: `itop_prune.deploy` against dense models, one example at a time.
 
-The dense model runs eager and compiled. Beside each time stands its floor: the operations and bytes
-that a sparse forward needs, and a forward whose masked layers take no time.
+The dense model runs eager, compiled, and with its batch norms folded, as the deployed one has them.
+Beside each time stands its floor: the operations and bytes that a sparse forward needs, and a
+forward whose masked layers take no time.
 """
 
 import copy
@@ -45,6 +46,7 @@ HEADINGS = (
     "deployed, ms",
     "× dense",
     "× compiled",
+    "× folded",
     "target",
     "the rest, ms",
     "operations, M",
@@ -62,9 +64,11 @@ class Line:
     dense: float
     compiled: float | None
     """The dense model by torch.compile; None without a compiler."""
+    folded: float
+    """The dense model, deployed: its batch norms are part of convolutions."""
     deployed: float
     rest: float
-    """The dense model whose masked layers return a stored output at once."""
+    """The deployed model whose masked layers return a stored output at once."""
     difference: float
     """Of the outputs, relative to their norm."""
     target: float
@@ -94,6 +98,7 @@ class Line:
             f"{1e3 * self.deployed:.3g}",
             f"{self.dense / self.deployed:.2f}",
             speedup,
+            f"{self.folded / self.deployed:.2f}",
             f"≥ {self.target:.2g}{'' if self.met else ', missed'}",
             f"{1e3 * self.rest:.3g}",
             f"{1e-6 * self.dense_operations:.4g} → {1e-6 * self.operations:.4g}",
@@ -119,6 +124,7 @@ def measure(name: str, model: nn.Module, x: Tensor, sparsity: float, settings: S
     cost = itop_prune.flops(model, x)
     masks = itop_prune.find_masks(model)
     deployed = itop_prune.deploy(model, x)
+    folded = itop_prune.deploy(model, x, choices=("dense",))
     dense = copy.deepcopy(model).eval()
     itop_prune.remove(dense)
 
@@ -126,8 +132,9 @@ def measure(name: str, model: nn.Module, x: Tensor, sparsity: float, settings: S
         error = relative_error(deployed(x), dense(x))
         functions: dict[str, Callable[[Tensor], object]] = {
             "dense": dense,
+            "folded": folded,
             "deployed": deployed,
-            "rest": without_layers(dense, masks, x),
+            "rest": without_layers(deployed, masks, x),
         }
         compiled = compile_or_none(dense, x)
         if compiled is not None:
@@ -139,6 +146,7 @@ def measure(name: str, model: nn.Module, x: Tensor, sparsity: float, settings: S
         sparsity=sparsity,
         dense=taken["dense"],
         compiled=taken.get("compiled"),
+        folded=taken["folded"],
         deployed=taken["deployed"],
         rest=taken["rest"],
         difference=error,

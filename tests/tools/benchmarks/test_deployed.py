@@ -25,8 +25,25 @@ import itop_prune
 
 QUICK = Settings(quick=True, device=torch.device("cpu"))
 LINE = Line(
-    "MLP", 0.98, 0.010, 0.008, 0.002, 0.0005, 1e-7, 4.0, 7_000_000, 140_000.0, 14_000_000, 560_000
+    model="MLP",
+    sparsity=0.98,
+    dense=0.010,
+    compiled=0.008,
+    folded=0.009,
+    deployed=0.002,
+    rest=0.0005,
+    difference=1e-7,
+    target=4.0,
+    dense_operations=7_000_000,
+    operations=140_000.0,
+    dense_bytes=14_000_000,
+    bytes=560_000,
 )
+
+
+def always_faster(functions: dict[str, object], **_: object) -> dict[str, float]:
+    """Let a dense model take longer than a deployed one."""
+    return {name: 2.0 if name == "dense" else 1.0 for name in functions}
 
 
 def test_a_line_holds_ratios_and_floors() -> None:
@@ -38,6 +55,7 @@ def test_a_line_holds_ratios_and_floors() -> None:
         "deployed, ms": "2",
         "× dense": "5.00",
         "× compiled": "4.00",
+        "× folded": "4.50",
         "target": "≥ 4",
         "the rest, ms": "0.5",
         "operations, M": "7 → 0.14",
@@ -62,7 +80,7 @@ def test_the_table_is_markdown() -> None:
     rows = table([LINE, dataclasses.replace(LINE, compiled=None)]).splitlines()
     assert len(rows) == 4
     assert {row.count("|") for row in rows} == {len(HEADINGS) + 1}
-    assert "| – | 2 | 5.00 | – |" in rows[3]
+    assert "| – | 2 | 5.00 | – | 4.50 |" in rows[3]
 
 
 def test_targets_are_of_models_that_are_measured() -> None:
@@ -82,6 +100,24 @@ def test_a_model_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (line.dense_operations, line.operations) == (2 * 560, 2 * active)
     assert (line.dense_bytes, line.bytes) == (4 * 560, 8 * active + 4 * 32)
     assert itop_prune.find_masks(model) == masks
+
+
+def test_the_folded_model_is_dense_without_batch_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: dict[str, nn.Module] = {}
+
+    def take(functions: dict[str, nn.Module], x: torch.Tensor, rounds: int) -> dict[str, float]:
+        timed.update(functions)
+        return dict.fromkeys(functions, 1.0)
+
+    monkeypatch.setattr(deployed, "compile_or_none", lambda model, x: None)
+    monkeypatch.setattr(deployed, "seconds_per_call", take)
+    monkeypatch.setattr("itop_prune.inference.deployment.interleaved_times", always_faster)
+    model = convnet()
+    itop_prune.apply(model, 0.9)
+    measure("convnet", model, torch.randn(1, 3, 8, 8), 0.9, QUICK)
+    kinds = {name: {type(layer) for layer in model.modules()} for name, model in timed.items()}
+    assert nn.BatchNorm2d in kinds["dense"]
+    assert not any(nn.BatchNorm2d in kinds[name] for name in ("folded", "deployed", "rest"))
 
 
 def test_the_rest_is_the_model_without_its_masked_layers() -> None:
