@@ -8,7 +8,7 @@ sums and a user's own modules need not know of kernels. Two copies a layer are t
 
 import functools
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,23 @@ from itop_prune.kernels.runtime import kind_of, stored, threads_for
 if TYPE_CHECKING:
     from itop_prune.kernels.convolution_offsets import Offsets
     from itop_prune.kernels.orders import Order
+
+
+class Call(NamedTuple):
+    """What a convolution of images of one shape takes beside tensors; looked up once."""
+
+    plan: Plan
+    shape: torch.Size
+    """Of the images."""
+    dtype: torch.dtype
+    most: int
+    """Threads of torch."""
+    threads: int
+    kind: Any
+    offsets: "Offsets"
+    blocks: int
+    strides: tuple[tuple[int, ...], tuple[int, ...]]
+    """Of a result that is contiguous, and of one with channels last."""
 
 
 def order_of(values: Tensor, positions: Tensor, plan: Plan) -> "Order | None":
@@ -67,29 +84,25 @@ def forward(
     x, x_last = _stored(x)
     values = order.values_by_output(stored(values))
     bias = None if bias is None else stored(bias)
-    result = torch.empty(
-        (len(x), plan.shape[0], plan.rows, plan.columns),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    call, images = _call(x, plan, order), len(x)
+    result = x.new_empty_strided(
+        (images, plan.shape[0], plan.rows, plan.columns), call.strides[channels_last]
     )
-    threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
-    offsets = _offsets(x, plan, order)
     runtime.run(
         _kernels(plan.tiled).forward,
-        threads,
-        _kind(x, plan),
+        call.threads,
+        call.kind,
         x.data_ptr(),
         order.output_addresses[0],
-        offsets.addresses[0],
+        call.offsets.addresses[0],
         values.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         result.data_ptr(),
         _address(plan.numbers),
-        len(x),
+        images,
         x_last,
         channels_last,
-        _blocks(x, threads, plan),
+        call.blocks,
     )
     return result
 
@@ -120,20 +133,19 @@ def backward(
     # Image by image: torch splits one large sum by threads.
     for_bias = gradient.sum((2, 3)).sum(0) if needs[2] else x.new_empty(0)
     if needs[0] or needs[1]:
-        threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
-        offsets = _offsets(x, plan, order)
+        call = _call(x, plan, order)
         by_input = order.values_by_input(values) if needs[0] else values
         runtime.run(
             _kernels(plan.tiled).backward,
-            threads,
-            _kind(x, plan),
+            call.threads,
+            call.kind,
             gradient.data_ptr(),
             x.data_ptr(),
             order.output_addresses[0],
-            offsets.addresses[0],
+            call.offsets.addresses[0],
             order.slots_address,
             order.input_addresses[0],
-            offsets.addresses[1],
+            call.offsets.addresses[1],
             by_input.data_ptr(),
             for_x.data_ptr(),  # 0 if it is empty
             for_values.data_ptr(),
@@ -143,7 +155,7 @@ def backward(
             x_last,
             last,
             order.active,
-            _blocks(x, threads, plan),
+            call.blocks,
         )
     return for_x, for_values, for_bias
 
@@ -158,11 +170,31 @@ def _stored(images: Tensor) -> tuple[Tensor, bool]:
     return images.contiguous(), False
 
 
-def _offsets(x: Tensor, plan: Plan, order: "Order") -> "Offsets":
+def _call(x: Tensor, plan: Plan, order: "Order") -> Call:
+    known: Call | None = order.call
+    now = plan, x.shape, x.dtype, torch.get_num_threads()
+    if known is not None and known[:4] == now:
+        return known
+
     # Here, since it needs NumPy.
     from itop_prune.kernels.convolution_offsets import offsets_of
 
-    return offsets_of(order, plan, pixel_bytes(plan, x.element_size()) // x.element_size())
+    threads = threads_for(len(x) * order.active * plan.rows * plan.columns)
+    pixel = pixel_bytes(plan, x.element_size()) // x.element_size()
+    outputs, rows, columns = plan.shape[0], plan.rows, plan.columns
+    size = outputs * rows * columns
+    order.call = found = Call(
+        *now,
+        threads=threads,
+        kind=_kind(x, plan),
+        offsets=offsets_of(order, plan, pixel),
+        blocks=_blocks(x, threads, plan),
+        strides=(
+            (size, rows * columns, columns, 1),
+            (size, 1, columns * outputs, outputs),
+        ),
+    )
+    return found
 
 
 def _address(numbers: array) -> int:

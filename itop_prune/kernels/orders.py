@@ -30,6 +30,8 @@ class Order:
 
     offsets: Any = None
     """The `Offsets` of the convolution that was computed last, if any."""
+    call: Any = None
+    """Its `Call`."""
 
     def __init__(self, by_output: Direction, by_input: Direction) -> None:
         self.by_output, self.by_input = by_output, by_input

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from itop_prune.kernels import convolution_products, linear_products
 from itop_prune.kernels.convolution_plan import Plan, plan_of
+from itop_prune.kernels.memo import Memo
 from itop_prune.kernels.runtime import can_compute
 from itop_prune.layers.names import layout_name, positions_name, probe_name, values_name
 from itop_prune.layers.sparse_storage import Layout, dense, gather
@@ -66,6 +67,9 @@ class Kernel(NamedTuple):
     """Of a convolution."""
 
 
+_kernels: Memo[tuple[Kernel | None]] = Memo()
+"""By positions."""
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of input, values, dense weight and bias. One that is not needed may be None or empty."""
 
@@ -79,17 +83,33 @@ def kernel_for(
     bias: Tensor | None = None,
 ) -> Kernel | None:
     """Find how kernels compute a layer; None if its dense weight computes this input."""
-    if not geometry.stride:
-        order = linear_products.order_of(x, values, positions, layout.shape, bias)
-        return None if order is None else Kernel(order, None)
-
     # First: sizes of traced and faked images may be symbols, which a plan would fix.
     if not can_compute(*((x, values) if bias is None else (x, values, bias))):
         return None
-    plan = plan_of(x, layout.shape, *geometry)
-    if plan is None or (bias is not None and bias.shape != layout.shape[:1]):
-        return None
-    order = convolution_products.order_of(values, positions, plan)
+    key = x.shape, x.dtype, values.shape, None if bias is None else bias.shape, layout, geometry
+    known = _kernels.get(positions, key)
+    if known is None:
+        made = _make_kernel(x, values, positions, layout, geometry, bias)
+        known = _kernels.put(positions, key, (made,))
+    return known[0]
+
+
+def _make_kernel(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    layout: Layout,
+    geometry: Geometry,
+    bias: Tensor | None,
+) -> Kernel | None:
+    plan = None
+    if not geometry.stride:
+        order = linear_products.order_of(x, values, positions, layout.shape, bias)
+    else:
+        plan = plan_of(x, layout.shape, *geometry)
+        if plan is None or (bias is not None and bias.shape != layout.shape[:1]):
+            return None
+        order = convolution_products.order_of(values, positions, plan)
     return None if order is None else Kernel(order, plan)
 
 
@@ -158,7 +178,12 @@ def backward(
 
 def _is_channels_last(x: Tensor, layout: Layout) -> bool:
     """Tell whether torch would give the output of a 2-d convolution channels last."""
-    return layout.channels_last or suggest_memory_format(x) is torch.channels_last
+    if layout.channels_last:
+        return True
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if last != x.is_contiguous():  # most often, and much faster to ask
+        return last
+    return suggest_memory_format(x) is torch.channels_last
 
 
 def _dense_backward(

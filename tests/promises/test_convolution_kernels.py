@@ -140,6 +140,17 @@ def test_images_of_any_form_in_memory_compute_the_same(kind: str, calls: dict[st
     assert calls == {"forward": 1, "backward": 1}
 
 
+def test_images_of_several_sizes_in_turn_compute_as_with_the_dense_weight(
+    calls: dict[str, int],
+) -> None:
+    layer = convolution(6, 8, 3, padding=1)
+    for count, height, last in ((9, 11, False), (9, 8, True), (1, 8, True), (20, 11, False)) * 2:
+        assert_same_gradients(layer, images(6, height, 8, count=count, last=last).requires_grad_())
+    layer.padding = (0, 2)
+    assert_same_gradients(layer, images(6, 11, 8).requires_grad_())
+    assert calls == {"forward": 9, "backward": 9}
+
+
 @pytest.mark.parametrize(
     ("layer", "x"),
     [
@@ -165,10 +176,13 @@ def test_wrong_images_raise_what_a_dense_layer_raises(x: Tensor, calls: dict[str
     plain = nn.Conv2d(6, 8, 3, dtype=F64)
     with pytest.raises(RuntimeError) as expected:
         plain(x)
-    with pytest.raises(RuntimeError) as found:
-        convolution(6, 8, 3)(x)
-    assert str(found.value) == str(expected.value)
-    assert not calls["forward"]
+    layer = convolution(6, 8, 3)
+    for fitting in range(2):  # whether or not the layer has computed before
+        with pytest.raises(RuntimeError) as found:
+            layer(x)
+        assert str(found.value) == str(expected.value)
+        assert calls["forward"] == fitting
+        layer(images(6, 7, 7))
 
 
 def test_images_of_another_type_than_the_values_are_refused(calls: dict[str, int]) -> None:

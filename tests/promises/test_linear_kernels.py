@@ -54,9 +54,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     for name, attribute in (("forward", "forward"), ("backward", "backward")):
         function = getattr(linear_products, attribute)
         monkeypatch.setattr(linear_products, attribute, counting(name, function))
-    monkeypatch.setattr(
-        known_orders, "_remember", counting("orders", vars(known_orders)["_remember"])
-    )
+    monkeypatch.setattr(known_orders, "_make", counting("orders", vars(known_orders)["_make"]))
     return counted
 
 
@@ -215,17 +213,22 @@ def test_inference_mode_computes_also_in_a_model_that_was_copied_in_it(calls: Ca
 def test_wrong_inputs_raise_what_a_dense_layer_raises(x: Tensor, calls: Calls) -> None:
     with pytest.raises(RuntimeError) as expected:
         nn.Linear(20, 12, dtype=F64)(x)
-    with pytest.raises(RuntimeError) as found:
-        linear()(x)
-    assert str(found.value) == str(expected.value)
-    assert not calls.forward
+    layer = linear()
+    for fitting in range(2):  # whether or not the layer has computed before
+        with pytest.raises(RuntimeError) as found:
+            layer(x)
+        assert str(found.value) == str(expected.value)
+        assert calls.forward == fitting
+        layer(draw(5, 20))
 
 
 @pytest.mark.parametrize("parts", [{"bias": draw(3)}, {"weight_values": draw(1, 3)}])
 def test_wrong_parts_of_a_layer_raise(parts: dict[str, Tensor], calls: Calls) -> None:
+    layer = linear()
+    layer(draw(5, 20))
     with pytest.raises(RuntimeError, match=r"size|index"):
-        torch.func.functional_call(linear(), parts, (draw(5, 20),))
-    assert not calls.forward
+        torch.func.functional_call(layer, parts, (draw(5, 20),))
+    assert calls.forward == 1
 
 
 def test_sparse_inputs_compute_with_the_dense_weight() -> None:

@@ -24,7 +24,7 @@ from itop_prune.layers.sparse_storage import Layout, dense, gather
 
 NEEDS = list(itertools.product([False, True], repeat=3))
 ALL = (True, True, True)
-KNOWN = vars(known_orders)["_known"]
+KNOWN = vars(known_orders)["_orders"]
 
 
 @dataclass
