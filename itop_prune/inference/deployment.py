@@ -2,14 +2,12 @@
 
 import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from itop_prune.analysis.flops import run
 from itop_prune.inference.folding import fold_norms
@@ -17,7 +15,7 @@ from itop_prune.inference.measurement import (
     Choice,
     Report,
     clone_tensors,
-    interleaved_times,
+    layer_seconds,
     relative_error,
     tensors_in,
 )
@@ -42,8 +40,8 @@ def deploy(
 
     Batch norms become part of the convolutions before them, which scale and shift their outputs.
     A sparse layer holds its active weights alone, as in `apply(..., storage="sparse")`. If kernels
-    can compute it (`pip install 'itop_prune[sparse]'`), it is timed beside the dense one, on the
-    inputs that the layer gets here. Kernels compute linear layers and 2-d convolutions of one
+    can compute it (`pip install 'itop_prune[sparse]'`), it is timed beside the dense one, within
+    forwards of this example. Kernels compute linear layers and 2-d convolutions of one
     group, in float32 or float64, of which at most a quarter is active. All others stay dense. The
     whole model stays dense if it is not faster in the end. Kernels are compiled at the first use
     in an environment, which takes some seconds.
@@ -93,9 +91,8 @@ def deploy(
                 _make_sparse(layer, tensor)
 
         error = relative_error(deployed(*clone_tensors(arguments)), expected)
-        inputs = clone_tensors(arguments)
-        models = {"dense": lambda: dense(*inputs), "deployed": lambda: deployed(*inputs)}
-        seconds = interleaved_times(models, at_least=11, within=1.0, reduce=median)
+        models = {"dense": dense, "deployed": deployed}
+        seconds = layer_seconds(models, [""], arguments)[""]
 
     fallback = ""
     if not norms and all(row.storage == "dense" for row in rows):
@@ -169,23 +166,21 @@ def _choose(
     arguments: tuple[Any, ...],
     choices: Sequence[str],
 ) -> list[Choice]:
-    """Choose storages: run the model once and time layers on the inputs that they get."""
-    sparse = {place: _sparse_copy(*place) for place in targets.values()}
-    reasons = {place: _why_dense(*place, sparse[place]) for place in sparse}
-    seconds: dict[Target, dict[str, float]] = {}
-    hooks = []
-    for place, reason in reasons.items():
-        if not reason and "sparse" in choices:
-            measure = functools.partial(_measure, sparse[place], seconds.setdefault(place, {}))
-            hooks.append(place[0].register_forward_hook(measure, with_kwargs=True))
-    model(*clone_tensors(arguments))
-    for hook in hooks:
-        hook.remove()
+    """Choose storages by the time of layers within forwards, one dense and one sparse."""
+    reasons = {name: _why_dense(*place) for name, place in targets.items()}
+    timed = [name.rpartition(".")[0] for name, why in reasons.items() if not why]
+    seconds: dict[str, dict[str, float]] = {}
+    if timed and "sparse" in choices:
+        sparse = copy.deepcopy(model)
+        for layer in timed:
+            _make_sparse(sparse.get_submodule(layer), "weight")
+        seconds = layer_seconds({"dense": model, "sparse": sparse}, timed, arguments)
 
     rows = []
     for name, place in targets.items():
-        found, why = seconds.get(place, {}), reasons[place]
-        if not found and place in seconds:
+        layer, why = name.rpartition(".")[0], reasons[name]
+        found = {} if why else seconds.get(layer, {})
+        if seconds and not why and not found:
             why = "not called: what holds it reads its weight"
         faster = bool(found) and found["dense"] >= CLEARLY * found["sparse"]
         storage = "sparse" if faster or "dense" not in choices else "dense"
@@ -209,19 +204,13 @@ def _make_sparse(layer: nn.Module, tensor: str) -> None:
     attach_sparse(layer, tensor, layer.get_parameter(tensor) != 0)
 
 
-def _sparse_copy(layer: nn.Module, tensor: str) -> nn.Module:
-    made = copy.deepcopy(layer)
-    _make_sparse(made, tensor)
-    return made
-
-
-def _why_dense(layer: nn.Module, tensor: str, sparse: nn.Module) -> str:
+def _why_dense(layer: nn.Module, tensor: str) -> str:
     """Say why kernels can't compute a layer, or ""."""
     kind = type(layer).__name__
     if tensor != "weight" or forward_of(type(layer)) is None or "forward" in vars(layer):
         package = type(layer).__module__.partition(".")[0]
         return f"{package}'s {kind} computes in a way of its own"
-    if not can_take_kernels(sparse):
+    if not can_take_kernels(layer):
         return f"no kernel computes such a {kind}"
     weight = layer.get_parameter(tensor)
     if weight.dtype not in (torch.float32, torch.float64):
@@ -229,20 +218,3 @@ def _why_dense(layer: nn.Module, tensor: str, sparse: nn.Module) -> str:
     if not uses_kernels(weight.shape, int(weight.count_nonzero())):
         return "too many active weights for a kernel"
     return "" if has_numba() else "Numba is not installed"
-
-
-def _measure(
-    sparse: Any,
-    seconds: dict[str, float],
-    layer: nn.Module,
-    inputs: tuple[Any, ...],
-    named: dict[str, Any],
-    output: Tensor,
-) -> None:
-    """Time one call of a layer, dense and sparse, and add to the seconds of its calls."""
-    functions = {
-        "dense": functools.partial(layer.forward, *inputs, **named),
-        "sparse": functools.partial(sparse.forward, *inputs, **named),
-    }
-    for kind, taken in interleaved_times(functions, at_least=7, within=0.05, reduce=min).items():
-        seconds[kind] = seconds.get(kind, 0.0) + taken

@@ -2,13 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from statistics import median
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ def _numbers(dense: float, seconds: float) -> tuple[str, str, str]:
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], float]], at_least: int, within: float = 0.0
-) -> dict[str, list[float]]:
-    """Call functions in rounds, each once a round, and collect the numbers that they return.
+    functions: Mapping[str, Callable[[], T]], at_least: int, within: float = 0.0
+) -> dict[str, list[T]]:
+    """Call functions in rounds, each once a round, and collect what they return.
 
     A first round does not count: it may compile or allocate. A drift of the machine's speed reaches
     all functions in the same way.
@@ -104,7 +107,7 @@ def interleave(
         at_least: Number of rounds to take.
         within: Go on for so many seconds, up to 1000 rounds.
     """
-    found: dict[str, list[float]] = {name: [] for name in functions}
+    found: dict[str, list[T]] = {name: [] for name in functions}
     for function in functions.values():
         function()
 
@@ -117,32 +120,57 @@ def interleave(
     return found
 
 
-def interleaved_times(
-    functions: Mapping[str, Callable[[], object]],
-    at_least: int,
-    within: float,
-    reduce: Callable[[list[float]], float],
-) -> dict[str, float]:
-    """Time functions in rounds, as `interleave` calls them, and reduce the seconds of each.
+def layer_seconds(
+    models: Mapping[str, nn.Module], layers: Iterable[str], arguments: tuple[Any, ...]
+) -> dict[str, dict[str, float]]:
+    """Time layers within forwards of models that take turns.
+
+    On its own, called again and again, a layer finds its weight and its code in the caches. Within
+    a forward it finds there what other layers have left.
 
     Args:
-        functions: Functions by name.
-        at_least: Number of rounds to take.
-        within: Go on for so many seconds, up to 1000 rounds.
-        reduce: What the rounds of a function are reduced with: `min`, `statistics.median`.
-    """
+        models: Models by name.
+        layers: Names that layers have in all of them; "" is the whole model.
+        arguments: Of their forward.
 
-    def timer(function: Callable[[], object]) -> Callable[[], float]:
-        def seconds() -> float:
-            began = time.perf_counter()
-            function()
-            return time.perf_counter() - began
+    Returns:
+        By layer and model: the median seconds of all its calls in one forward. Layers that are not
+        called are left out.
+    """
+    hooks = []
+
+    def timer(model: nn.Module) -> Callable[[], dict[str, float]]:
+        began: dict[nn.Module, float] = {}
+        taken: dict[nn.Module, float] = {}
+
+        def before(layer: nn.Module, inputs: object) -> None:
+            began[layer] = time.perf_counter()
+
+        def after(layer: nn.Module, inputs: object, output: object) -> None:
+            taken[layer] = taken.get(layer, 0.0) + time.perf_counter() - began[layer]
+
+        named = {model.get_submodule(name): name for name in layers}
+        for layer in named:
+            hooks.append(layer.register_forward_pre_hook(before))
+            hooks.append(layer.register_forward_hook(after))
+
+        def seconds() -> dict[str, float]:
+            for _ in range(2):  # the second one counts: the first one has another model's caches
+                taken.clear()
+                model(*clone_tensors(arguments))
+            return {named[layer]: seconds for layer, seconds in taken.items()}
 
         return seconds
 
-    timers = {name: timer(function) for name, function in functions.items()}
-    found = interleave(timers, at_least, within)
-    return {name: reduce(seconds) for name, seconds in found.items()}
+    timers = {name: timer(model) for name, model in models.items()}
+    found = interleave(timers, at_least=11, within=1.0)
+    for hook in hooks:
+        hook.remove()
+    called = next(iter(found.values()))[0]
+    return {
+        layer: {name: median(one[layer] for one in rounds) for name, rounds in found.items()}
+        for layer in called
+    }
 
 
 def clone_tensors(arguments: Any) -> Any:

@@ -5,8 +5,10 @@ import dataclasses
 import functools
 import importlib.util
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import timm
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 import itop_prune
 from itop_prune.inference import deployment
 from itop_prune.inference.deployment import deploy
+from itop_prune.inference.measurement import clone_tensors
 from itop_prune.kernels import runtime
 from itop_prune.layers.masked_layer import sparse_names
 
@@ -90,14 +93,36 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
+Table = dict[str, float]
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, layers: Table, whole: Table) -> None:
+    """Let each call of a layer, and the whole model, take what a table says."""
+
+    def told(models: Any, names: list[str], arguments: tuple[Any, ...]) -> dict[str, Table]:
+        table, model = whole if "deployed" in models else layers, models["dense"]
+        calls: Counter[str] = Counter()
+        hooks = [
+            model.get_submodule(name).register_forward_hook(
+                lambda *_, name=name: calls.update([name])
+            )
+            for name in names
+        ]
+        model(*clone_tensors(arguments))
+        for hook in hooks:
+            hook.remove()
+        return {name: {key: n * table[key] for key in models} for name, n in calls.items()}
+
+    monkeypatch.setattr(deployment, "layer_seconds", told)
+
+
+FASTER = {"dense": 2.0, "deployed": 1.0}
+
+
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time nothing twice: which is faster does not matter where a choice is forced."""
-
-    def once(functions: dict[str, Callable[[], object]], **_: object) -> dict[str, float]:
-        return {name: function() is None or 1.0 for name, function in functions.items()}
-
-    monkeypatch.setattr(deployment, "interleaved_times", once)
+    """Time nothing: which is faster does not matter where a choice is forced."""
+    timed(monkeypatch, {"dense": 1.0, "sparse": 1.0}, FASTER)
 
 
 # --- equality -------------------------------------------------------------------------------------
@@ -376,21 +401,6 @@ def test_a_model_in_sparse_storage_is_deployed_as_one_with_masks() -> None:
 
 
 # --- choosing -------------------------------------------------------------------------------------
-
-
-def timed(
-    monkeypatch: pytest.MonkeyPatch, layers: dict[str, float], whole: dict[str, float]
-) -> None:
-    """Let layers and the whole model take what a table says."""
-
-    def told(functions: dict[str, Callable[[], object]], **_: object) -> dict[str, float]:
-        table = whole if "deployed" in functions else layers
-        return {name: table[name] for name in functions}
-
-    monkeypatch.setattr(deployment, "interleaved_times", told)
-
-
-FASTER = {"dense": 2.0, "deployed": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -1,61 +1,105 @@
 """Functions are timed in rounds, outputs compared whatever holds them; the report is a table."""
 
 import dataclasses
-from statistics import median
+import functools
+import itertools
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from itop_prune.inference import measurement
 from itop_prune.inference.measurement import (
     Choice,
     Report,
     clone_tensors,
-    interleaved_times,
+    interleave,
+    layer_seconds,
     relative_error,
     tensors_in,
 )
 
 
-def test_functions_take_turns_after_one_call_that_does_not_count(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    turns: list[str] = []
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that pass when a test says so, in a list of one."""
     now = [0.0]
-
-    def taking(name: str, *seconds: float) -> None:
-        now[0] += seconds[turns.count(name)]
-        turns.append(name)
-
     monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
-    functions = {
-        "a": lambda: taking("a", 99.0, 3.0, 1.0, 8.0),
-        "b": lambda: taking("b", 99.0, 5.0, 6.0, 4.0),
-    }
-    assert interleaved_times(functions, at_least=3, within=0.5, reduce=min) == {"a": 1.0, "b": 4.0}
-    assert turns == ["a", "b"] * 4
-    turns.clear()
-    assert interleaved_times(functions, at_least=3, within=0.5, reduce=median) == {
-        "a": 3.0,
-        "b": 5.0,
-    }
+    return now
+
+
+def test_functions_take_turns_after_one_call_that_does_not_count() -> None:
+    turns: list[str] = []
+
+    def calling(name: str) -> str:
+        turns.append(name)
+        return f"{name}{len(turns)}"
+
+    functions = {name: functools.partial(calling, name) for name in "ab"}
+    assert interleave(functions, at_least=2) == {"a": ["a3", "a5"], "b": ["b4", "b6"]}
+    assert turns == ["a", "b"] * 3
 
 
 @pytest.mark.parametrize(
     ("at_least", "within", "rounds"), [(2, 0.0, 2), (2, 5.5, 6), (2, 1e9, 1000)]
 )
 def test_rounds_go_on_while_there_is_time_and_end_at_a_thousand(
-    at_least: int, within: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+    at_least: int, within: float, rounds: int, clock: list[float]
 ) -> None:
-    now, calls = [0.0], [0]
-
     def second() -> None:
-        now[0] += 1.0
-        calls[0] += 1
+        clock[0] += 1.0
 
-    monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
-    assert interleaved_times({"second": second}, at_least, within, min) == {"second": 1.0}
-    assert calls[0] == 1 + rounds
+    assert len(interleave({"second": second}, at_least, within)["second"]) == rounds
+
+
+class Taking(nn.Module):
+    """Takes so many seconds at each call, one after the other, again and again."""
+
+    def __init__(self, clock: list[float], *seconds: float) -> None:
+        super().__init__()
+        self.clock, self.seconds = clock, itertools.cycle(seconds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock[0] += next(self.seconds)
+        return x.add_(1)
+
+
+class Net(nn.Module):
+    """Calls the first layer twice, and the last one never."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.unused = first, second, nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(self.second(self.first(x)))
+
+
+def test_layers_are_timed_within_the_second_forward_of_each_turn(clock: list[float]) -> None:
+    models = {
+        "dense": Net(Taking(clock, 90.0, 90.0, 1.0, 2.0), Taking(clock, 70.0, 4.0)),
+        "sparse": Net(Taking(clock, 90.0, 90.0, 0.5, 0.5), Taking(clock, 70.0, 6.0)),
+    }
+    x = torch.zeros(2)
+    assert layer_seconds(models, ["first", "second", "unused", ""], (x,)) == {
+        "first": {"dense": 3.0, "sparse": 1.0},
+        "second": {"dense": 4.0, "sparse": 6.0},
+        "": {"dense": 7.0, "sparse": 7.0},
+    }
+    assert not x.any()  # the models write into copies
+    for layer in models["dense"].modules():
+        assert not layer._forward_hooks  # noqa: SLF001
+        assert not layer._forward_pre_hooks  # noqa: SLF001
+
+
+def test_seconds_of_a_layer_are_the_median_of_turns(clock: list[float]) -> None:
+    rising = itertools.chain.from_iterable((0.0, float(n)) for n in range(10**6))
+    layer = Taking(clock)
+    layer.seconds = rising
+    # Turn 0 does not count, the next 11 do.
+    assert layer_seconds({"one": nn.Sequential(layer)}, ["0"], (torch.zeros(1),)) == {
+        "0": {"one": 6.0}
+    }
 
 
 def test_the_report_is_a_table() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,9 +42,10 @@ LINE = Line(
 )
 
 
-def always_faster(functions: dict[str, object], **_: object) -> dict[str, float]:
-    """Let a dense model take longer than a deployed one."""
-    return {name: 2.0 if name == "dense" else 1.0 for name in functions}
+def always_faster(models: Any, layers: list[str], _: object) -> dict[str, dict[str, float]]:
+    """Let all that is dense take longer."""
+    seconds = {name: 2.0 if name == "dense" else 1.0 for name in models}
+    return dict.fromkeys(layers, seconds)
 
 
 def test_a_line_holds_ratios_and_floors() -> None:
@@ -111,7 +113,7 @@ def test_the_folded_model_is_dense_without_batch_norms(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(deployed, "compile_or_none", lambda model, x: None)
     monkeypatch.setattr(deployed, "seconds_per_call", take)
-    monkeypatch.setattr("itop_prune.inference.deployment.interleaved_times", always_faster)
+    monkeypatch.setattr("itop_prune.inference.deployment.layer_seconds", always_faster)
     model = convnet()
     itop_prune.apply(model, 0.9)
     measure("convnet", model, torch.randn(1, 3, 8, 8), 0.9, QUICK)
