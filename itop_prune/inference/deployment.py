@@ -41,10 +41,10 @@ def deploy(
     Batch norms become part of the convolutions before them, which scale and shift their outputs.
     A sparse layer holds its active weights alone, as in `apply(..., storage="sparse")`. If kernels
     can compute it (`pip install 'itop_prune[sparse]'`), it is timed beside the dense one, within
-    forwards of this example. Kernels compute linear layers and 2-d convolutions of one
-    group, in float32 or float64, of which at most a quarter is active. All others stay dense. The
-    whole model stays dense if it is not faster in the end. Kernels are compiled at the first use
-    in an environment, which takes some seconds.
+    forwards of this example. Kernels compute linear layers and 2-d convolutions of one group, in
+    float32 or float64, of which at most a quarter is active. All others stay dense. The whole model
+    stays dense if it is not faster in the end. Kernels are compiled at the first use in an
+    environment, which takes some seconds.
 
     Args:
         model: Masked by `itop_prune.apply` or `load`, on the CPU; wrapped or not. It is left as it
