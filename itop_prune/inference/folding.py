@@ -118,6 +118,8 @@ class _Watch(TorchDispatchMode):
         self.hooks: list[RemovableHandle] = []
 
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # its class has no forward
+                continue
             if _can_take(module):
                 self._hook(module, self._before, self._after_convolution)
                 for parameter in module.parameters(recurse=False):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from statistics import median
 from typing import Any, TypeVar
@@ -121,7 +121,7 @@ def interleave(
 
 
 def layer_seconds(
-    models: Mapping[str, nn.Module], layers: Iterable[str], arguments: tuple[Any, ...]
+    models: Mapping[str, nn.Module], layers: Sequence[str], arguments: tuple[Any, ...]
 ) -> dict[str, dict[str, float]]:
     """Time layers within forwards of models that take turns.
 
@@ -166,10 +166,13 @@ def layer_seconds(
     found = interleave(timers, at_least=11, within=1.0)
     for hook in hooks:
         hook.remove()
-    called = next(iter(found.values()))[0]
+    called = {layer for rounds in found.values() for one in rounds for layer in one}
     return {
-        layer: {name: median(one[layer] for one in rounds) for name, rounds in found.items()}
-        for layer in called
+        layer: {
+            name: median(one.get(layer, 0.0) for one in rounds) for name, rounds in found.items()
+        }
+        for layer in layers
+        if layer in called
     }
 
 

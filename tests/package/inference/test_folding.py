@@ -178,6 +178,12 @@ def test_both_are_folded_where_nothing_else_reads() -> None:
     check(Block(), torch.randn(3, 4, 4, 4), folded=2)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripts_between_do_not_matter() -> None:
+    model = nn.Sequential(conv(), nn.BatchNorm2d(4), torch.jit.script(nn.ReLU()), conv())
+    check(with_statistics(model), torch.randn(3, 4, 4, 4), folded=1)
+
+
 def test_half_precision_stays_as_it_is() -> None:
     assert fold_norms(Block().bfloat16(), (torch.randn(1, 4, 6, 6).bfloat16(),)) == 0
 

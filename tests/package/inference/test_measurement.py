@@ -92,6 +92,21 @@ def test_layers_are_timed_within_the_second_forward_of_each_turn(clock: list[flo
         assert not layer._forward_pre_hooks  # noqa: SLF001
 
 
+def test_a_layer_that_is_not_called_in_each_forward_takes_no_time_in_others() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.rarely, self.calls = nn.Identity(), nn.Identity(), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.rarely(x) if self.calls == 4 else self.always(x)
+
+    found = layer_seconds({"one": Routed()}, ["always", "rarely"], (torch.zeros(1),))
+    assert found["rarely"] == {"one": 0.0}
+    assert found["always"]["one"] > 0.0
+
+
 def test_seconds_of_a_layer_are_the_median_of_turns(clock: list[float]) -> None:
     rising = itertools.chain.from_iterable((0.0, float(n)) for n in range(10**6))
     layer = Taking(clock)
