@@ -1,6 +1,7 @@
 """Batch norms that only follow a convolution become part of it, and outputs stay."""
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -191,6 +192,7 @@ def test_half_precision_stays_as_it_is() -> None:
 # --- in a deployed model --------------------------------------------------------------------------
 
 
+@functools.cache
 def deployed_and_model() -> tuple[nn.Module, nn.Module, Tensor]:
     model, x = Block(), torch.randn(2, 4, 6, 6)
     with torch.no_grad():
