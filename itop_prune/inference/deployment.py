@@ -180,7 +180,7 @@ def _choose(
     for name, place in targets.items():
         layer, why = name.rpartition(".")[0], reasons[name]
         found = {} if why else seconds.get(layer, {})
-        if seconds and not why and not found:
+        if "sparse" in choices and not why and not found:
             why = "not called: what holds it reads its weight"
         faster = bool(found) and found["dense"] >= CLEARLY * found["sparse"]
         storage = "sparse" if faster or "dense" not in choices else "dense"

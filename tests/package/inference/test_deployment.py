@@ -199,6 +199,21 @@ def test_layers_are_used_as_a_model_likes() -> None:
     assert apart(output(deployed, *arguments), output(model, *arguments)) <= 1e-5
 
 
+def test_a_model_whose_weights_are_all_read_by_their_holder_says_so() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.held.weight)
+
+    model = Holder()
+    itop_prune.apply(model, 0.5)
+    row = deploy(model, torch.randn(1, 8)).report.choices[0]
+    assert (row.storage, row.why) == ("dense", "not called: what holds it reads its weight")
+
+
 @dataclasses.dataclass
 class Scores:
     scores: Tensor
