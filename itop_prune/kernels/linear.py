@@ -24,6 +24,7 @@ from itop_prune.kernels.vectors import (
     at,
     empty,
     full,
+    gather,
     integers,
     load,
     numbers,
@@ -187,20 +188,23 @@ def vector_forward(kind, x, starts, others, values, bias, result, outputs):
     biased = bias != 0
     x, values, bias = pointer(kind, x), pointer(kind, values), pointer(kind, bias)
     starts, others, result = integers(starts), integers(others), pointer(kind, result)
-    zero = total(full(kind, 0, LINE))
+    count = numbers(kind, SQUARE)
     for o in prange(outputs):
         k, end = at(starts, o), at(starts, o + 1)
-        a, b, c, d = at(bias, o) if biased else zero, zero, zero, zero
-        while k + 4 <= end:  # four sums, which do not wait for each other
-            a += at(values, k) * at(x, at(others, k))
-            b += at(values, k + 1) * at(x, at(others, k + 1))
-            c += at(values, k + 2) * at(x, at(others, k + 2))
-            d += at(values, k + 3) * at(x, at(others, k + 3))
-            k += 4
+        a = b = full(kind, 0, SQUARE)
+        while k + 2 * count <= end:  # two sums, which do not wait for each other
+            a = add_product(a, load(values, k, SQUARE), gather(x, others, k, SQUARE))
+            k += count
+            b = add_product(b, load(values, k, SQUARE), gather(x, others, k, SQUARE))
+            k += count
+        if k + count <= end:
+            a = add_product(a, load(values, k, SQUARE), gather(x, others, k, SQUARE))
+            k += count
+        whole = total(a) + total(b)
         while k < end:
-            a += at(values, k) * at(x, at(others, k))
+            whole += at(values, k) * at(x, at(others, k))
             k += 1
-        put(result, o, (a + b) + (c + d))
+        put(result, o, whole + at(bias, o) if biased else whole)
 
 
 @njit(parallel=PARALLEL, **FAST)

@@ -228,6 +228,32 @@ def load(typing: Any, place: Any, index: Any, size: Any) -> Any:
 
 
 @intrinsic
+def gather(typing: Any, place: Any, places: Any, index: Any, size: Any) -> Any:
+    """The vector of place[places[index]], place[places[index + 1]] and so on."""
+    count = _count(place.dtype, size)
+    if count is None:
+        return None
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place, places, index, _ = arguments
+        vector = context.get_value_type(signature.return_type)
+        result, integer = ir.Constant(vector, ir.Undefined), ir.IntType(32)
+        # One read brings all indices; a read for each would take as long as that of a number.
+        address = builder.bitcast(
+            builder.gep(places, [index]), ir.PointerType(ir.VectorType(integer, count))
+        )
+        indices = builder.load(address, align=_aligned(signature.args[1]))
+        for i in range(count):
+            lane = ir.Constant(integer, i)
+            where = builder.sext(builder.extract_element(indices, lane), index.type)
+            number = builder.load(builder.gep(place, [where]))
+            result = builder.insert_element(result, number, lane)
+        return result
+
+    return Vector(place.dtype, count)(place, places, types.intp, size), code
+
+
+@intrinsic
 def store(typing: Any, place: Any, index: Any, vector: Any) -> Any:
     """Write a vector at an index."""
 
