@@ -166,6 +166,14 @@ def test_results_do_not_depend_on_which_weight_has_which_slot(
         assert torch.equal(found, one)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_row_of_any_number_of_weights_an_output(dtype: torch.dtype) -> None:
+    for inputs in range(1, 40):  # vectors of weights, and what is left
+        layer = layer_of(1, 3, inputs, density=1.0, free=0, empty=False, dtype=dtype)
+        output = linear_products.forward(layer.x, layer.values, layer.order, layer.bias)
+        torch.testing.assert_close(output, F.linear(layer.x, layer.weight, layer.bias))
+
+
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_tensors_of_any_strides_are_read_as_they_are(rows: int) -> None:
     layer = layer_of(rows, 30, 20)
