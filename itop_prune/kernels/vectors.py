@@ -238,15 +238,15 @@ def gather(typing: Any, place: Any, places: Any, index: Any, size: Any) -> Any:
         place, places, index, _ = arguments
         vector = context.get_value_type(signature.return_type)
         result, integer = ir.Constant(vector, ir.Undefined), ir.IntType(32)
+        several = ir.VectorType(integer, count)
         # One read brings all indices; a read for each would take as long as that of a number.
-        address = builder.bitcast(
-            builder.gep(places, [index]), ir.PointerType(ir.VectorType(integer, count))
-        )
+        address = _address(context, builder, signature.args[1], places, index, several)
         indices = builder.load(address, align=_aligned(signature.args[1]))
         for i in range(count):
             lane = ir.Constant(integer, i)
             where = builder.sext(builder.extract_element(indices, lane), index.type)
-            number = builder.load(builder.gep(place, [where]))
+            kind, element = signature.args[0], vector.element
+            number = builder.load(_address(context, builder, kind, place, where, element))
             result = builder.insert_element(result, number, lane)
         return result
 
